@@ -1,0 +1,165 @@
+"""The data set in memory, and the conversions between pixels and what a generator emits."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Conversions that pass through float32 go this many images at a time, so that a data set of uint8
+# never exists as a whole at four times its size.
+_CHUNK = 1024
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageData:
+    """A labelled set of square images.
+
+    Args:
+        images: uint8 tensor ``(N, C, S, S)``, N >= 1, C 1 (grey) or 3 (RGB).
+        labels: int64 tensor ``(N,)`` of indices into ``classes``.
+        classes: the name of each class.
+        name: what the set is called in logs and reports.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        for argument, value, dtype in (
+            ("images", images, torch.uint8),
+            ("labels", labels, torch.int64),
+        ):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{argument} must be a Tensor, got {type(value).__name__}")
+            if value.dtype != dtype:
+                raise TypeError(f"{argument} must be {dtype}, got {value.dtype}")
+        if images.dim() != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"images must be (N, 1 or 3, S, S), got {tuple(images.shape)}")
+        if images.shape[2] != images.shape[3] or 0 in images.shape:
+            raise ValueError(
+                f"images must be square and not empty, got {tuple(images.shape)}; "
+                "load them with size= to cut and resize them"
+            )
+        if labels.shape != (len(images),):
+            raise ValueError(
+                f"labels must be one per image, ({len(images)},), got {tuple(labels.shape)}"
+            )
+        if labels.min() < 0 or labels.max() >= len(self.classes):
+            raise ValueError(
+                f"labels must be in [0, {len(self.classes)}), the number of classes, "
+                f"got {labels.min()}..{labels.max()}"
+            )
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Height and width in pixels."""
+        return self.images.shape[2]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        return (
+            f"ImageData({self.name!r}: {len(self)} images, "
+            f"{self.channels}x{self.size}x{self.size}, {self.num_classes} classes)"
+        )
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of pixels, labels and class names: equal for equal content."""
+        digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.contiguous().cpu().numpy())
+        return digest.hexdigest()
+
+    def split(self, held_out: float = 0.2, seed: int = 0) -> tuple[ImageData, ImageData]:
+        """Split into (training, held-out) with the class proportions of the whole.
+
+        Each class gives ``held_out`` of its images, rounded, but keeps at least one for training
+        and, if it has two, gives at least one. The same seed gives the same split.
+
+        Raises:
+            ValueError: ``held_out`` is outside (0, 1), or no class has two images.
+        """
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out must be in (0, 1), got {held_out}")
+        generator = torch.Generator().manual_seed(seed)
+        labels = self.labels.cpu()
+        is_held_out = torch.zeros(len(self), dtype=torch.bool)
+        for label in range(self.num_classes):
+            members = (labels == label).nonzero().flatten()
+            count = min(max(round(len(members) * held_out), 1), max(len(members) - 1, 0))
+            order = torch.randperm(len(members), generator=generator)
+            is_held_out[members[order[:count]]] = True
+        if not is_held_out.any():
+            raise ValueError(f"{self.name}: cannot split, every class has a single image")
+        return self._select(~is_held_out), self._select(is_held_out)
+
+    def _select(self, mask: Tensor) -> ImageData:
+        mask = mask.to(self.images.device)
+        return ImageData(self.images[mask], self.labels[mask], self.classes, self.name)
+
+
+def to_float(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 pixels to the range [-1, 1] of a tanh generator: 0 to -1, 255 to 1. Any shape."""
+    if x.dtype != torch.uint8:
+        raise TypeError(f"x must be torch.uint8, got {x.dtype}")
+    # In float32 and then rounded once: in half precision the division and the shift both round.
+    return (x.float() if dtype != torch.float64 else x.double()).div_(127.5).sub_(1).to(dtype)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8 pixels: to the nearest level, values outside clamped. Any shape.
+
+    The inverse of :func:`to_float`. Not differentiable. NaN becomes 0.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return ((x + 1) * 127.5).round().clamp(0, 255).nan_to_num(0).to(torch.uint8)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """The central square of uint8 ``(N, C, H, W)`` as ``(N, C, size, size)``, bilinear.
+
+    Antialiased, as Pillow's ``BILINEAR`` is: shrinking averages instead of skipping pixels.
+    """
+    height, width = images.shape[2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    images = images[:, :, top : top + side, left : left + side]
+    if side == size:
+        return images.contiguous()
+    result = images.new_empty(*images.shape[:2], size, size)
+    for source, target in zip(images.split(_CHUNK), result.split(_CHUNK), strict=True):
+        scaled = F.interpolate(source.float(), (size, size), mode="bilinear", antialias=True)
+        target.copy_(scaled.round_().clamp_(0, 255))
+    return result
+
+
+def convert_channels(images: Tensor, channels: int) -> Tensor:
+    """uint8 ``(N, 1 or 3, H, W)`` with ``channels`` channels: luma (ITU-R 601) or grey repeated."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1).contiguous()
+    result = images.new_empty(len(images), 1, *images.shape[2:])
+    for source, target in zip(images.split(_CHUNK), result.split(_CHUNK), strict=True):
+        red, green, blue = source.int().unbind(1)
+        # Pillow's fixed-point weights, so that a folder and an array give the same grey.
+        target[:, 0] = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    return result
