@@ -111,17 +111,18 @@ class _DType:
         pass
 
 
-class _InertUnpickler(pickle.Unpickler):
-    _RECORDS = {
-        ("numpy.core.multiarray", "_reconstruct"): _Array,
-        ("numpy._core.multiarray", "_reconstruct"): _Array,
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _DType,
-    }
+_RECORDS = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+}
 
+
+class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         try:
-            return self._RECORDS[module, name]
+            return _RECORDS[module, name]
         except KeyError:
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}, which no CIFAR-10 file does"

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split())
+_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I;16", "I;16L", "I;16B"})
 _SUPPORTED_MODES = _GREY_MODES | {
     "P",
@@ -61,7 +63,7 @@ def _list(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     entries = _visible(folder)
     subfolders = [entry for entry in entries if entry.is_dir()]
     if not subfolders:
-        if any(entry.suffix.lower() in SUFFIXES for entry in entries):
+        if any(entry.suffix.lower() in _SUFFIXES for entry in entries):
             raise ValueError(
                 f"{folder}: images without labels; put the images of each class into a subfolder "
                 "named after it (one subfolder will do)"
@@ -80,11 +82,11 @@ def _list(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
                 f"{subfolder}: a class folder must hold images, this one holds the folder "
                 f"{nested[0]!r}; if its folders are the classes, load {subfolder} instead"
             )
-        images = [entry for entry in members if entry.suffix.lower() in SUFFIXES]
+        images = [entry for entry in members if entry.suffix.lower() in _SUFFIXES]
         if not images:
             raise ValueError(
                 f"{subfolder}: a class folder without an image; accepted are "
-                f"{' '.join(sorted(SUFFIXES))}"
+                f"{' '.join(sorted(_SUFFIXES))}"
             )
         files += images
         labels += [label] * len(images)
