@@ -1,0 +1,108 @@
+// The arithmetic of batch_norm_leaky_relu, once for CPU and CUDA: per element on a scalar or a GCC
+// vector V, per channel on scalars of the accumulation type A.
+//
+// `static` keeps every translation unit's copy to itself: the CPU file is compiled once per
+// instruction set, and a shared symbol could bring AVX-512 code to a machine without it.
+#pragma once
+
+#include "batch_norm_leaky_relu.h"
+
+namespace gankernels {
+
+template <typename V, typename A>
+GK_HOST_DEVICE static inline V leaky_relu(V v, A slope) {
+  return v > 0 ? v : v * slope;
+}
+
+// As in PyTorch, the derivative at zero is the negative slope.
+template <typename V, typename A>
+GK_HOST_DEVICE static inline V leaky_relu_derivative(V v, A slope) {
+  return v > 0 ? V{} + A(1) : V{} + slope;
+}
+
+// One element's position in the chain x -> u -> z -> y: u is what is normalised, z what comes out
+// of the affine map. `scale` and `shift` are V with one channel per lane, or A for all lanes alike.
+template <typename V>
+struct Chain {
+  V centred;  // u - mean
+  V du_dx, dy_dz;
+  V y;
+};
+
+template <typename V, typename A, typename P>
+GK_HOST_DEVICE static inline Chain<V> chain(V x, P mean, P scale, P shift, A slope,
+                                            bool activation_first) {
+  Chain<V> e;
+  const V u = activation_first ? leaky_relu(x, slope) : x;
+  e.du_dx = activation_first ? leaky_relu_derivative(x, slope) : V{} + A(1);
+  e.centred = u - mean;
+  // The backward passes recompute z to know the mask, so this expression stands here only: any
+  // other way of rounding it could put an element on the other side of zero.
+  const V z = e.centred * scale + shift;
+  e.y = activation_first ? z : leaky_relu(z, slope);
+  e.dy_dz = activation_first ? V{} + A(1) : leaky_relu_derivative(z, slope);
+  return e;
+}
+
+// Per channel: y from x.
+template <typename A>
+struct ForwardCoefficients {
+  A mean, scale, shift;
+};
+
+// Per channel: grad_x = du_dx * (g * g_ + centred * centred_ + constant).
+template <typename A>
+struct BackwardCoefficients {
+  A g, centred, constant;
+};
+
+// Per channel: grad_grad_y = dy_dz * (v * y_v + centred * y_centred + y_constant) and
+//              grad_x = du_dx * (g * x_g + v * x_v + centred * x_centred + x_constant).
+template <typename A>
+struct DoubleBackwardCoefficients {
+  A y_v, y_centred, y_constant;
+  A x_g, x_v, x_centred, x_constant;
+};
+
+template <typename A>
+GK_HOST_DEVICE static inline BackwardCoefficients<A> backward_coefficients(
+    A weight, A invstd, A sum_g, A sum_g_xhat, A count, bool training) {
+  const A scale = weight * invstd;
+  if (!training) return {scale, A(0), A(0)};
+  return {scale, -scale * invstd * (sum_g_xhat / count), -scale * (sum_g / count)};
+}
+
+// Derivation: with means over the channel written as m(.), the backward pass computes
+//   du = scale * (g - m(g) - xhat * m(g xhat)),  grad_weight = sum(g xhat),  grad_bias = sum(g).
+// Contract them with the tangents v, ggw and ggb into one scalar L per channel,
+//   L = scale * Q + ggw * sum(g xhat) + ggb * sum(g),
+//   Q = sum(v g) - m(g) sum(v) - m(g xhat) sum(v xhat),
+// and differentiate L with respect to g, weight and, through xhat and invstd, to u. LeakyReLU
+// contributes its mask only, since its second derivative is zero almost everywhere.
+template <typename A>
+GK_HOST_DEVICE static inline DoubleBackwardCoefficients<A> double_backward_coefficients(
+    A weight, A invstd, A sum_g, A sum_g_xhat, A sum_v, A sum_v_xhat, A sum_v_g, A ggw, A ggb,
+    A count, bool training, A* grad_weight) {
+  const A scale = weight * invstd;
+  if (!training) {
+    *grad_weight = invstd * sum_v_g;
+    return {scale, ggw * invstd, ggb, ggw * invstd, A(0), A(0), A(0)};
+  }
+  const A m_g = sum_g / count, m_g_xhat = sum_g_xhat / count;
+  const A m_v = sum_v / count, m_v_xhat = sum_v_xhat / count;
+  const A q = sum_v_g - m_g * sum_v - m_g_xhat * sum_v_xhat;
+  *grad_weight = invstd * q;
+  // dL/dxhat = g * h_g + v * h_v, with these means over the channel of itself and times xhat:
+  const A h_g = ggw - scale * m_v_xhat, h_v = -scale * m_g_xhat;
+  const A m_h = m_g * h_g + m_v * h_v;
+  const A m_h_xhat = m_g_xhat * h_g + m_v_xhat * h_v;
+  return {scale,
+          h_g * invstd,
+          ggb - scale * m_v,
+          invstd * h_g,
+          invstd * h_v,
+          -invstd * invstd * (m_h_xhat + scale * (q / count)),
+          -invstd * m_h};
+}
+
+}  // namespace gankernels
