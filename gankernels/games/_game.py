@@ -100,6 +100,11 @@ class Game(nn.Module):
         raise TypeError(f"{type(self).__name__} does not say who plays: define players()")
 
     @property
+    def name(self) -> str:
+        """What the command line calls the game: the name of the module that defines it."""
+        return type(self).__module__.rpartition(".")[2].replace("_", "-")
+
+    @property
     def num_classes(self) -> int:
         return self.spec.num_classes
 

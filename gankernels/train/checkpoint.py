@@ -1,0 +1,113 @@
+"""Checkpoints: one file holds all that a run needs to go on bit for bit.
+
+A file is a mapping of tensors and plain values, read with `weights_only=True`, so that a foreign
+file cannot run code. It is written to a temporary name and renamed: a file with the name of a
+checkpoint is complete.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gankernels import games
+from gankernels.games import DataSpec, Game
+from gankernels.train.config import configure, from_dict
+from gankernels.train.files import write_atomically
+
+MAGIC = "gankernels checkpoint"
+VERSION = 1
+FOLDER = "checkpoints"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or used; the message names the file."""
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    return sorted((run / FOLDER).glob("step_*.pt"))
+
+
+def latest_checkpoint(path: str | Path) -> Path:
+    """`path` where it is a file, else the newest checkpoint of that run folder.
+
+    Raises FileNotFoundError where there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a run folder or a checkpoint")
+    found = checkpoints(path)
+    if not found:
+        raise FileNotFoundError(f"{path} holds no checkpoint ({FOLDER}/step_*.pt)")
+    return found[-1]
+
+
+def save(run: Path, step: int, content: dict[str, Any], keep: int) -> Path:
+    """Write `content` as the checkpoint of `step`; then delete all but the newest `keep`."""
+    path = run / FOLDER / f"step_{step:08d}.pt"
+    content = {"magic": MAGIC, "version": VERSION, "step": step, **content}
+    try:
+        write_atomically(path, lambda file: torch.save(content, file))
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise CheckpointError(
+            f"could not write {path}: {error}; earlier checkpoints are intact"
+        ) from error
+    leftovers = path.parent.glob(".step_*.tmp")  # of processes that were killed while writing
+    for old in [*checkpoints(run)[:-keep], *leftovers]:
+        old.unlink()
+    return path
+
+
+def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """The content of a checkpoint. Raises CheckpointError for a torn, foreign or newer file."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a broken zip or a refused pickle raises
+        first_line = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {first_line}") from error
+    if not isinstance(content, dict) or content.get("magic") != MAGIC:
+        raise CheckpointError(f"{path} is not a checkpoint of gankernels")
+    if content["version"] != VERSION:
+        raise CheckpointError(
+            f"{path} has version {content['version']}, this gankernels reads {VERSION}"
+        )
+    return content
+
+
+def load_game(
+    run_or_checkpoint: str | Path, device: str | torch.device = "cpu"
+) -> tuple[Game, dict[str, Any]]:
+    """A trained game in evaluation mode, with averaged generator weights if there are any.
+
+    Returns:
+        The game, and the settings it was trained with (the content of config.json).
+
+    Raises:
+        FileNotFoundError: no such file or no checkpoint in the folder.
+        CheckpointError: the file is damaged, foreign or of another version.
+    """
+    path = latest_checkpoint(run_or_checkpoint)
+    content = read(path, device)
+    settings = from_dict(content["config"], path)
+    game_class = games.get(settings.pop("model"))
+    _, options = configure(game_class, settings)
+    game = game_class(DataSpec(**content["spec"]), options)
+    load_state(game, content["game"], path)
+    if content["ema"] is not None:
+        load_state(game.generator, content["ema"], path)
+    return game.to(device).eval(), content["config"]
+
+
+def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
+    """`module.load_state_dict` with an error that names the file."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} holds other networks than these: {error}") from error

@@ -1,0 +1,127 @@
+"""The settings of a run: checked, written to config.json, overridden from the command line."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gankernels.games import Game, Options, option
+
+FORMAT = 1
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How to train, whatever the game."""
+
+    data: str = option("digits", "digits, a folder or a file")
+    size: int | None = option(None, "resize images to size x size; as they are, digits to 28")
+    channels: int | None = option(None, "1 (grey) or 3 (colour); as the images are")
+    steps: int = option(5000, "iterations, each a step of every player")
+    batch_size: int = option(64, "images per step")
+    out: str = option("run", "folder of the run")
+    seed: int = option(0, "of weights, noise and batches")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
+    precision: str = option("fp32", " or ".join(PRECISIONS))
+    ema: float = option(0.995, "decay of the generator's moving average, which samples; 0 for none")
+    log_every: int = option(100, "steps between lines of metrics.jsonl")
+    sample_every: int = option(500, "steps between sample grids; 0 for none")
+    checkpoint_every: int = option(500, "steps between checkpoints; 0 for the last step only")
+    keep: int = option(2, "checkpoints to keep")
+
+    def __post_init__(self) -> None:
+        at_least = {"steps": 1, "batch_size": 2, "log_every": 1, "keep": 1}
+        at_least |= {"sample_every": 0, "checkpoint_every": 0, "seed": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be {' or '.join(PRECISIONS)}, got {self.precision!r}"
+            )
+
+
+#: What may differ when a run is resumed: how long it runs and what it shows, not what it computes.
+RESUMABLE = {"steps", "out", "log_every", "sample_every", "checkpoint_every", "keep"}
+
+
+def configure(game: type[Game], settings: Mapping[str, Any]) -> tuple[Config, Options]:
+    """Settings of a run from one flat mapping of names to values or to strings.
+
+    What is missing takes the game's defaults, then the general ones. Raises ValueError for an
+    unknown name (with the likely right one) and for a value that does not fit.
+    """
+    settings = {**game.defaults, **settings}
+    known = {f.name for cls in (Config, game.Options) for f in fields(cls)}
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+            raise ValueError(f"unknown setting {name!r}; {hint}")
+    return _fill(Config, settings), _fill(game.Options, settings)
+
+
+def to_dict(model: str, config: Config, options: Options) -> dict[str, Any]:
+    """The flat mapping that config.json holds. The folder is not part of it: a run can move."""
+    settings = {**vars(config), **vars(options)}
+    del settings["out"]
+    return {"format": FORMAT, "model": model, **settings}
+
+
+def from_dict(content: Any, where: Path) -> dict[str, Any]:
+    """The settings, `model` among them, in what was read from `where`. ValueError if foreign."""
+    if not isinstance(content, dict) or not {"format", "model"} <= content.keys():
+        raise ValueError(f"{where} is not a configuration of gankernels")
+    if content["format"] != FORMAT:
+        raise ValueError(f"{where} has format {content['format']}, this version reads {FORMAT}")
+    return {name: value for name, value in content.items() if name != "format"}
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, str]:
+    """`["lr=1e-4"]` as a mapping. Raises ValueError for what has no `=`."""
+    for assignment in assignments:
+        if "=" not in assignment:
+            raise ValueError(f"--set takes key=value, got {assignment!r}")
+    return dict(assignment.split("=", 1) for assignment in assignments)
+
+
+def describe(cls: type) -> list[tuple[str, str, str]]:
+    """(name, default, help) of every field of a settings class."""
+    rows = []
+    for f in fields(cls):
+        assert f.default is not MISSING, f"{cls.__name__}.{f.name} has no default"
+        rows.append((f.name, str(f.default), f.metadata.get("help", "")))
+    return rows
+
+
+def _fill(cls: type, settings: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in fields(cls) if f.name in settings]
+    return cls(**{name: _coerce(name, settings[name], hints[name]) for name in names})
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value`, or the text of one, as `hint` says: int, float, bool, str, or one of these or None."""
+    if isinstance(hint, types.UnionType):
+        if value is None or value == "none":
+            return None
+        (hint,) = (member for member in hint.__args__ if member is not type(None))
+    try:
+        if hint is bool and isinstance(value, str):
+            return {"true": True, "false": False}[value.lower()]
+        if hint is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
+        if value is None or (isinstance(value, bool) and hint is not bool):
+            raise ValueError
+        return hint(value)
+    except (ValueError, TypeError, KeyError):
+        kind = {int: "a whole number", float: "a number", bool: "true or false"}
+        raise ValueError(f"{name} must be {kind.get(hint, 'text')}, got {value!r}") from None

@@ -1,0 +1,50 @@
+"""Sample grids."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gankernels.data import to_uint8
+from gankernels.train.files import write_atomically
+
+
+def arrange(count: int, labels: list[int] | None) -> tuple[Tensor | None, int]:
+    """Labels for `count` images, the given ones in turn, and a number of columns for a grid.
+
+    The columns are a multiple of the labels where these are few, so that a column is one class.
+    """
+    side = max(1, round(math.sqrt(count)))
+    if labels is None:
+        return None, side
+    cycled = torch.tensor(labels).repeat(-(-count // len(labels)))[:count]
+    few = len(labels) <= 2 * side
+    return cycled, len(labels) * max(1, side // len(labels)) if few else side
+
+
+def make_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
+    """uint8 `(N, C, H, W)` row by row as one `(C, rows (H + padding) + padding, ...)` image.
+
+    Places that N does not fill, and the lines between, are black.
+    """
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    cells = images.new_zeros(rows * columns, channels, height + padding, width + padding)
+    cells[:n, :, padding:, padding:] = images
+    cells = cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+    grid = cells.reshape(channels, rows * (height + padding), columns * (width + padding))
+    return torch.nn.functional.pad(grid, (0, padding, 0, padding))
+
+
+def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
+    """Write images `(N, C, H, W)` in [-1, 1], C 1 or 3, as one PNG."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("pictures need Pillow: pip install gankernels[train]") from error
+    grid = make_grid(to_uint8(images).cpu(), columns)
+    picture = Image.fromarray(grid.permute(1, 2, 0).squeeze(2).contiguous().numpy())
+    write_atomically(Path(path), lambda file: picture.save(file, "PNG"))
