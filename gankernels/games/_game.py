@@ -154,11 +154,10 @@ class Game(nn.Module):
         elif self.conditional:
             labels = self.random_labels(n, generator)
         noise = self.noise(n, generator)
-        if labels is None:
-            parts = [self.generator(z, None) for z in noise.split(batch_size)]
-        else:
-            pairs = zip(noise.split(batch_size), labels.to(self.device).split(batch_size))
-            parts = [self.generator(z, y) for z, y in pairs]
+        parts = []
+        for rows in torch.arange(n, device=self.device).split(batch_size):
+            chosen = None if labels is None else labels.to(self.device)[rows]
+            parts.append(self.generator(noise[rows], chosen))
         return torch.cat(parts).float()
 
     def _check_labels(self, labels: Tensor, n: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class MLPGenerator(nn.Module):
         super().__init__()
         self.image_shape = tuple(image_shape)
         layers = [nn.Linear(latent_dim, widths[0]), nn.LeakyReLU(SLOPE)]
-        for before, width in zip(widths, widths[1:]):
+        for before, width in pairwise(widths):
             layers += [
                 nn.Linear(before, width),
                 BatchNormLeakyReLU1d(width, negative_slope=SLOPE, momentum=BN_MOMENTUM),
@@ -54,7 +55,7 @@ class MLPDiscriminator(nn.Module):
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for before, width in zip((prod(image_shape), *widths), widths):
+        for before, width in pairwise((prod(image_shape), *widths)):
             layers += [nn.Linear(before, width), nn.LeakyReLU(SLOPE)]
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], 1)
@@ -82,7 +83,7 @@ class EmbeddingMLPGenerator(nn.Module):
         self.num_classes = num_classes
         self.embedding = nn.Embedding(num_classes, latent_dim)
         layers: list[nn.Module] = []
-        for before, width in zip((latent_dim, *widths), widths):
+        for before, width in pairwise((latent_dim, *widths)):
             layers += [
                 nn.Linear(before, width),
                 LeakyReLUBatchNorm1d(width, negative_slope=SLOPE, momentum=BN_MOMENTUM),

@@ -9,13 +9,13 @@ or, all of it from settings as the command line does, `start(model="cgan", data=
 from gankernels.train.checkpoint import CheckpointError, latest_checkpoint, load_game
 from gankernels.train.config import Config
 from gankernels.train.start import start
-from gankernels.train.trainer import Trainer, TrainingDiverged
+from gankernels.train.trainer import DivergenceError, Trainer
 
 __all__ = [
     "CheckpointError",
     "Config",
+    "DivergenceError",
     "Trainer",
-    "TrainingDiverged",
     "latest_checkpoint",
     "load_game",
     "start",

@@ -44,9 +44,7 @@ class Config:
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
         if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision must be {' or '.join(PRECISIONS)}, got {self.precision!r}"
-            )
+            raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, got {self.precision!r}")
 
 
 #: What may differ when a run is resumed: how long it runs and what it shows, not what it computes.
@@ -109,7 +107,7 @@ def _fill(cls: type, settings: Mapping[str, Any]) -> Any:
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value`, or the text of one, as `hint` says: int, float, bool, str, or one of these or None."""
+    """`value`, or the text of one, as what `hint` says: int, float, bool or str, or None."""
     if isinstance(hint, types.UnionType):
         if value is None or value == "none":
             return None

@@ -53,7 +53,7 @@ class Metrics:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         if kept != lines:
             path.write_text("".join(kept))
-        self.file = open(path, "a")  # noqa: SIM115: closed by close()
+        self.file = path.open("a")
 
     def write(self, **row: Any) -> None:
         self.file.write(json.dumps(row) + "\n")

@@ -75,7 +75,7 @@ def _continued(
     # Compared after conversion, since what is given may be text.
     then = [vars(part) for part in configure(game_class, {**stored, "out": run})]
     now = [vars(part) for part in configure(game_class, {**stored, **given})]
-    for before, after in zip(then, now):
+    for before, after in zip(then, now, strict=True):
         for name in before.keys() - RESUMABLE:
             if before[name] != after[name]:
                 raise ValueError(

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from gankernels.train.signals import StopRequest
 GRID = 80
 
 
-class TrainingDiverged(RuntimeError):
+class DivergenceError(RuntimeError):
     """A loss or a weight is NaN or infinite; the message says when and whose."""
 
 
@@ -79,7 +78,7 @@ class Trainer:
     def fit(self) -> None:
         """Train until `config.steps`, or until SIGINT or SIGTERM asks to stop; save either way.
 
-        Raises TrainingDiverged where a loss or a weight is no longer finite; the checkpoints are
+        Raises DivergenceError where a loss or a weight is no longer finite; the checkpoints are
         then from before.
         """
         gankernels.tune_allocator()
@@ -175,11 +174,11 @@ class Trainer:
             save_grid(game.sample(GRID, labels, fixed), path, columns)
 
     def save(self) -> Path:
-        """Write a checkpoint of this step; raises TrainingDiverged where a weight is not finite."""
+        """Write a checkpoint of this step; raises DivergenceError where a weight is not finite."""
         for player in self.players:
             finite = [p.isfinite().all() for p in self.parameters[player.name]]
             if not torch.stack(finite).all():
-                raise TrainingDiverged(
+                raise DivergenceError(
                     f"step {self.step}: a weight of player {player.name!r} is not finite"
                 )
         content = {
@@ -242,12 +241,12 @@ class Losses:
             self.sums[key] = self.sums[key] + value if key in self.sums else value
 
     def take(self, step: int) -> dict[str, float]:
-        """Means since the last call as `{"player/term": mean}`; TrainingDiverged if not finite."""
+        """Means since the last call as `{"player/term": mean}`; DivergenceError if not finite."""
         values = torch.stack(list(self.sums.values())).tolist()
         means = {}
-        for (player, term), value in zip(self.sums, values):
+        for (player, term), value in zip(self.sums, values, strict=True):
             if not math.isfinite(value):
-                raise TrainingDiverged(
+                raise DivergenceError(
                     f"step {step}: the loss term {term!r} of player {player!r} is {value}"
                 )
             means[f"{player}/{term}"] = value / (self.count * self.steps[player])
