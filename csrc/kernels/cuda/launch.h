@@ -1,0 +1,69 @@
+// The host's side of every kernel: the one way to launch, the device guard, device attributes.
+//
+// No call here waits for the device or allocates, so all of it is safe while a CUDA graph is being
+// captured. Functions return a message that says what failed, or null.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstddef>
+
+namespace gankernels::cuda {
+
+inline const char* error_message(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // a failed launch is reported here once, not again by a later call
+  return cudaGetErrorString(error);
+}
+
+// Makes `device` current while it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = cudaGetDevice(&previous_);
+    if (error_ != cudaSuccess || previous_ == device) return;
+    error_ = cudaSetDevice(device);
+    changed_ = error_ == cudaSuccess;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  const char* error() const { return error_message(error_); }
+
+ private:
+  cudaError_t error_;
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+// Streaming multiprocessors of `device`, asked for once; 0 where the device does not answer.
+inline int multiprocessors(int device) {
+  constexpr int kCached = 64;
+  static std::atomic<int> cache[kCached];
+  const bool cached = device >= 0 && device < kCached;
+  int count = cached ? cache[device].load(std::memory_order_relaxed) : 0;
+  if (count != 0) return count;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error_message(error) != nullptr) return 0;
+  if (cached) cache[device].store(count, std::memory_order_relaxed);
+  return count;
+}
+
+// The only place from which a kernel starts.
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return error_message(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace gankernels::cuda

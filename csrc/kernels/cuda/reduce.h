@@ -1,0 +1,56 @@
+// Reductions with a fixed order, so that a result is the same bit for bit from run to run.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace gankernels::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// K numbers that are reduced together.
+template <typename A, int K>
+struct Sums {
+  A value[K];
+};
+
+template <typename A, int K>
+__device__ inline Sums<A, K> shuffle_down(const Sums<A, K>& sums, int lanes) {
+  Sums<A, K> other;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    other.value[k] = __shfl_down_sync(kWholeWarp, sums.value[k], lanes);
+  }
+  return other;
+}
+
+// Merges over all threads of a block whose index is the same modulo `columns`, a power of two up to
+// the warp's size; each of them gets the result. The block is whole warps, all of which take part.
+// Every thread brings kLanes independent sums, and `shared` has room for columns * kLanes of them per
+// warp. It is not free for another use until the block has passed one more barrier.
+template <typename Op, typename A, int K, int kLanes, int kShared>
+__device__ inline void block_reduce(Sums<A, K> (&sums)[kLanes], int columns,
+                                    Sums<A, K> (&shared)[kShared]) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int warps = blockDim.x / kWarp;
+  for (int lanes = kWarp / 2; lanes >= columns; lanes /= 2) {
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l) sums[l] = Op::merge(sums[l], shuffle_down(sums[l], lanes));
+  }
+  const int width = columns * kLanes;
+  if (lane < columns) {
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l) shared[warp * width + lane * kLanes + l] = sums[l];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    Sums<A, K> total = shared[i];
+    for (int w = 1; w < warps; ++w) total = Op::merge(total, shared[w * width + i]);
+    shared[i] = total;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int l = 0; l < kLanes; ++l) sums[l] = shared[lane % columns * kLanes + l];
+}
+
+}  // namespace gankernels::cuda
