@@ -396,7 +396,7 @@ __device__ inline int load_batch(Vector<T, V> (&in)[kUnroll][Op::kInputs],
 }
 
 template <typename Op, typename T, int V, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     batch_norm_leaky_relu_kernel(const typename Op::Params p, const Tiling tiling,
                                  typename Op::Accumulator* partials, const Stage stage) {
   using A = typename Op::Accumulator;

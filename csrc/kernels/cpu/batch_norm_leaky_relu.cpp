@@ -1,0 +1,763 @@
+// batch_norm_leaky_relu on the CPU. Compiled once per instruction set, into the namespace GK_ISA.
+//
+// Each derivative is a pass of two halves: `reduce` takes sums over every channel, `map` writes the
+// elementwise results from per-channel coefficients. What makes it fast is where the tensors are
+// when `map` reads them again: wherever one channel (channels first) or a block of columns (channels
+// last) fits in a core's L2 cache, one thread reduces and maps it in one go, so that memory is read
+// once; otherwise the threads share the rows, and `map` walks them backwards, to meet first what
+// `reduce` left in the caches last.
+#include "../batch_norm_leaky_relu_math.h"
+
+#include <cstdlib>
+
+#include "simd.h"
+
+namespace gankernels::GK_ISA {
+namespace {
+
+// Elements that `reduce` sums in the accumulation type before it goes on in double. The second pass
+// of the statistics finds them still in the L1 cache (channels first) or L2 (channels last).
+constexpr int64_t kChunk = 4096;
+constexpr int64_t kChunkChannelsLast = 16384;
+// A thread's share of a cache: what one unit of work may touch if it is to be read from memory once.
+constexpr int64_t kCacheBytes = 768 << 10;
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kSerial = 16384;
+// Results larger than this are stored past the caches, which are too small to keep them anyway.
+constexpr int64_t kStreamBytes = 8 << 20;
+
+constexpr int kMaxPartials = 5, kMaxCoefficients = 10;
+
+// Memory that is freed at the end of its scope. Not std::vector: see the note on symbols in
+// batch_norm_leaky_relu_math.h.
+template <typename E>
+struct Buffer {
+  E* data;
+  explicit Buffer(int64_t size)
+      : data(static_cast<E*>(aligned_alloc(64, (size * sizeof(E) + 64) & ~int64_t(63)))) {}
+  ~Buffer() { free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+};
+
+// Calls body(begin, end) on `threads.count` disjoint ranges that cover [0, tasks).
+template <typename Body>
+void parallel(const CpuThreads& threads, int64_t tasks, const Body& body) {
+  if (threads.count <= 1 || tasks <= 1) return body(int64_t(0), tasks);
+  auto call = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<const Body*>(context))(begin, end);
+  };
+  threads.run(tasks, call, const_cast<Body*>(&body));
+}
+
+double load_parameter(const void* p, DType dtype, int64_t i, double missing) {
+  if (!p) return missing;
+  switch (dtype) {
+    case DType::kFloat64:
+      return static_cast<const double*>(p)[i];
+    case DType::kFloat32:
+      return static_cast<const float*>(p)[i];
+    case DType::kBFloat16: {
+      HalfBits v{};
+      v[0] = static_cast<const uint16_t*>(p)[i];
+      return widen(v, (BFloat16*)nullptr)[0];
+    }
+    default: {
+      HalfBits v{};
+      v[0] = static_cast<const uint16_t*>(p)[i];
+      return widen(v, (Float16*)nullptr)[0];
+    }
+  }
+}
+
+// ---- what is done to one element: V lanes of it, P the coefficients of one channel or one per lane
+
+template <bool kFirst>
+struct Sum {
+  static constexpr int kInputs = 1, kSums = 1;
+  template <typename V, typename P, typename A>
+  static void reduce(const V* in, const P*, A slope, V* sums) {
+    sums[0] += kFirst ? leaky_relu(in[0], slope) : in[0];
+  }
+};
+
+template <bool kFirst>
+struct SquaredDeviation {
+  static constexpr int kInputs = 1, kSums = 1;
+  template <typename V, typename P, typename A>
+  static void reduce(const V* in, const P* coefficients, A slope, V* sums) {
+    const V d = (kFirst ? leaky_relu(in[0], slope) : in[0]) - coefficients[0];
+    sums[0] += d * d;
+  }
+};
+
+template <bool kFirst>
+struct ForwardElement {
+  static constexpr int kInputs = 1, kOutputs = 1, kCoefficients = 3;
+  template <typename V, typename P, typename A>
+  static void map(const V* in, const P* k, A slope, V* out) {
+    out[0] = chain(in[0], k[0], k[1], k[2], slope, kFirst).y;
+  }
+};
+
+template <bool kFirst>
+struct BackwardElement {
+  static constexpr int kInputs = 2, kSums = 2, kOutputs = 1, kCoefficients = 6;
+  template <typename V, typename P, typename A>
+  static void reduce(const V* in, const P* k, A slope, V* sums) {
+    const Chain<V> e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
+    const V g = in[1] * e.dy_dz;
+    sums[0] += g;
+    sums[1] += g * e.centred;
+  }
+  template <typename V, typename P, typename A>
+  static void map(const V* in, const P* k, A slope, V* out) {
+    const Chain<V> e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
+    const V g = in[1] * e.dy_dz;
+    out[0] = e.du_dx * (g * k[3] + (e.centred * k[4] + k[5]));
+  }
+};
+
+template <bool kFirst>
+struct DoubleBackwardElement {
+  static constexpr int kInputs = 3, kSums = 5, kOutputs = 2, kCoefficients = 10;
+  template <typename V, typename P, typename A>
+  static void reduce(const V* in, const P* k, A slope, V* sums) {
+    const Chain<V> e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
+    const V g = in[1] * e.dy_dz, v = in[2] * e.du_dx;
+    sums[0] += g;
+    sums[1] += g * e.centred;
+    sums[2] += v;
+    sums[3] += v * e.centred;
+    sums[4] += v * g;
+  }
+  template <typename V, typename P, typename A>
+  static void map(const V* in, const P* k, A slope, V* out) {
+    const Chain<V> e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
+    const V g = in[1] * e.dy_dz, v = in[2] * e.du_dx;
+    out[0] = e.dy_dz * (v * k[3] + (e.centred * k[4] + k[5]));
+    out[1] = e.du_dx * (g * k[6] + (v * k[7] + (e.centred * k[8] + k[9])));
+  }
+};
+
+// ---- channels first: lanes are neighbours in space ---------------------------------------------
+
+// Calls body(offset, length) for each contiguous run of channel c's elements [begin, end), counted
+// over (N, S).
+template <typename Body>
+void for_each_run(const BatchNormLeakyReLU& p, int64_t c, int64_t begin, int64_t end,
+                  const Body& body) {
+  int64_t n = begin / p.s, s = begin % p.s;
+  while (begin < end) {
+    const int64_t length = minimum(p.s - s, end - begin);
+    body((n * p.c + c) * p.s + s, length);
+    begin += length;
+    ++n;
+    s = 0;
+  }
+}
+
+template <typename Element, typename T>
+void reduce_runs(const BatchNormLeakyReLU& p, const T* const* in, int64_t c, int64_t begin,
+                 int64_t end, const Accumulate<T>* coefficients, double* sums) {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+  constexpr int W = VectorOf<A>::width, K = Element::kSums, I = Element::kInputs;
+  const A slope = A(p.negative_slope);
+  const int64_t next_row = p.c * p.s;
+  V even[K] = {}, odd[K] = {};  // two chains of additions, to hide their latency
+  for_each_run(p, c, begin, end, [&](int64_t offset, int64_t length) {
+    const T* row[I];
+    for (int j = 0; j < I; ++j) row[j] = in[j] + offset;
+    int64_t i = 0;
+    for (; i + 2 * W <= length; i += 2 * W) {
+      V a[I], b[I];
+      for (int j = 0; j < I; ++j) {
+        __builtin_prefetch(row[j] + i + next_row);
+        if (sizeof(T) * W >= 64) __builtin_prefetch(row[j] + i + W + next_row);
+        a[j] = load(row[j] + i);
+        b[j] = load(row[j] + i + W);
+      }
+      Element::reduce(a, coefficients, slope, even);
+      Element::reduce(b, coefficients, slope, odd);
+    }
+    for (; i < length; i += W) {
+      const int lanes = int(minimum<int64_t>(W, length - i));
+      V a[I], tail[K] = {};
+      for (int j = 0; j < I; ++j) {
+        __builtin_prefetch(row[j] + i + next_row);
+        a[j] = lanes == W ? load(row[j] + i) : load(row[j] + i, lanes);
+      }
+      Element::reduce(a, coefficients, slope, tail);
+      for (int k = 0; k < K; ++k) even[k] += lanes == W ? tail[k] : keep_first<A>(tail[k], lanes);
+    }
+  });
+  for (int k = 0; k < K; ++k) sums[k] = sum_lanes<A>(even[k] + odd[k]);
+}
+
+template <typename Element, typename T>
+void map_runs(const BatchNormLeakyReLU& p, const T* const* in, T* const* out, int64_t c,
+              int64_t begin, int64_t end, const Accumulate<T>* coefficients) {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+  constexpr int W = VectorOf<A>::width, I = Element::kInputs, O = Element::kOutputs;
+  const A slope = A(p.negative_slope);
+  const bool streaming = sizeof(T) >= 4 && p.n * p.c * p.s * int64_t(sizeof(T)) > kStreamBytes;
+  for_each_run(p, c, begin, end, [&](int64_t offset, int64_t length) {
+    auto step = [&](int64_t i, int lanes, bool stream_it) {
+      V a[I], r[O];
+      for (int j = 0; j < I; ++j) {
+        const T* source = in[j] + offset + i;
+        a[j] = lanes == W ? load(source) : load(source, lanes);
+      }
+      Element::map(a, coefficients, slope, r);
+      for (int j = 0; j < O; ++j) {
+        if (!out[j]) continue;
+        T* target = out[j] + offset + i;
+        if (stream_it) {
+          stream(target, r[j]);
+        } else if (lanes == W) {
+          store(target, r[j]);
+        } else {
+          store(target, r[j], lanes);
+        }
+      }
+    };
+    int64_t i = 0;
+    if (streaming) {
+      // Up to the first whole line; outputs are aligned alike, being of x's shape and fresh.
+      const T* target = (out[0] ? out[0] : out[O - 1]) + offset;
+      const int64_t misaligned = (reinterpret_cast<uintptr_t>(target) / sizeof(T)) % W;
+      if (misaligned) {
+        i = minimum<int64_t>(W - misaligned, length);
+        step(0, int(i), false);
+      }
+      for (; i + W <= length; i += W) step(i, W, true);
+    } else {
+      for (; i + W <= length; i += W) step(i, W, false);
+    }
+    if (i < length) step(i, int(length - i), false);
+  });
+}
+
+// ---- channels last: lanes are neighbouring channels --------------------------------------------
+
+// Columns [c0, c1) of rows [r0, r1); coefficients and sums are arrays of rows `pitch` apart.
+template <typename Element, typename T>
+void reduce_columns(const BatchNormLeakyReLU& p, const T* const* in, int64_t r0, int64_t r1,
+                    int64_t c0, int64_t c1, const Accumulate<T>* coefficients, int64_t pitch,
+                    Accumulate<T>* sums) {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+  constexpr int W = VectorOf<A>::width, K = Element::kSums, I = Element::kInputs;
+  constexpr int R = 4;  // rows that share a load of the coefficients and a store of the sums
+  constexpr int P = 3;  // coefficients that a reduction may read
+  const A slope = A(p.negative_slope);
+  for (int k = 0; k < K; ++k) {
+    for (int64_t c = c0; c < c1; c += W) store(sums + k * pitch + c, V{});
+  }
+  auto rows = [&](int64_t r, auto count) {
+    for (int64_t c = c0; c < c1; c += W) {
+      const int lanes = int(minimum<int64_t>(W, c1 - c));
+      V k[P], s[K];
+      for (int j = 0; j < P; ++j) k[j] = load(coefficients + j * pitch + c);
+      for (int j = 0; j < K; ++j) s[j] = load(sums + j * pitch + c);
+      for (int q = 0; q < count(); ++q) {
+        V a[I];
+        for (int j = 0; j < I; ++j) {
+          const T* source = in[j] + (r + q) * p.c + c;
+          a[j] = lanes == W ? load(source) : load(source, lanes);
+        }
+        Element::reduce(a, k, slope, s);
+      }
+      for (int j = 0; j < K; ++j) store(sums + j * pitch + c, s[j]);
+    }
+  };
+  int64_t r = r0;
+  for (; r + R <= r1; r += R) rows(r, [] { return R; });
+  for (; r < r1; ++r) rows(r, [] { return 1; });
+}
+
+template <typename Element, typename T>
+void map_columns(const BatchNormLeakyReLU& p, const T* const* in, T* const* out, int64_t r0,
+                 int64_t r1, int64_t c0, int64_t c1, const Accumulate<T>* coefficients,
+                 int64_t pitch) {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+  constexpr int W = VectorOf<A>::width, I = Element::kInputs, O = Element::kOutputs;
+  constexpr int R = 4;
+  const A slope = A(p.negative_slope);
+  const bool aligned = (p.c * sizeof(T)) % kVectorBytes == 0 &&
+                       (c0 * sizeof(T)) % kVectorBytes == 0 &&
+                       (!out[0] || reinterpret_cast<uintptr_t>(out[0]) % kVectorBytes == 0) &&
+                       (!out[O - 1] || reinterpret_cast<uintptr_t>(out[O - 1]) % kVectorBytes == 0);
+  const bool streaming =
+      sizeof(T) >= 4 && aligned && p.n * p.c * p.s * int64_t(sizeof(T)) > kStreamBytes;
+  auto rows = [&](int64_t r, auto count) {
+    for (int64_t c = c0; c < c1; c += W) {
+      const int lanes = int(minimum<int64_t>(W, c1 - c));
+      V k[Element::kCoefficients];
+      for (int j = 0; j < Element::kCoefficients; ++j) k[j] = load(coefficients + j * pitch + c);
+      for (int q = 0; q < count(); ++q) {
+        V a[I], o[O];
+        for (int j = 0; j < I; ++j) {
+          const T* source = in[j] + (r + q) * p.c + c;
+          a[j] = lanes == W ? load(source) : load(source, lanes);
+        }
+        Element::map(a, k, slope, o);
+        for (int j = 0; j < O; ++j) {
+          if (!out[j]) continue;
+          T* target = out[j] + (r + q) * p.c + c;
+          if (streaming) {
+            stream(target, o[j]);
+          } else if (lanes == W) {
+            store(target, o[j]);
+          } else {
+            store(target, o[j], lanes);
+          }
+        }
+      }
+    }
+  };
+  int64_t r = r1;
+  for (; r - R >= r0; r -= R) rows(r - R, [] { return R; });
+  for (; r > r0; --r) rows(r - 1, [] { return 1; });
+}
+
+// ---- passes ------------------------------------------------------------------------------------
+//
+// A pass offers, for both layouts, `reduce` into partial results of kPartials doubles per channel,
+// `merge` of two of them, and `finish`, which turns the merged one into the per-channel results and
+// the coefficients of `map`. `prepare` sets the coefficients that `reduce` itself needs. Coefficient
+// i of a channel stands at coefficients[i * pitch].
+
+template <typename T, bool kFirst>
+struct PassBase {
+  using A = Accumulate<T>;
+
+  static void prepare_chain(const BatchNormLeakyReLU& p, int64_t c, A* coefficients,
+                            int64_t pitch) {
+    const A* statistics = static_cast<const A*>(p.statistics);
+    coefficients[0] = statistics[c];
+    coefficients[pitch] = A(load_parameter(p.weight, p.parameter_dtype, c, 1) * invstd(p, c));
+    coefficients[2 * pitch] = A(load_parameter(p.bias, p.parameter_dtype, c, 0));
+  }
+  static double invstd(const BatchNormLeakyReLU& p, int64_t c) {
+    return 1 / __builtin_sqrt(double(static_cast<const A*>(p.statistics)[p.c + c]) + p.eps);
+  }
+};
+
+template <typename T, bool kFirst>
+struct ForwardPass : PassBase<T, kFirst> {
+  using A = Accumulate<T>;
+  using Element = ForwardElement<kFirst>;
+  static constexpr int kPartials = 3;  // count, mean, sum of squared deviations
+  const BatchNormLeakyReLUForward& p;
+  const T* in[1];
+  T* out[1];
+
+  explicit ForwardPass(const BatchNormLeakyReLUForward& parameters) : p(parameters) {
+    in[0] = static_cast<const T*>(p.x);
+    out[0] = static_cast<T*>(p.y);
+  }
+
+  bool reduces() const { return p.compute_statistics; }
+  bool maps() const { return p.y; }
+  void prepare(int64_t, A*, int64_t) const {}
+
+  // Chan, Golub & LeVeque 1979: two samples' statistics make those of their union.
+  static void merge(double* into, const double* from) {
+    if (from[0] == 0) return;
+    const double count = into[0] + from[0], delta = from[1] - into[1];
+    into[1] += delta * (from[0] / count);
+    into[2] += from[2] + delta * delta * (into[0] * (from[0] / count));
+    into[0] = count;
+  }
+
+  void reduce(int64_t c, int64_t begin, int64_t end, const A*, double* partial) const {
+    partial[0] = partial[1] = partial[2] = 0;
+    for (; begin < end; begin += kChunk) {
+      const int64_t stop = minimum(begin + kChunk, end);
+      double chunk[3] = {double(stop - begin)}, sum;
+      reduce_runs<Sum<kFirst>>(p, in, c, begin, stop, (const A*)nullptr, &sum);
+      const A mean = A(sum / chunk[0]);
+      reduce_runs<SquaredDeviation<kFirst>>(p, in, c, begin, stop, &mean, &chunk[2]);
+      chunk[1] = sum / chunk[0];
+      merge(partial, chunk);
+    }
+  }
+
+  void reduce_rows(int64_t r0, int64_t r1, int64_t c0, int64_t c1, A* work, int64_t pitch,
+                   double* partial) const {
+    double *counts = partial, *means = partial + p.c, *deviations = partial + 2 * p.c;
+    for (int64_t c = c0; c < c1; ++c) counts[c] = means[c] = deviations[c] = 0;
+    A *sums = work, *mean = work + kMaxPartials * pitch;
+    const int64_t step = maximum<int64_t>(4, kChunkChannelsLast / (c1 - c0));
+    double seen = 0;
+    for (; r0 < r1; r0 += step) {
+      const int64_t stop = minimum(r0 + step, r1);
+      const double rows = double(stop - r0), total = seen + rows;
+      reduce_columns<Sum<kFirst>>(p, in, r0, stop, c0, c1, mean, pitch, sums);
+      for (int64_t c = c0; c < c1; ++c) mean[c] = A(sums[c] / rows);
+      reduce_columns<SquaredDeviation<kFirst>>(p, in, r0, stop, c0, c1, mean, pitch,
+                                               sums + pitch);
+      const double share = rows / total, weight = seen * share;
+      for (int64_t c = c0; c < c1; ++c) {
+        const double delta = sums[c] / rows - means[c];
+        means[c] += delta * share;
+        deviations[c] += double(sums[pitch + c]) + delta * delta * weight;
+      }
+      seen = total;
+    }
+    for (int64_t c = c0; c < c1; ++c) counts[c] = seen;
+  }
+
+  void finish(int64_t c, const double* partial, A* coefficients, int64_t pitch) const {
+    if (p.compute_statistics) {
+      A* statistics = static_cast<A*>(p.statistics);
+      statistics[c] = A(partial[1]);
+      statistics[p.c + c] = A(partial[2] / partial[0]);
+    }
+    this->prepare_chain(p, c, coefficients, pitch);
+  }
+};
+
+// What backward and double backward share: plain sums of an Element over each channel.
+template <typename T, bool kFirst, typename Element_, typename Parameters>
+struct SumPass : PassBase<T, kFirst> {
+  using A = Accumulate<T>;
+  using Element = Element_;
+  static constexpr int kPartials = Element::kSums;
+  const Parameters& p;
+  const T* in[Element::kInputs];
+  T* out[Element::kOutputs];
+
+  explicit SumPass(const Parameters& parameters) : p(parameters) {}
+
+  bool reduces() const { return p.sums && p.compute_sums; }
+
+  static void merge(double* into, const double* from) {
+    for (int k = 0; k < kPartials; ++k) into[k] += from[k];
+  }
+
+  void prepare(int64_t c, A* coefficients, int64_t pitch) const {
+    this->prepare_chain(p, c, coefficients, pitch);
+  }
+
+  void reduce(int64_t c, int64_t begin, int64_t end, const A* coefficients,
+              double* partial) const {
+    for (int k = 0; k < kPartials; ++k) partial[k] = 0;
+    for (; begin < end; begin += kChunk) {
+      double chunk[kPartials];
+      reduce_runs<Element>(p, in, c, begin, minimum(begin + kChunk, end), coefficients, chunk);
+      merge(partial, chunk);
+    }
+  }
+
+  void reduce_rows(int64_t r0, int64_t r1, int64_t c0, int64_t c1, A* work, int64_t pitch,
+                   double* partial) const {
+    for (int k = 0; k < kPartials; ++k) {
+      for (int64_t c = c0; c < c1; ++c) partial[k * p.c + c] = 0;
+    }
+    A *sums = work, *coefficients = work + kMaxPartials * pitch;
+    const int64_t step = maximum<int64_t>(4, kChunkChannelsLast / (c1 - c0));
+    for (; r0 < r1; r0 += step) {
+      reduce_columns<Element>(p, in, r0, minimum(r0 + step, r1), c0, c1, coefficients, pitch, sums);
+      for (int k = 0; k < kPartials; ++k) {
+        for (int64_t c = c0; c < c1; ++c) partial[k * p.c + c] += sums[k * pitch + c];
+      }
+    }
+  }
+
+  // The channel's sums, written where they were computed here, else read; x's in units of xhat.
+  void take_sums(int64_t c, const double* partial, double* sums) const {
+    A* stored = static_cast<A*>(p.sums);
+    for (int k = 0; k < kPartials; ++k) {
+      const bool of_xhat = k == 1 || k == 3;
+      if (reduces()) {
+        sums[k] = of_xhat ? partial[k] * this->invstd(p, c) : partial[k];
+        stored[k * p.c + c] = A(sums[k]);
+      } else {
+        sums[k] = stored ? double(stored[k * p.c + c]) : 0;
+      }
+    }
+  }
+};
+
+template <typename T, bool kFirst>
+struct BackwardPass
+    : SumPass<T, kFirst, BackwardElement<kFirst>, BatchNormLeakyReLUBackward> {
+  using A = Accumulate<T>;
+  explicit BackwardPass(const BatchNormLeakyReLUBackward& parameters)
+      : BackwardPass::SumPass(parameters) {
+    this->in[0] = static_cast<const T*>(parameters.x);
+    this->in[1] = static_cast<const T*>(parameters.grad_y);
+    this->out[0] = static_cast<T*>(parameters.grad_x);
+  }
+
+  bool maps() const { return this->p.grad_x; }
+
+  void finish(int64_t c, const double* partial, A* coefficients, int64_t pitch) const {
+    const auto& p = this->p;
+    double sums[2];
+    this->take_sums(c, partial, sums);
+    this->prepare_chain(p, c, coefficients, pitch);
+    const auto k =
+        backward_coefficients<double>(load_parameter(p.weight, p.parameter_dtype, c, 1),
+                                      this->invstd(p, c), sums[0], sums[1], p.count, p.training);
+    coefficients[3 * pitch] = A(k.g);
+    coefficients[4 * pitch] = A(k.centred);
+    coefficients[5 * pitch] = A(k.constant);
+  }
+};
+
+template <typename T, bool kFirst>
+struct DoubleBackwardPass
+    : SumPass<T, kFirst, DoubleBackwardElement<kFirst>, BatchNormLeakyReLUDoubleBackward> {
+  using A = Accumulate<T>;
+  explicit DoubleBackwardPass(const BatchNormLeakyReLUDoubleBackward& parameters)
+      : DoubleBackwardPass::SumPass(parameters) {
+    this->in[0] = static_cast<const T*>(parameters.x);
+    this->in[1] = static_cast<const T*>(parameters.grad_y);
+    this->in[2] = static_cast<const T*>(parameters.grad_grad_x);
+    this->out[0] = static_cast<T*>(parameters.grad_grad_y);
+    this->out[1] = static_cast<T*>(parameters.grad_x);
+  }
+
+  bool maps() const { return this->p.grad_grad_y || this->p.grad_x; }
+
+  void finish(int64_t c, const double* partial, A* coefficients, int64_t pitch) const {
+    const auto& p = this->p;
+    double sums[5], grad_weight;
+    this->take_sums(c, partial, sums);
+    this->prepare_chain(p, c, coefficients, pitch);
+    const DType accumulation = sizeof(A) == 8 ? DType::kFloat64 : DType::kFloat32;
+    const auto k = double_backward_coefficients<double>(
+        load_parameter(p.weight, p.parameter_dtype, c, 1), this->invstd(p, c), sums[0], sums[1],
+        sums[2], sums[3], sums[4], load_parameter(p.grad_grad_weight, accumulation, c, 0),
+        load_parameter(p.grad_grad_bias, accumulation, c, 0), p.count, p.training, &grad_weight);
+    const double values[] = {k.y_v, k.y_centred, k.y_constant, k.x_g,
+                             k.x_v, k.x_centred, k.x_constant};
+    for (int i = 0; i < 7; ++i) coefficients[(3 + i) * pitch] = A(values[i]);
+    if (p.grad_weight) static_cast<A*>(p.grad_weight)[c] = A(grad_weight);
+  }
+};
+
+// ---- who does which part -----------------------------------------------------------------------
+
+template <typename T, typename Pass>
+void run_channels_first(const Pass& pass, CpuThreads threads) {
+  using A = Accumulate<T>;
+  constexpr int K = Pass::kPartials;
+  const auto& p = pass.p;
+  const int64_t size = p.n * p.s;
+  if (size * p.c < kSerial) threads.count = 1;
+  const bool cached = size * int64_t(sizeof(T)) * Pass::Element::kInputs <= kCacheBytes;
+  const bool balanced = threads.count == 1 || p.c % threads.count == 0 || p.c >= 8 * threads.count;
+
+  if (!pass.reduces() || !pass.maps() || (cached && balanced) || threads.count == 1) {
+    // Every channel in one go, in parts of it where there are too few channels.
+    const int64_t parts = balanced || pass.reduces() ? 1 : threads.count;
+    return parallel(threads, p.c * parts, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t c = task / parts, part = task % parts;
+        A coefficients[kMaxCoefficients];
+        double partial[K] = {};
+        if (pass.reduces()) {
+          pass.prepare(c, coefficients, 1);
+          pass.reduce(c, 0, size, coefficients, partial);
+        }
+        pass.finish(c, partial, coefficients, 1);
+        if (pass.maps()) {
+          map_runs<typename Pass::Element>(p, pass.in, pass.out, c, size * part / parts,
+                                           size * (part + 1) / parts, coefficients);
+        }
+      }
+    });
+  }
+
+  const int64_t parts = threads.count;  // of each channel; task = c * parts + part
+  Buffer<double> partials(p.c * parts * K);
+  parallel(threads, p.c * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t c = task / parts, part = task % parts;
+      A coefficients[kMaxCoefficients];
+      pass.prepare(c, coefficients, 1);
+      pass.reduce(c, size * part / parts, size * (part + 1) / parts, coefficients,
+                  partials.data + task * K);
+    }
+  });
+  Buffer<A> coefficients(p.c * kMaxCoefficients);
+  for (int64_t c = 0; c < p.c; ++c) {
+    double* total = partials.data + c * parts * K;
+    for (int64_t part = 1; part < parts; ++part) Pass::merge(total, total + part * K);
+    pass.finish(c, total, coefficients.data + c * kMaxCoefficients, 1);
+  }
+  parallel(threads, p.c * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t task = end; task-- > begin;) {
+      const int64_t c = task / parts, part = task % parts;
+      map_runs<typename Pass::Element>(p, pass.in, pass.out, c, size * part / parts,
+                                       size * (part + 1) / parts,
+                                       coefficients.data + c * kMaxCoefficients);
+    }
+  });
+}
+
+template <typename T, typename Pass>
+void run_channels_last(const Pass& pass, CpuThreads threads) {
+  using A = Accumulate<T>;
+  using Element = typename Pass::Element;
+  constexpr int K = Pass::kPartials;
+  const auto& p = pass.p;
+  const int64_t rows = p.n * p.s;
+  if (rows * p.c < kSerial) threads.count = 1;
+  // Columns are given out in whole lines, and so that no two threads share one.
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T)) > 16 ? 64 / int64_t(sizeof(T)) : 16;
+  const int64_t pitch = divide_up(p.c, kLine) * kLine;
+  const int64_t lines = pitch / kLine;
+  // Work space for the partial sums in progress, then the coefficients of all channels.
+  const int64_t work_size = (kMaxPartials + kMaxCoefficients) * pitch;
+
+  const int64_t share = divide_up(lines, threads.count) * kLine;
+  const bool cached =
+      rows * share * int64_t(sizeof(T)) * Element::kInputs <= kCacheBytes && lines >= threads.count;
+  if (cached || threads.count == 1) {
+    Buffer<A> work(work_size);
+    Buffer<double> partials(K * p.c);
+    // Threads take columns; one thread takes blocks of them that stay in its cache.
+    const int64_t row_bytes = maximum<int64_t>(1, rows * int64_t(sizeof(T)) * Element::kInputs);
+    const int64_t fit = kCacheBytes / row_bytes / kLine * kLine;
+    const int64_t block = fit >= 16 * kLine ? fit : pitch;  // narrow blocks defeat the prefetchers
+    return parallel(threads, lines, [&](int64_t begin, int64_t end) {
+      const int64_t last = minimum(end * kLine, p.c);
+      for (int64_t c0 = begin * kLine; c0 < last; c0 += block) {
+        const int64_t c1 = minimum(c0 + block, last);
+        A* coefficients = work.data + kMaxPartials * pitch;
+        if (pass.reduces()) {
+          for (int64_t c = c0; c < c1; ++c) pass.prepare(c, coefficients + c, pitch);
+          pass.reduce_rows(0, rows, c0, c1, work.data, pitch, partials.data);
+        }
+        for (int64_t c = c0; c < c1; ++c) {
+          double partial[K] = {};
+          if (pass.reduces()) {
+            for (int k = 0; k < K; ++k) partial[k] = partials.data[k * p.c + c];
+          }
+          pass.finish(c, partial, coefficients + c, pitch);
+        }
+        if (pass.maps()) {
+          map_columns<Element>(p, pass.in, pass.out, 0, rows, c0, c1, coefficients, pitch);
+        }
+      }
+    });
+  }
+
+  const int64_t parts = threads.count;
+  Buffer<A> work(work_size * parts);
+  Buffer<double> partials(parts * K * p.c);
+  A* coefficients = work.data + kMaxPartials * pitch;
+  if (pass.reduces()) {
+    for (int64_t c = 0; c < p.c; ++c) pass.prepare(c, coefficients + c, pitch);
+    parallel(threads, parts, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        A* own = work.data + part * work_size;
+        if (part > 0) {
+          memcpy(own + kMaxPartials * pitch, coefficients, kMaxCoefficients * pitch * sizeof(A));
+        }
+        pass.reduce_rows(rows * part / parts, rows * (part + 1) / parts, 0, p.c, own, pitch,
+                         partials.data + part * K * p.c);
+      }
+    });
+  }
+  for (int64_t c = 0; c < p.c; ++c) {
+    double total[K] = {};
+    for (int64_t part = 0; part < parts && pass.reduces(); ++part) {
+      double partial[K];
+      for (int k = 0; k < K; ++k) partial[k] = partials.data[(part * K + k) * p.c + c];
+      Pass::merge(total, partial);
+    }
+    pass.finish(c, total, coefficients + c, pitch);
+  }
+  if (!pass.maps()) return;
+  parallel(threads, parts, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      map_columns<Element>(p, pass.in, pass.out, rows * part / parts, rows * (part + 1) / parts, 0,
+                           p.c, coefficients, pitch);
+    }
+  });
+}
+
+template <template <typename, bool> class Pass, typename T, typename Parameters>
+void run(const Parameters& p, const CpuThreads& threads) {
+  auto run_pass = [&](const auto& pass) {
+    p.channels_last ? run_channels_last<T>(pass, threads) : run_channels_first<T>(pass, threads);
+  };
+  p.activation_first ? run_pass(Pass<T, true>{p}) : run_pass(Pass<T, false>{p});
+}
+
+template <template <typename, bool> class Pass, typename Parameters>
+void run(const Parameters& p, const CpuThreads& threads) {
+  if (p.c == 0) return;
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return run<Pass, float>(p, threads);
+    case DType::kFloat64:
+      return run<Pass, double>(p, threads);
+    case DType::kBFloat16:
+      return run<Pass, BFloat16>(p, threads);
+    case DType::kFloat16:
+      return run<Pass, Float16>(p, threads);
+  }
+}
+
+}  // namespace
+
+void batch_norm_leaky_relu_forward(const BatchNormLeakyReLUForward& p, const CpuThreads& threads) {
+  run<ForwardPass>(p, threads);
+}
+
+void batch_norm_leaky_relu_backward(const BatchNormLeakyReLUBackward& p,
+                                    const CpuThreads& threads) {
+  run<BackwardPass>(p, threads);
+}
+
+void batch_norm_leaky_relu_double_backward(const BatchNormLeakyReLUDoubleBackward& p,
+                                           const CpuThreads& threads) {
+  run<DoubleBackwardPass>(p, threads);
+}
+
+void update_running_statistics(const UpdateRunningStatistics& p, const CpuThreads&) {
+  double momentum = p.momentum;
+  if (p.num_batches_tracked) {
+    ++*p.num_batches_tracked;
+    if (p.cumulative) momentum = 1 / double(*p.num_batches_tracked);
+  }
+  const double unbiased = p.count / (p.count - 1);
+  auto blend = [&](void* running, int64_t i, double value) {
+    const double old = load_parameter(running, p.running_dtype, i, 0);
+    const double updated = old + momentum * (value - old);
+    Vector<float> v{};
+    switch (p.running_dtype) {
+      case DType::kFloat64:
+        static_cast<double*>(running)[i] = updated;
+        break;
+      case DType::kFloat32:
+        static_cast<float*>(running)[i] = float(updated);
+        break;
+      case DType::kBFloat16:
+        v[0] = float(updated);
+        static_cast<uint16_t*>(running)[i] = narrow(v, (BFloat16*)nullptr)[0];
+        break;
+      case DType::kFloat16:
+        v[0] = float(updated);
+        static_cast<uint16_t*>(running)[i] = narrow(v, (Float16*)nullptr)[0];
+        break;
+    }
+  };
+  for (int64_t c = 0; c < p.c; ++c) {
+    blend(p.running_mean, c, load_parameter(p.statistics, p.statistics_dtype, c, 0));
+    blend(p.running_var, c,
+          load_parameter(p.statistics, p.statistics_dtype, p.c + c, 0) * unbiased);
+  }
+}
+
+}  // namespace gankernels::GK_ISA

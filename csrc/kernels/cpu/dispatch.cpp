@@ -1,0 +1,73 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "../batch_norm_leaky_relu.h"
+
+namespace gankernels::cpu {
+
+static Capability detect() {
+  Capability best = Capability::kBaseline;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    best = Capability::kAvx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      best = Capability::kAvx512;
+    }
+  }
+  Capability wanted = best;
+  if (const char* name = getenv("ATEN_CPU_CAPABILITY")) {
+    if (!strcmp(name, "default")) wanted = Capability::kBaseline;
+    if (!strcmp(name, "avx2")) wanted = Capability::kAvx2;
+  }
+  return wanted < best ? wanted : best;
+}
+
+Capability capability() {
+  static const Capability chosen = detect();
+  return chosen;
+}
+
+const char* capability_name() {
+  switch (capability()) {
+    case Capability::kAvx512:
+      return "avx512";
+    case Capability::kAvx2:
+      return "avx2";
+    default:
+      return "default";
+  }
+}
+
+}  // namespace gankernels::cpu
+
+// cpu::NAME(parameters, threads) runs the best of baseline::, avx2:: and avx512::NAME.
+#define GK_DISPATCH(NAME, PARAMETERS)                                            \
+  namespace gankernels {                                                         \
+  namespace baseline {                                                           \
+  void NAME(const PARAMETERS&, const CpuThreads&);                               \
+  }                                                                              \
+  namespace avx2 {                                                               \
+  void NAME(const PARAMETERS&, const CpuThreads&);                               \
+  }                                                                              \
+  namespace avx512 {                                                             \
+  void NAME(const PARAMETERS&, const CpuThreads&);                               \
+  }                                                                              \
+  void cpu::NAME(const PARAMETERS& parameters, const CpuThreads& threads) {      \
+    switch (capability()) {                                                      \
+      case Capability::kAvx512:                                                  \
+        return avx512::NAME(parameters, threads);                                \
+      case Capability::kAvx2:                                                    \
+        return avx2::NAME(parameters, threads);                                  \
+      default:                                                                   \
+        return baseline::NAME(parameters, threads);                              \
+    }                                                                            \
+  }                                                                              \
+  }
+
+GK_DISPATCH(batch_norm_leaky_relu_forward, BatchNormLeakyReLUForward)
+GK_DISPATCH(batch_norm_leaky_relu_backward, BatchNormLeakyReLUBackward)
+GK_DISPATCH(batch_norm_leaky_relu_double_backward, BatchNormLeakyReLUDoubleBackward)
+GK_DISPATCH(update_running_statistics, UpdateRunningStatistics)

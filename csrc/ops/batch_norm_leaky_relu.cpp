@@ -1,0 +1,243 @@
+// Registers batch_norm_leaky_relu and its derivatives. Arguments arrive checked: see
+// gankernels/functional.py, which raises Python's own exception types.
+#include "../kernels/batch_norm_leaky_relu.h"
+
+#include <tuple>
+
+#include "tensor.h"
+
+namespace gankernels::ops {
+namespace {
+
+// Sets what all derivatives share. `x` must be dense.
+void describe(BatchNormLeakyReLU& p, const Tensor& x, const OptionalTensor& weight,
+              const OptionalTensor& bias, double eps, double negative_slope,
+              bool activation_first) {
+  p.n = x.size(0);
+  p.c = x.size(1);
+  p.s = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) p.s *= x.size(d);
+  p.channels_last = layout_of(x) == Layout::kChannelsLast;
+  p.dtype = dtype_of(x);
+  p.parameter_dtype = weight ? dtype_of(*weight) : bias ? dtype_of(*bias) : p.dtype;
+  p.activation_first = activation_first;
+  p.eps = eps;
+  p.negative_slope = negative_slope;
+  p.count = double(p.n) * double(p.s);
+  p.x = data(x);
+  p.weight = data(weight);
+  p.bias = data(bias);
+}
+
+#ifdef GK_WITH_CUDA
+#define GK_RUN(NAME, p, x)                                                                  \
+  if (x.is_cuda()) {                                                                        \
+    const int device = x.get_device();                                                      \
+    const Tensor scratch =                                                                  \
+        empty({cuda::batch_norm_leaky_relu_scratch_bytes(p, device)}, ScalarType::Byte, x); \
+    check_cuda(cuda::NAME(p, mutable_data(scratch), device, cuda_stream(x)));               \
+  } else {                                                                                  \
+    cpu::NAME(p, cpu_threads());                                                            \
+  }
+#else
+#define GK_RUN(NAME, p, x) cpu::NAME(p, cpu_threads());
+#endif
+
+std::tuple<Tensor, Tensor> batch_norm_leaky_relu(Tensor x, OptionalTensor weight,
+                                                 OptionalTensor bias, OptionalTensor statistics,
+                                                 double eps, double negative_slope,
+                                                 bool activation_first) {
+  x = dense(x);
+  BatchNormLeakyReLUForward p;
+  describe(p, x, weight, bias, eps, negative_slope, activation_first);
+  const Tensor y = empty_with_strides_of(x);
+  p.compute_statistics = !statistics;
+  const Tensor used = statistics ? *statistics : empty({2, p.c}, accumulation_type(x), x);
+  p.y = mutable_data(y);
+  p.statistics = mutable_data(used);
+  GK_RUN(batch_norm_leaky_relu_forward, p, x);
+  // An op's outputs must not be its inputs, so given statistics are answered with an empty tensor.
+  return {y, statistics ? empty({0}, accumulation_type(x), x) : used};
+}
+
+Tensor batch_norm_leaky_relu_statistics(Tensor x, double negative_slope, bool activation_first) {
+  x = dense(x);
+  BatchNormLeakyReLUForward p;
+  describe(p, x, {}, {}, 0, negative_slope, activation_first);
+  const Tensor statistics = empty({2, p.c}, accumulation_type(x), x);
+  p.compute_statistics = true;
+  p.statistics = mutable_data(statistics);
+  GK_RUN(batch_norm_leaky_relu_forward, p, x);
+  return statistics;
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_y, Tensor x, const OptionalTensor& weight,
+                                    const OptionalTensor& bias, const Tensor& statistics,
+                                    const OptionalTensor& sums, double count, bool training,
+                                    double eps, double negative_slope, bool activation_first,
+                                    bool want_sums, bool want_grad_x) {
+  x = dense(x);
+  BatchNormLeakyReLUBackward p;
+  describe(p, x, weight, bias, eps, negative_slope, activation_first);
+  const Tensor g = in_layout_of(grad_y, x);
+  p.count = count;
+  p.training = training;
+  p.statistics = mutable_data(statistics);
+  p.grad_y = data(g);
+  p.compute_sums = !sums && (want_sums || training);
+  const Tensor own_sums = empty({p.compute_sums ? 2 : 0, p.c}, accumulation_type(x), x);
+  p.sums = sums ? mutable_data(*sums) : p.compute_sums ? mutable_data(own_sums) : nullptr;
+  Tensor grad_x;
+  if (want_grad_x) {
+    grad_x = empty_with_strides_of(x);
+    p.grad_x = mutable_data(grad_x);
+  }
+  GK_RUN(batch_norm_leaky_relu_backward, p, x);
+  return {grad_x, own_sums};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_leaky_relu_backward(
+    Tensor grad_y, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor statistics,
+    OptionalTensor sums, double count, bool training, double eps, double negative_slope,
+    bool activation_first, bool want_sums) {
+  return backward(grad_y, x, weight, bias, statistics, sums, count, training, eps, negative_slope,
+                  activation_first, want_sums, true);
+}
+
+Tensor batch_norm_leaky_relu_backward_sums(Tensor grad_y, Tensor x, OptionalTensor weight,
+                                           OptionalTensor bias, Tensor statistics, double eps,
+                                           double negative_slope, bool activation_first) {
+  return std::get<1>(backward(grad_y, x, weight, bias, statistics, {}, 0, true, eps,
+                              negative_slope, activation_first, true, false));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(
+    const Tensor& grad_grad_x, const OptionalTensor& grad_grad_weight,
+    const OptionalTensor& grad_grad_bias, const Tensor& grad_y, Tensor x,
+    const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& statistics,
+    const OptionalTensor& sums, double count, bool training, double eps, double negative_slope,
+    bool activation_first, bool want_grad_grad_y, bool want_grad_x, bool want_grad_weight) {
+  x = dense(x);
+  BatchNormLeakyReLUDoubleBackward p;
+  describe(p, x, weight, bias, eps, negative_slope, activation_first);
+  const Tensor g = in_layout_of(grad_y, x);
+  const Tensor v = in_layout_of(grad_grad_x, x);
+  p.count = count;
+  p.training = training;
+  p.statistics = mutable_data(statistics);
+  p.grad_y = data(g);
+  p.grad_grad_x = data(v);
+  p.grad_grad_weight = data(grad_grad_weight);
+  p.grad_grad_bias = data(grad_grad_bias);
+  p.compute_sums = !sums;
+  const Tensor own_sums = empty({sums ? 0 : 5, p.c}, accumulation_type(x), x);
+  p.sums = mutable_data(sums ? *sums : own_sums);
+  const Tensor grad_grad_y = want_grad_grad_y ? empty_with_strides_of(x)
+                                              : empty({0}, x.scalar_type(), x);
+  const Tensor grad_x = want_grad_x ? empty_with_strides_of(x) : empty({0}, x.scalar_type(), x);
+  const Tensor grad_weight = empty({want_grad_weight ? p.c : 0}, accumulation_type(x), x);
+  if (want_grad_grad_y) p.grad_grad_y = mutable_data(grad_grad_y);
+  if (want_grad_x) p.grad_x = mutable_data(grad_x);
+  if (want_grad_weight) p.grad_weight = mutable_data(grad_weight);
+  GK_RUN(batch_norm_leaky_relu_double_backward, p, x);
+  return {grad_grad_y, grad_x, grad_weight, own_sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_leaky_relu_double_backward(
+    Tensor grad_grad_x, OptionalTensor grad_grad_weight, OptionalTensor grad_grad_bias,
+    Tensor grad_y, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor statistics,
+    OptionalTensor sums, double count, bool training, double eps, double negative_slope,
+    bool activation_first, bool want_grad_grad_y, bool want_grad_x) {
+  auto [grad_grad_y, grad_x, grad_weight, _] = double_backward(
+      grad_grad_x, grad_grad_weight, grad_grad_bias, grad_y, x, weight, bias, statistics, sums,
+      count, training, eps, negative_slope, activation_first, want_grad_grad_y, want_grad_x, true);
+  return {grad_grad_y, grad_x, grad_weight};
+}
+
+Tensor batch_norm_leaky_relu_double_backward_sums(Tensor grad_grad_x, Tensor grad_y, Tensor x,
+                                                  OptionalTensor weight, OptionalTensor bias,
+                                                  Tensor statistics, double eps,
+                                                  double negative_slope, bool activation_first) {
+  return std::get<3>(double_backward(grad_grad_x, {}, {}, grad_y, x, weight, bias, statistics, {},
+                                     0, true, eps, negative_slope, activation_first, false, false,
+                                     false));
+}
+
+void update_running_statistics(Tensor running_mean, Tensor running_var,
+                               OptionalTensor num_batches_tracked, Tensor statistics,
+                               std::optional<double> momentum, double count) {
+  UpdateRunningStatistics p;
+  p.c = running_mean.numel();
+  p.statistics = data(statistics);
+  p.statistics_dtype = dtype_of(statistics);
+  p.running_mean = mutable_data(running_mean);
+  p.running_var = mutable_data(running_var);
+  p.running_dtype = dtype_of(running_mean);
+  if (num_batches_tracked) {
+    p.num_batches_tracked = static_cast<int64_t*>(mutable_data(*num_batches_tracked));
+  }
+  p.cumulative = !momentum;
+  p.momentum = momentum.value_or(0);
+  p.count = count;
+#ifdef GK_WITH_CUDA
+  if (running_mean.is_cuda()) {
+    return check_cuda(cuda::update_running_statistics(p, running_mean.get_device(),
+                                                      cuda_stream(running_mean)));
+  }
+#endif
+  cpu::update_running_statistics(p, cpu_threads());
+}
+
+}  // namespace
+
+// Statistics are (2, C): mean, biased variance. Sums are as in kernels/batch_norm_leaky_relu.h.
+STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) {
+  m.def(
+      "batch_norm_leaky_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? statistics, "
+      "float eps, float negative_slope, bool activation_first) -> (Tensor y, Tensor statistics)");
+  m.def(
+      "batch_norm_leaky_relu_statistics(Tensor x, float negative_slope, bool activation_first) "
+      "-> Tensor");
+  m.def(
+      "batch_norm_leaky_relu_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, "
+      "Tensor statistics, Tensor? sums, float count, bool training, float eps, "
+      "float negative_slope, bool activation_first, bool want_sums) "
+      "-> (Tensor grad_x, Tensor sums)");
+  m.def(
+      "batch_norm_leaky_relu_backward_sums(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, "
+      "Tensor statistics, float eps, float negative_slope, bool activation_first) -> Tensor");
+  m.def(
+      "batch_norm_leaky_relu_double_backward(Tensor grad_grad_x, Tensor? grad_grad_weight, "
+      "Tensor? grad_grad_bias, Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, "
+      "Tensor statistics, Tensor? sums, float count, bool training, float eps, "
+      "float negative_slope, bool activation_first, bool want_grad_grad_y, bool want_grad_x) "
+      "-> (Tensor grad_grad_y, Tensor grad_x, Tensor grad_weight)");
+  m.def(
+      "batch_norm_leaky_relu_double_backward_sums(Tensor grad_grad_x, Tensor grad_y, Tensor x, "
+      "Tensor? weight, Tensor? bias, Tensor statistics, float eps, float negative_slope, "
+      "bool activation_first) -> Tensor");
+  m.def(
+      "update_running_statistics(Tensor(a!) running_mean, Tensor(b!) running_var, "
+      "Tensor(c!)? num_batches_tracked, Tensor statistics, float? momentum, float count) -> ()");
+}
+
+#define GK_REGISTER(m)                                                         \
+  m.impl("batch_norm_leaky_relu", TORCH_BOX(&batch_norm_leaky_relu));          \
+  m.impl("batch_norm_leaky_relu_statistics",                                   \
+         TORCH_BOX(&batch_norm_leaky_relu_statistics));                        \
+  m.impl("batch_norm_leaky_relu_backward",                                     \
+         TORCH_BOX(&batch_norm_leaky_relu_backward));                          \
+  m.impl("batch_norm_leaky_relu_backward_sums",                                \
+         TORCH_BOX(&batch_norm_leaky_relu_backward_sums));                     \
+  m.impl("batch_norm_leaky_relu_double_backward",                              \
+         TORCH_BOX(&batch_norm_leaky_relu_double_backward));                   \
+  m.impl("batch_norm_leaky_relu_double_backward_sums",                         \
+         TORCH_BOX(&batch_norm_leaky_relu_double_backward_sums));              \
+  m.impl("update_running_statistics", TORCH_BOX(&update_running_statistics));
+
+STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m) { GK_REGISTER(m) }
+#ifdef GK_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(gankernels, CUDA, m) { GK_REGISTER(m) }
+#endif
+
+}  // namespace gankernels::ops

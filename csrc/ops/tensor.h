@@ -1,0 +1,51 @@
+// What every op does around its kernel: memory layouts, element types, allocation, threads, streams.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "../kernels/common.h"
+
+namespace gankernels::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType dtype_of(const Tensor& tensor);
+
+// float64 for float64, otherwise float32.
+ScalarType accumulation_type(const Tensor& tensor);
+
+// How a dense tensor (N, C, spatial...) lies in memory. One with a single element in space, such as
+// (N, C), counts as channels last, which is where its vectors are long.
+enum class Layout { kChannelsFirst, kChannelsLast, kOther };
+Layout layout_of(const Tensor& tensor);
+
+// The tensor itself where it is dense in one of the two layouts, otherwise a contiguous copy.
+Tensor dense(const Tensor& tensor);
+
+// The tensor itself where it has the layout of `model`, of the same sizes, otherwise a copy that has.
+Tensor in_layout_of(const Tensor& tensor, const Tensor& model);
+
+// Uninitialised, on the device of `model`.
+Tensor empty(std::vector<int64_t> sizes, ScalarType dtype, const Tensor& model);
+Tensor empty_with_strides_of(const Tensor& model);
+
+const void* data(const Tensor& tensor);
+const void* data(const OptionalTensor& tensor);  // null where there is none
+void* mutable_data(const Tensor& tensor);
+
+CpuThreads cpu_threads();
+
+// The current CUDA stream of `tensor`'s device, a cudaStream_t.
+void* cuda_stream(const Tensor& tensor);
+
+// Throws what a CUDA kernel returned, if anything.
+void check_cuda(const char* error);
+
+}  // namespace gankernels::ops

@@ -1,0 +1,132 @@
+"""Loads the compiled kernels and decides, tensor by tensor, between them and the reference."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gankernels._version import __version__
+
+_FOLDER = Path(__file__).parent
+_CPU_CAPABILITIES = ("default", "avx2", "avx512")
+_BACKENDS = ("auto", "reference")
+
+_backend = "auto"
+_load_error: str | None = None
+_record: dict = {}
+_warned: set[str] = set()
+
+
+def _load() -> None:
+    global _load_error, _record
+    library = _FOLDER / "libgankernels.so"
+    if not library.exists():
+        _load_error = (
+            "the kernels are not compiled: install the package (pip install .) or run "
+            "`python setup.py build_ext --inplace` in its source folder"
+        )
+        return
+    try:
+        torch.ops.load_library(str(library))
+        _record = json.loads((_FOLDER / "_build.json").read_text())
+    except OSError as error:
+        _load_error = f"the compiled kernels cannot be loaded into torch {torch.__version__}: {error}"
+
+
+_load()
+LOADED = _load_error is None
+
+
+class use_backend(AbstractContextManager):  # noqa: N801  (reads as a function, like torch.no_grad)
+    """Selects what computes the ops, as a function or as a context manager.
+
+    Args:
+        name: ``"auto"`` uses compiled kernels wherever there are some; ``"reference"`` uses plain
+            PyTorch throughout.
+
+    Raises:
+        ValueError: for any other name.
+
+    Example::
+
+        with gankernels.use_backend("reference"):
+            expected = layer(x)
+    """
+
+    def __init__(self, name: str) -> None:
+        global _backend
+        if name not in _BACKENDS:
+            raise ValueError(f"use_backend: name is {name!r}; accepted are {_BACKENDS}")
+        self._previous = _backend
+        _backend = name
+
+    def __exit__(self, *_: object) -> None:
+        global _backend
+        _backend = self._previous
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether the compiled kernels serve this tensor; warns once where that may come unexpected."""
+    if _backend == "reference":
+        return False
+    kind = x.device.type
+    if LOADED and (kind in ("cpu", "meta") or (kind == "cuda" and _record["cuda"])):
+        return True
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(f"gankernels runs as plain PyTorch on {kind}: {why_not(kind)}", stacklevel=4)
+    return False
+
+
+def why_not(kind: str) -> str | None:
+    """Why there are no kernels for this kind of device, or None where there are."""
+    if _load_error:
+        return _load_error
+    if kind == "cpu":
+        return None
+    if kind == "cuda":
+        if not _record["cuda"]:
+            return (
+                "this build has no CUDA kernels; install the CUDA toolkit (nvcc) and reinstall "
+                "with GANKERNELS_CUDA=1"
+            )
+        return None
+    return f"there are kernels for cpu and cuda, none for {kind}"
+
+
+def build_info() -> dict:
+    """Returns what was built, for which hardware, and what is in use here.
+
+    Returns:
+        A dict with ``version``; ``torch`` (running) and ``built_with_torch``; ``compiler``;
+        ``cpu_instruction_sets`` (compiled) and ``cpu_capability`` (in use); ``cuda`` (the toolkit's
+        version or None); ``cuda_architectures``; ``cuda_in_use``; ``cuda_off_because`` (None where
+        CUDA kernels are in use); ``backend``; ``kernels_off_because`` (None where they are loaded).
+    """
+    cuda_off = why_not("cuda")
+    if cuda_off is None and torch.version.cuda is None:
+        cuda_off = f"torch {torch.__version__} is a CPU-only build"
+    if cuda_off is None and not torch.cuda.is_available():
+        cuda_off = "torch finds no usable NVIDIA GPU" + (
+            " (CUDA 13 needs driver 580 or newer)" if _record["cuda"].startswith("13") else ""
+        )
+    capability = _CPU_CAPABILITIES[torch.ops.gankernels.cpu_capability()] if LOADED else None
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "built_with_torch": _record.get("torch"),
+        "compiler": _record.get("compiler"),
+        "cpu_instruction_sets": _record.get("cpu_instruction_sets", []),
+        "cpu_capability": capability,
+        "cuda": _record.get("cuda"),
+        "cuda_architectures": _record.get("cuda_architectures", []),
+        "cuda_in_use": cuda_off is None,
+        "cuda_off_because": cuda_off,
+        "backend": _backend,
+        "kernels_off_because": _load_error,
+    }

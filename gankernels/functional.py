@@ -1,0 +1,196 @@
+"""The ops as functions of tensors, with their arguments checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gankernels._library import has_kernel
+from gankernels.ops import batch_norm_leaky_relu as _bn
+
+__all__ = ["batch_norm_leaky_relu", "leaky_relu_batch_norm"]
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def batch_norm_leaky_relu(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    r"""Batch normalisation followed by LeakyReLU, fused: the order of DCGAN.
+
+    .. math:: y = \mathrm{lrelu}\Bigl(w_c \frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}} + b_c\Bigr)
+
+    Computes ``F.leaky_relu(F.batch_norm(x, ...), negative_slope)`` with fewer passes over memory,
+    and saves for backward only ``x`` and per-channel statistics.
+
+    Args:
+        x: ``(N, C)`` to ``(N, C, d1, d2, d3)``, of float32, float64, bfloat16 or float16. Dense
+            contiguous and channels_last tensors are used as they lie, others are copied first.
+        running_mean: ``(C,)`` or None; updated in place in training.
+        running_var: ``(C,)`` or None; updated in place in training, with the unbiased variance.
+        weight: ``(C,)`` or None, in ``x``'s dtype, or float32 where ``x`` is of half precision.
+        bias: likewise.
+        training: whether to normalise by the statistics of the batch or by the running ones.
+        momentum: the share of the batch in the running statistics.
+        eps: added to the variance.
+        negative_slope: LeakyReLU's slope for negative values; 0 is ReLU, 1 leaves batch
+            normalisation alone.
+
+    Returns:
+        A tensor of ``x``'s shape, dtype and memory layout.
+
+    Raises:
+        TypeError: where ``x`` is no floating-point tensor of these dtypes.
+        ValueError: in training with one value per channel or with ``eps <= 0``, or where only one of
+            the running statistics is given.
+        RuntimeError: where a per-channel argument does not match ``x``.
+
+    Derivatives: the first and the second, both with kernels of their own, with respect to ``x``,
+    ``weight`` and ``bias``; asking for a third raises. Under autocast the op computes in ``x``'s
+    dtype, with sums and statistics in float32.
+
+    References: Ioffe & Szegedy, 2015, arXiv:1502.03167; Radford et al., 2016, arXiv:1511.06434.
+    """
+    return _batch_norm(
+        x, running_mean, running_var, None, weight, bias, training, momentum, eps, negative_slope,
+        activation_first=False,
+    )  # fmt: skip
+
+
+def leaky_relu_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    r"""LeakyReLU followed by batch normalisation, fused: the order of the classic Keras cGAN.
+
+    .. math:: y = w_c \frac{\mathrm{lrelu}(x) - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}} + b_c
+
+    with the statistics of ``lrelu(x)``. Computes ``F.batch_norm(F.leaky_relu(x, negative_slope),
+    ...)``; arguments, result, errors and derivatives are those of :func:`batch_norm_leaky_relu`.
+    """
+    return _batch_norm(
+        x, running_mean, running_var, None, weight, bias, training, momentum, eps, negative_slope,
+        activation_first=True,
+    )  # fmt: skip
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    negative_slope: float,
+    *,
+    activation_first: bool,
+) -> Tensor:
+    """Both orders. ``num_batches_tracked`` is counted up in training; with ``momentum=None`` it
+    makes the running statistics a cumulative average, without the host waiting for the device."""
+    _check(x, running_mean, running_var, weight, bias, training, eps)
+    if x.dim() < 2 or not has_kernel(x):
+        if training and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(num_batches_tracked)
+        return _bn.reference(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope,
+            activation_first,
+        )  # fmt: skip
+    if training:
+        y, statistics = _bn.batch_norm_leaky_relu(
+            x, weight, bias, None, eps, negative_slope, activation_first
+        )
+        if running_mean is not None and x.numel():
+            torch.ops.gankernels.update_running_statistics.default(
+                running_mean, running_var, num_batches_tracked, statistics, momentum, _bn.count(x)
+            )
+        return y
+    statistics = torch.stack((running_mean, running_var))
+    if statistics.dtype is not torch.float64 and statistics.dtype is not torch.float32:
+        statistics = statistics.float()
+    return _bn.batch_norm_leaky_relu(
+        x, weight, bias, statistics, eps, negative_slope, activation_first
+    )[0]
+
+
+def _check(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; a Tensor is needed")
+    dtype = x.dtype
+    if dtype not in _FLOATING:
+        raise TypeError(f"x has dtype {dtype}; accepted are {', '.join(map(str, _FLOATING))}")
+    shape = x.shape
+    channels = shape[1] if len(shape) > 1 else 0
+    if len(shape) > 5:
+        raise ValueError(f"x has {len(shape)} dimensions; accepted are 2 to 5")
+    if (running_mean is None) is not (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    first = None
+    for name, tensor in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dim() != 1 or tensor.shape[0] != channels:
+            raise RuntimeError(
+                f"{name} should contain {channels} elements, one for each channel of x, "
+                f"but has shape {tuple(tensor.shape)}"
+            )
+        if tensor.dtype is not dtype:
+            # Half-precision activations go with parameters and statistics in float32, all of them.
+            half = dtype is torch.bfloat16 or dtype is torch.float16
+            if not half or tensor.dtype is not torch.float32:
+                accepted = f"{dtype} or torch.float32" if half else f"{dtype}"
+                raise RuntimeError(
+                    f"{name} has dtype {tensor.dtype}, but x has {dtype}: accepted are {accepted}"
+                )
+        if first is None:
+            first = name, tensor
+        elif tensor.dtype is not first[1].dtype:
+            raise RuntimeError(
+                f"{name} has dtype {tensor.dtype}, but {first[0]} has {first[1].dtype}: "
+                "all per-channel tensors share one dtype"
+            )
+        if tensor.device != x.device:
+            raise RuntimeError(f"{name} is on {tensor.device}, but x is on {x.device}")
+    if not training:
+        if running_mean is None:
+            raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
+    else:
+        if eps <= 0:
+            raise ValueError(f"eps must be positive during training, but got {eps}")
+        if channels and x.numel() == channels:
+            raise ValueError(
+                "Expected more than 1 value per channel when training, "
+                f"got input size {tuple(shape)}"
+            )

@@ -1,0 +1,19 @@
+"""Layers that look, print, serialise and raise as torch.nn's do."""
+
+from gankernels.nn.batch_norm_leaky_relu import (
+    BatchNormLeakyReLU1d,
+    BatchNormLeakyReLU2d,
+    BatchNormLeakyReLU3d,
+    LeakyReLUBatchNorm1d,
+    LeakyReLUBatchNorm2d,
+    LeakyReLUBatchNorm3d,
+)
+
+__all__ = [
+    "BatchNormLeakyReLU1d",
+    "BatchNormLeakyReLU2d",
+    "BatchNormLeakyReLU3d",
+    "LeakyReLUBatchNorm1d",
+    "LeakyReLUBatchNorm2d",
+    "LeakyReLUBatchNorm3d",
+]

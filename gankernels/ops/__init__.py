@@ -1,0 +1,1 @@
+"""The ops: one file each, with reference, kernel calls, fake kernels and derivatives."""

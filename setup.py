@@ -1,0 +1,227 @@
+"""Builds `gankernels/libgankernels.so`: PyTorch's stable ABI, no Python symbols, CUDA where nvcc is.
+
+torch's own CUDAExtension is not used, since it refuses CUDA sources beside a CPU-only torch and ties
+the result to one Python and one torch. Here g++ compiles everything that sees torch, nvcc never
+does, and ninja orders the work. Environment variables:
+
+GANKERNELS_CUDA       auto (default): build CUDA kernels where nvcc is found; 1: fail without nvcc;
+                      0: leave them out
+TORCH_CUDA_ARCH_LIST  as for PyTorch's own extensions, e.g. "9.0" or "8.0;9.0+PTX"
+CXX, NVCC             the compilers
+MAX_JOBS              how many run at a time
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+LIBRARY = "libgankernels.so"
+RECORD = "_build.json"  # what was built, for gankernels.build_info()
+OLDEST_TORCH = (2, 10)
+
+CPU_ISAS = {
+    "baseline": "-msse2",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512",
+}
+
+
+def find_torch() -> tuple[Path, str]:
+    """Returns torch's folder and version, found without importing it."""
+    # pip's isolated build environment hides the packages of the environment being installed into;
+    # purelib names their folder all the same.
+    folder = Path(sysconfig.get_path("purelib")) / "torch"
+    if not folder.exists():
+        spec = importlib.util.find_spec("torch")
+        if spec is None or spec.origin is None:
+            sys.exit(
+                "gankernels: building needs PyTorch >= 2.10 in this environment, and none is "
+                "installed. Install it first (see pytorch.org for CPU and CUDA builds), then "
+                "install gankernels."
+            )
+        folder = Path(spec.origin).parent
+    version = re.search(r"__version__ = '([^']+)'", (folder / "version.py").read_text())[1]
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        sys.exit(f"gankernels: needs torch >= 2.10, but {version} is installed in {folder.parent}")
+    return folder, version
+
+
+def find_nvcc() -> str | None:
+    choice = os.environ.get("GANKERNELS_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        sys.exit(f"gankernels: GANKERNELS_CUDA is {choice!r}; accepted are auto, 0 and 1")
+    if choice == "0":
+        return None
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+    if nvcc is None and os.environ.get("CUDA_HOME"):
+        nvcc = shutil.which("nvcc", path=Path(os.environ["CUDA_HOME"]) / "bin")
+    if nvcc is None and choice == "1":
+        sys.exit(
+            "gankernels: GANKERNELS_CUDA=1, but no nvcc is on the PATH, in NVCC or in CUDA_HOME. "
+            "Install the CUDA toolkit, or build without CUDA kernels by GANKERNELS_CUDA=0."
+        )
+    return nvcc
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
+    """Returns nvcc's -gencode options' values, from TORCH_CUDA_ARCH_LIST or all since Turing."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if wanted:
+        values = []
+        for name in re.split(r"[;,\s]+", wanted.strip()):
+            match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
+            if match is None:
+                sys.exit(
+                    f"gankernels: TORCH_CUDA_ARCH_LIST contains {name!r}; accepted are entries "
+                    "such as 8.0, 9.0a or 9.0+PTX"
+                )
+            number = match[1] + match[2]
+            values.append(f"arch=compute_{number},code=sm_{number}")
+            if match[3]:
+                values.append(f"arch=compute_{number},code=compute_{number}")
+        return values
+    listed = run(nvcc, "--list-gpu-arch")
+    known = sorted({int(n) for n in re.findall(r"compute_(\d+)", listed)})
+    # One binary serves all later minor versions of its generation, so these cover every GPU since
+    # Turing; PTX serves those to come.
+    numbers = [n for n in (75, 80, 86, 89, 90, 100, 120) if n in known]
+    values = [f"arch=compute_{n},code=sm_{n}" for n in numbers]
+    return [*values, f"arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def find_ninja() -> list[str]:
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    if shutil.which("ninja"):
+        return ["ninja"]
+    sys.exit("gankernels: building needs ninja: pip install ninja")
+
+
+class BuildLibrary(build_ext):
+    """Writes a build.ninja, runs it, and puts the library and its record into the package."""
+
+    def run(self) -> None:
+        torch, torch_version = find_torch()
+        nvcc = find_nvcc()
+        cxx = os.environ.get("CXX", "g++")
+        architectures = cuda_architectures(nvcc) if nvcc else []
+
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(self.ninja(torch, cxx, nvcc, architectures))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        if subprocess.run([*find_ninja(), "-C", str(build), *jobs]).returncode:
+            sys.exit("gankernels: the compilation failed; the compiler's own message is above")
+
+        record = {
+            "torch": torch_version,
+            "compiler": run(cxx, "--version").splitlines()[0],
+            "cpu_instruction_sets": list(CPU_ISAS),
+            "cuda": re.search(r"release ([\d.]+)", run(nvcc, "--version"))[1] if nvcc else None,
+            "cuda_architectures": [re.search(r"code=(\w+)", a)[1] for a in architectures],
+        }
+        target = self.output_folder()
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / LIBRARY, target / LIBRARY)
+        (target / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+    def ninja(self, torch: Path, cxx: str, nvcc: str | None, architectures: list[str]) -> str:
+        def escape(path: object) -> str:
+            return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+        kernels, ops = ROOT / "csrc" / "kernels", ROOT / "csrc" / "ops"
+        common = "-std=c++17 -O3 -fPIC -Wall -Wextra -fvisibility=hidden"
+        gencode = " ".join(f"-gencode {a}" for a in architectures)
+        lines = [
+            "ninja_required_version = 1.8",
+            "rule kernel",
+            # Kernels throw nothing, and the baseline copy must run on every x86-64.
+            f"  command = {cxx} {common} -fno-exceptions -fno-rtti $flags -MMD -MF $out.d "
+            "-c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule op",
+            f"  command = {cxx} {common} -DTORCH_TARGET_VERSION=0x020a000000000000 $flags "
+            f"-isystem {escape(torch / 'include')} -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+        # -ltorch would be dropped as unneeded, since all it does is bring in the libraries behind.
+        link = f"-L{escape(torch / 'lib')} -ltorch -ltorch_cpu"
+        if nvcc:
+            lines += [
+                "rule cuda",
+                f"  command = {nvcc} -std=c++17 -O3 {gencode} -Werror all-warnings -Xcompiler "
+                "-fPIC,-Wall,-Wextra,-fvisibility=hidden -MMD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "rule link",
+                f"  command = {nvcc} -shared -cudart static -Xlinker --no-as-needed $in {link} "
+                "-o $out",
+            ]
+        else:
+            lines += [
+                "rule link",
+                f"  command = {cxx} -shared -Wl,--no-as-needed $in {link} -o $out",
+            ]
+        objects = []
+
+        def compile_(rule: str, source: Path, suffix: str = "", flags: str = "") -> None:
+            name = f"{source.parent.name}_{source.stem}{suffix}.o"
+            objects.append(name)
+            lines.append(f"build {name}: {rule} {escape(source)}")
+            if flags:
+                lines.append(f"  flags = {flags}")
+
+        # The largest first, to keep all cores busy to the end.
+        for source in sorted((kernels / "cuda").glob("*.cu")) if nvcc else []:
+            compile_("cuda", source)
+        for source in sorted((kernels / "cpu").glob("*.cpp")):
+            if source.stem == "dispatch":
+                compile_("kernel", source)
+                continue
+            for isa, flags in CPU_ISAS.items():
+                compile_("kernel", source, f".{isa}", f"-DGK_ISA={isa} {flags}")
+        for source in sorted(ops.glob("*.cpp")):
+            compile_("op", source, flags="-DGK_WITH_CUDA" if nvcc else "")
+        lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"default {LIBRARY}"]
+        return "\n".join(lines) + "\n"
+
+    def output_folder(self) -> Path:
+        return ROOT / "gankernels" if self.inplace else Path(self.build_lib) / "gankernels"
+
+    def get_outputs(self) -> list[str]:
+        folder = Path(self.build_lib) / "gankernels"
+        return [str(folder / LIBRARY), str(folder / RECORD)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {output: str(ROOT / "gankernels" / Path(output).name) for output in self.get_outputs()}
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The library has no Python symbols: one wheel serves every Python 3 and every torch >= 2.10."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    # Names the library for setuptools; BuildLibrary knows the sources.
+    ext_modules=[Extension("gankernels.libgankernels", sources=[])],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
+)

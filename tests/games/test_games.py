@@ -1,0 +1,152 @@
+"""The registry, what players minimise, and sampling."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gankernels import games
+from gankernels.games import Batch, DataSpec
+
+SPEC = DataSpec(channels=1, size=12, num_classes=3)
+
+
+def make(name, spec=SPEC, **options):
+    torch.manual_seed(0)
+    game_class = games.get(name)
+    if hasattr(game_class.Options, "width"):
+        options.setdefault("width", 4)
+    return game_class(spec, game_class.Options(**options))
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def batch():
+    return Batch(torch.rand(8, 1, 12, 12, generator=rng()) * 2 - 1, torch.arange(8) % 3)
+
+
+def test_registry_holds_the_first_five():
+    assert {"gan", "cgan", "cdcgan", "dcgan", "wgan"} <= set(games.names())
+    for name in games.names():
+        assert games.get(name).__doc__
+        assert make(name).name == name
+
+
+def test_unknown_game():
+    with pytest.raises(ValueError, match=r"unknown model 'cgann'; did you mean 'cgan'\?"):
+        games.get("cgann")
+    with pytest.raises(ValueError, match="Known models: .*wgan"):
+        games.get("_game")
+
+
+@pytest.mark.parametrize("name", games.names())
+@pytest.mark.parametrize("spec", [SPEC, DataSpec(3, 32, 5), DataSpec(3, 16, 1)])
+def test_every_player_learns_from_its_loss(name, spec):
+    game = make(name, spec)
+    images = torch.rand(4, *spec.image_shape, generator=rng()) * 2 - 1
+    batch = Batch(images, torch.arange(4) % spec.num_classes)
+    for player in game.players():
+        terms = player.loss(batch, rng())
+        assert all(value.shape == () and value.isfinite() for value in terms.values())
+        game.zero_grad()
+        sum(terms.values()).backward()
+        for key, parameter in player.network.named_parameters():
+            assert parameter.grad is not None, f"{player.name}: {key}"
+
+
+@pytest.mark.parametrize("name", ["gan", "cgan", "dcgan", "cdcgan"])
+def test_losses_are_binary_cross_entropy(name, batch):
+    game = make(name).eval()  # without dropout
+    discriminator, generator = game.players()
+    labels = batch.labels if game.conditional else None
+    fake = game.generator(torch.randn(8, 100, generator=rng(3)), labels)
+    real_logits = game.discriminator(batch.images, labels)
+    fake_logits = game.discriminator(fake, labels)
+    ones = torch.ones(8)
+    terms = discriminator.loss(batch, rng(3))
+    bce = F.binary_cross_entropy_with_logits
+    torch.testing.assert_close(terms["real"], bce(real_logits, ones))
+    torch.testing.assert_close(terms["fake"], bce(fake_logits, 0 * ones))
+    (adversarial,) = generator.loss(batch, rng(3)).values()
+    torch.testing.assert_close(adversarial, bce(fake_logits, ones))
+
+
+def test_wasserstein_losses(batch):
+    game = make("wgan").eval()
+    critic, generator = game.players()
+    fake = game.generator(torch.randn(8, 100, generator=rng(3)))
+    (critic_loss,) = critic.loss(batch, rng(3)).values()
+    torch.testing.assert_close(critic_loss, game.critic(fake).mean() - game.critic(batch.images).mean())
+    (generator_loss,) = generator.loss(batch, rng(3)).values()
+    torch.testing.assert_close(generator_loss, -game.critic(fake).mean())
+
+
+def test_wgan_is_configured_as_published():
+    critic, generator = make("wgan", DataSpec()).players()
+    assert (critic.steps, generator.steps) == (5, 1)
+    for player in (critic, generator):
+        optimizer = player.optimizer(list(player.network.parameters()))
+        assert isinstance(optimizer, torch.optim.RMSprop)
+        assert optimizer.defaults["lr"] == 5e-5
+    assert max(p.abs().max().item() for p in critic.network.parameters()) > 0.01
+    with torch.no_grad():
+        critic.after_step()
+    assert max(p.abs().max().item() for p in critic.network.parameters()) == pytest.approx(0.01)
+
+
+def test_losses_stay_float32_under_autocast(batch):
+    for name in games.names():
+        for player in make(name).players():
+            with torch.autocast("cpu", torch.bfloat16):
+                terms = player.loss(batch, rng())
+            assert {value.dtype for value in terms.values()} == {torch.float32}
+
+
+def test_sample_repeats_and_is_an_image():
+    game = make("cgan").eval()
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    images = game.sample(5, labels, rng(1))
+    assert images.shape == (5, 1, 12, 12)
+    assert images.dtype == torch.float32
+    assert not images.requires_grad
+    assert torch.equal(images, game.sample(5, labels, rng(1)))
+    assert not torch.equal(images, game.sample(5, labels, rng(2)))
+    assert not torch.equal(images, game.sample(5, labels.flip(0), rng(1)))
+    torch.testing.assert_close(images, game.sample(5, labels, rng(1), batch_size=2))
+
+
+def test_sample_draws_missing_labels():
+    game = make("cdcgan").eval()
+    state = rng(1)
+    labels = game.random_labels(40, state)
+    assert set(labels.tolist()) == {0, 1, 2}
+    assert torch.equal(game.sample(40, labels, state), game.sample(40, None, rng(1)))
+
+
+def test_sample_errors():
+    with pytest.raises(ValueError, match="not conditional"):
+        make("gan").sample(2, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"shape \(2,\), got \(3,\)"):
+        make("cgan").sample(2, torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"lie in 0\.\.2, got 0\.\.3"):
+        make("cgan").sample(2, torch.tensor([0, 3]))
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="lr must not be negative, got -1"):
+        make("gan", lr=-1.0)
+    with pytest.raises(ValueError, match="latent_dim must be at least 1, got 0"):
+        make("gan", latent_dim=0)
+
+
+def test_games_and_models_do_not_know_the_trainer():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from gankernels import games; [games.get(name) for name in games.names()];"
+        "assert not [name for name in sys.modules if name.startswith('gankernels.train')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,191 @@
+"""Every command on real digits, and the errors a user can make."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gankernels import games
+from gankernels.cli import describe_build, main
+
+FAST = ["--steps", "4", "--batch-size", "8", "--device", "cpu", "--set", "size=12"]
+
+
+def train(out, model="cgan", *more):
+    return main(["train", model, "--data", "digits", *FAST, "--out", str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "cgan"
+    assert train(out) == 0
+    return out
+
+
+@pytest.mark.parametrize("model", games.names())
+def test_train_and_sample_every_model(tmp_path, capsys, model):
+    assert train(tmp_path / "run", model) == 0
+    assert str(tmp_path / "run" / "samples.png") in capsys.readouterr().out
+    out = tmp_path / "grid.png"
+    assert main(["sample", str(tmp_path / "run"), "--out", str(out), "--count", "9"]) == 0
+    assert Image.open(out).size[1] >= 12
+
+
+def test_models_need_no_more_than_a_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_gan.py").write_text(
+        "from gankernels.games.gan import GAN\n"
+        "class MyGAN(GAN):\n"
+        "    'Mine, and nobody else knows.'\n"
+    )
+    monkeypatch.setattr(games, "__path__", [*games.__path__, str(tmp_path)])
+    try:
+        assert train(tmp_path / "run", "my-gan") == 0
+        with pytest.raises(SystemExit):
+            main(["train", "--help"])
+        assert "Mine, and nobody else knows." in capsys.readouterr().out
+    finally:
+        sys.modules.pop("gankernels.games.my_gan", None)
+
+
+def test_resume_and_set(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(out, "wgan", "--set", "n_critic=2", "--set", "clip=0.03") == 0
+    more = ["--steps", "6", "--resume"]
+    assert train(out, "wgan", *more) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["steps"], config["n_critic"], config["clip"]) == (6, 2, 0.03)
+    assert (out / "checkpoints/step_00000006.pt").exists()
+
+
+def test_config_json_as_model(trained, tmp_path):
+    again = tmp_path / "again"
+    assert main(["train", str(trained / "config.json"), "--out", str(again)]) == 0
+    assert (again / "samples.png").read_bytes() == (trained / "samples.png").read_bytes()
+
+
+def test_sample(trained, tmp_path):
+    def sample(name, *arguments):
+        path = tmp_path / name
+        assert main(["sample", str(trained), "--out", str(path), *arguments]) == 0
+        return np.asarray(Image.open(path))
+
+    grid = sample("all.png")
+    assert grid.shape == (7 * 14 + 2, 10 * 14 + 2)
+    assert np.array_equal(grid, sample("same.png", "--seed", "0"))
+    assert not np.array_equal(grid, sample("other.png", "--seed", "1"))
+    some = sample("some.png", "--labels", "3,1", "--count", "4")
+    assert some.shape == (2 * 14 + 2, 2 * 14 + 2)
+    swapped = sample("swapped.png", "--labels", "1,3", "--count", "4")
+    assert not np.array_equal(some, swapped)
+    (checkpoint,) = (trained / "checkpoints").iterdir()
+    path = tmp_path / "file.png"
+    assert main(["sample", str(checkpoint), "--out", str(path)]) == 0
+    assert np.array_equal(grid, np.asarray(Image.open(path)))
+
+
+def test_train_help_is_enough(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for part in [*games.names(), "--resume", "batch_size=64", "n_critic=5", "ema=", "lr=5e-05"]:
+        assert part in text
+
+
+def test_info(capsys):
+    import gankernels
+
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for key in gankernels.build_info():
+        assert key in text
+
+
+def test_build_info_is_readable():
+    info = {"version": "1.0", "cuda": {"built": False, "why": None}, "cpu": ["avx2", "avx512"]}
+    assert list(describe_build(info)) == [
+        "version  1.0",
+        "cuda",
+        "  built  False",
+        "  why    -",
+        "cpu      avx2, avx512",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "cgann"], "unknown model 'cgann'; did you mean 'cgan'?"),
+        (["train", "cgan", "--data", "nowhere"], "nowhere"),
+        (["train", "cgan", "--steps", "many"], "steps must be a whole number, got 'many'"),
+        (["train", "cgan", "--set", "batchsize=3"], "did you mean 'batch_size'?"),
+        (["train", "cgan", "--set", "lr"], "--set takes key=value"),
+        (["train", "cgan", "--device", "warp"], "device 'warp' cannot be used"),
+        (["train", "cgan", "--precision", "fp1"], "precision must be"),
+        (["train", "dcgan", "--set", "size=30"], "size must be divisible by 4, got 30"),
+        (["train", "missing.json"], "missing.json"),
+        (["train"], "MODEL"),
+        (["fly"], "fly"),
+        (["sample", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("gankernels: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels", "0,11"], "labels must lie in 0..9, got 0..11"),
+        (["--labels", "one"], "--labels takes numbers like 0,1,2, got 'one'"),
+        (["--count", "0"], "--count must be at least 1, got 0"),
+    ],
+)
+def test_sample_errors(trained, tmp_path, capsys, arguments, message):
+    out = tmp_path / "grid.png"
+    assert main(["sample", str(trained), "--out", str(out), *arguments]) == 2
+    assert capsys.readouterr().err == f"gankernels: error: {message}\n"
+    assert not out.exists()
+
+
+def test_damaged_checkpoint_is_the_users_to_put_right(tmp_path, capsys):
+    assert train(tmp_path / "run") == 0
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    capsys.readouterr()
+    assert main(["sample", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith(f"gankernels: error: {checkpoint} is damaged")
+
+
+def test_divergence_ends_with_status_1(tmp_path, capsys):
+    assert train(tmp_path / "run", "gan", "--set", "lr=1e30") == 1
+    assert capsys.readouterr().err.count("gankernels: error: step 4: ") == 1
+
+
+def test_module_and_sigterm(tmp_path):
+    command = [sys.executable, "-m", "gankernels", "train", "cgan", "--out", str(tmp_path / "run")]
+    command += ["--device", "cpu", "--steps", "1000000", "--batch-size", "8", "--set", "size=12"]
+    command += ["--set", "log_every=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err.decode()
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert (tmp_path / f"run/checkpoints/step_{last:08d}.pt").exists()
+    assert b"continue with: gankernels train cgan --resume" in out

@@ -1,0 +1,212 @@
+"""Nothing is lost: checkpoints are complete, atomic, and resumed bit for bit."""
+
+import errno
+import json
+import pickle
+
+import pytest
+import torch
+
+from gankernels.train import CheckpointError, latest_checkpoint, load_game
+from gankernels.train import checkpoint as checkpoint_module
+
+SMALL = {
+    "gan": {},
+    "cgan": {},  # dropout: the default generator counts too
+    "cdcgan": {"width": 4},
+    "dcgan": {"size": 32, "width": 4},
+    "wgan": {"n_critic": 2},
+}
+
+
+def tensors(value, path=""):
+    """Every tensor and plain value in a nested state, by path."""
+    if isinstance(value, dict):
+        return {k: v for name in value for k, v in tensors(value[name], f"{path}/{name}").items()}
+    if isinstance(value, (list, tuple)):
+        return tensors(dict(enumerate(value)), path)
+    return {path: value}
+
+
+@pytest.mark.parametrize("model", SMALL)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bit_for_bit(run, tmp_path, model, precision):
+    if precision == "bf16" and model != "cgan":
+        pytest.skip("one model is enough for the other precision")
+    settings = {"model": model, "precision": precision, **SMALL[model]}
+    whole = run(**settings, steps=60, out=str(tmp_path / "whole"))
+    whole.fit()
+    continued = torch.rand(3), torch.rand(3, generator=whole.rng)
+
+    run(**settings, steps=30, out=str(tmp_path / "parts")).fit()
+    torch.manual_seed(12345)
+    parts = run(**settings, steps=60, out=str(tmp_path / "parts"), resume=True)
+    assert parts.step == 30
+    parts.fit()
+    resumed = torch.rand(3), torch.rand(3, generator=parts.rng)
+
+    for a, b in zip(continued, resumed):
+        assert torch.equal(a, b)
+    a = checkpoint_module.read(tmp_path / "whole/checkpoints/step_00000060.pt")
+    b = checkpoint_module.read(tmp_path / "parts/checkpoints/step_00000060.pt")
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys()
+    assert sum(isinstance(value, torch.Tensor) for value in a.values()) > 20
+    for path, value in a.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, b[path]), path
+        else:
+            assert value == b[path], path
+
+
+def test_metrics_continue_without_gaps_or_repeats(run, tmp_path):
+    run(steps=40, log_every=10, checkpoint_every=15).fit()
+    folder = tmp_path / "run"
+    # As a kill would leave it: later lines than the checkpoint, one of them torn.
+    (folder / "checkpoints/step_00000040.pt").unlink()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5')
+    run(steps=50, log_every=10, resume=True).fit()
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    assert steps == [10, 20, 30, 40, 50]
+
+
+def test_resume_starts_where_there_is_nothing_and_ends_where_all_is_done(run, tmp_path):
+    trainer = run(steps=5, resume=True)
+    assert trainer.step == 0
+    trainer.fit()
+    again = run(steps=5, resume=True)
+    assert again.step == 5
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    again.fit()
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_a_run_is_not_overwritten(run):
+    run(steps=5).fit()
+    with pytest.raises(ValueError, match="already holds a run: --resume"):
+        run(steps=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 1e-3}, "lr cannot change when a run is resumed: 0.0002 in .*, 0.001 given"),
+        ({"batch_size": 8}, "batch_size cannot change"),
+        ({"seed": "4"}, "seed cannot change"),
+        ({"model": "gan"}, "a run of another model, not of gan"),
+    ],
+)
+def test_resume_refuses_other_settings(run, change, message):
+    run(steps=5).fit()
+    with pytest.raises(ValueError, match=message):
+        run(steps=10, resume=True, **change)
+
+
+def test_resume_takes_the_same_settings_as_text(run):
+    run(steps=5, lr=1e-3).fit()
+    trainer = run(steps="7", lr="1e-3", log_every="3", resume=True)
+    assert (trainer.step, trainer.config.steps, trainer.config.log_every) == (5, 7, 3)
+    assert trainer.optimizers["generator"].param_groups[0]["lr"] == 1e-3
+
+
+def test_torn_checkpoint(run, tmp_path):
+    run(steps=20, checkpoint_every=10).fit()
+    torn = tmp_path / "run/checkpoints/step_00000020.pt"
+    torn.write_bytes(torn.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"step_00000020.pt is damaged"):
+        run(steps=30, resume=True)
+    torn.unlink()
+    assert run(steps=30, resume=True).step == 10
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_pickled_code_is_refused_and_not_run(run, tmp_path):
+    run(steps=5).fit()
+    target = tmp_path / "run/checkpoints/step_00000005.pt"
+    victim = tmp_path / "victim"
+    for write in (
+        lambda: torch.save({"magic": Bomb(victim)}, target),
+        lambda: target.write_bytes(pickle.dumps(Bomb(victim))),
+    ):
+        write()
+        with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+            run(steps=10, resume=True)
+        assert not victim.exists()
+
+
+def test_foreign_files(tmp_path):
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="other.pt is not a checkpoint of gankernels"):
+        load_game(tmp_path / "other.pt")
+    torch.save({"magic": checkpoint_module.MAGIC, "version": 99}, tmp_path / "newer.pt")
+    with pytest.raises(CheckpointError, match="version 99, this gankernels reads 1"):
+        load_game(tmp_path / "newer.pt")
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_game(tmp_path / "empty.pt")
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        load_game(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        load_game(tmp_path)
+
+
+def test_checkpoint_of_another_game_or_other_data(run, tmp_path):
+    one = run("gan", steps=5, out=str(tmp_path / "gan"))
+    one.fit()
+    path = latest_checkpoint(tmp_path / "gan")
+    with pytest.raises(CheckpointError, match="is of another game than wgan"):
+        run("wgan").load(path)
+    with pytest.raises(CheckpointError, match="holds other networks than these"):
+        run("gan", latent_dim=7).load(path)
+    with pytest.raises(CheckpointError, match="was trained on 1797 images"):
+        run("gan", size=12).load(path)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("torn")])
+def test_full_disk_keeps_the_previous_checkpoint(run, tmp_path, monkeypatch, error):
+    trainer = run(steps=20, checkpoint_every=10)
+    save = torch.save
+
+    def full(content, file):
+        if content["step"] == 20:
+            file.write(b"half of it")
+            raise error
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"could not write .*20.pt: .*; earlier .* intact"):
+        trainer.fit()
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000010.pt"]
+    monkeypatch.undo()
+    assert run(steps=20, resume=True).step == 10
+
+
+def test_load_game_has_the_averaged_generator(run, tmp_path):
+    trainer = run(steps=10)
+    trainer.fit()
+    game, config = load_game(tmp_path / "run")
+    assert not game.training
+    assert config["model"] == "cgan"
+    labels = torch.arange(10)
+    with trainer.sampling() as trained:
+        expected = trained.sample(10, labels, torch.Generator().manual_seed(1))
+    assert torch.equal(game.sample(10, labels, torch.Generator().manual_seed(1)), expected)
+    plain = trainer.game.eval().sample(10, labels, torch.Generator().manual_seed(1))
+    assert not torch.equal(plain, expected)
+
+
+def test_without_average(run, tmp_path):
+    trainer = run(steps=5, ema=0)
+    assert trainer.average is None
+    trainer.fit()
+    game, _ = load_game(tmp_path / "run/checkpoints/step_00000005.pt")
+    for a, b in zip(game.parameters(), trainer.game.parameters()):
+        assert torch.equal(a, b)

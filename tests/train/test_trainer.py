@@ -1,0 +1,267 @@
+"""The loop: what it computes, what it leaves behind, how it stops."""
+
+import json
+import os
+import signal
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from gankernels.games import DataSpec, Game, Player
+from gankernels.train import Config, DivergenceError, Trainer
+
+
+class Toy(Game):
+    """Two players with one weight each: every step can be computed by hand."""
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.generator = nn.Linear(1, 1, bias=False)
+        self.opponent = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.generator.weight)
+        nn.init.ones_(self.opponent.weight)
+        self.moves = []
+
+    def players(self):
+        sgd = partial(torch.optim.SGD, lr=0.5)
+        return [
+            Player("opponent", self.opponent, self.opponent_loss, sgd, 2, self.after),
+            Player("generator", self.generator, self.generator_loss, sgd),
+        ]
+
+    def opponent_loss(self, batch, rng):
+        self.moves.append(self.frozen())
+        return {"product": (self.opponent.weight * self.generator.weight).sum()}
+
+    def generator_loss(self, batch, rng):
+        self.moves.append(self.frozen())
+        square = self.generator.weight.square().sum() / 2
+        return {"square": square, "pull": (self.opponent.weight * self.generator.weight).sum()}
+
+    def frozen(self):
+        return {name for name, p in self.named_parameters() if not p.requires_grad}
+
+    def after(self):
+        self.moves.append("after")
+        assert not torch.is_grad_enabled()
+
+    def sample(self, n, labels=None, generator=None):
+        return torch.zeros(n, *self.spec.image_shape)
+
+
+@pytest.fixture
+def toy(digits, tmp_path):
+    def make(**settings):
+        game = Toy(DataSpec(1, 8, 10))
+        config = Config(out=str(tmp_path / "toy"), device="cpu", **settings)
+        return Trainer(game, digits, config)
+
+    return make
+
+
+def test_order_freezing_and_arithmetic(toy):
+    trainer = toy(ema=0.75)
+    trainer.iterate()
+    game = trainer.game
+    others = [{"generator.weight"}, "after", {"generator.weight"}, "after", {"opponent.weight"}]
+    assert game.moves == others
+    # The opponent: 1 - .5 * 1 twice. The generator: 1 - .5 * (1 + 0).
+    assert game.opponent.weight.item() == 0.0
+    assert game.generator.weight.item() == 0.5
+    assert trainer.average.weight.item() == 0.75 * 1 + 0.25 * 0.5
+    assert all(p.grad is None for p in game.parameters())
+    # The opponent's product was 1, then 0.5; the generator's terms .5 and 0.
+    assert trainer.losses.take(1) == {
+        "opponent/product": 0.75,
+        "generator/square": 0.5,
+        "generator/pull": 0.0,
+    }
+
+
+def test_parameters_frozen_by_the_user_stay_frozen(toy, digits, tmp_path):
+    game = Toy(DataSpec(1, 8, 10))
+    game.opponent.bias = nn.Parameter(torch.ones(1), requires_grad=False)
+    trainer = Trainer(game, digits, Config(out=str(tmp_path), device="cpu"))
+    trainer.iterate()
+    assert "opponent.bias" in game.moves[0]
+
+
+def test_batches_are_real_images_with_their_labels(run, digits):
+    trainer = run("dcgan", width=4)
+    known = {(image.numpy().tobytes(), int(y)) for image, y in zip(digits.images, digits.labels)}
+    first, second = trainer.draw(), trainer.draw()
+    assert first.images.shape == (16, 1, 8, 8)
+    assert first.images.is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(first.images, second.images)
+    for image, label in zip(first.images, first.labels):
+        pixels = ((image + 1) * 127.5).round().to(torch.uint8).contiguous().numpy()
+        assert (pixels.tobytes(), int(label)) in known
+    assert first.images.min() == -1
+
+
+@pytest.mark.parametrize("model", ["cgan", "cdcgan", "wgan"])
+def test_no_step_waits_for_the_device(run, monkeypatch, model):
+    trainer = run(model, **({"width": 4} if model == "cdcgan" else {}))
+    trainer.iterate()
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a step read a tensor back")
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    trainer.iterate()
+    monkeypatch.undo()
+    assert trainer.step == 2
+
+
+def test_average_follows_weights_and_statistics(run):
+    trainer = run(ema=0.9)
+    before = {name: t.clone() for name, t in trainer.average.state_dict().items()}
+    trainer.iterate()
+    now = trainer.game.generator.state_dict()
+    moved = 0
+    for name, average in trainer.average.state_dict().items():
+        if average.is_floating_point():
+            torch.testing.assert_close(average, 0.9 * before[name] + 0.1 * now[name])
+            moved += not torch.equal(average, before[name])
+    assert moved == len([t for t in now.values() if t.is_floating_point()])
+    assert trainer.game.training
+    with trainer.sampling() as game:
+        assert game.generator is trainer.average
+        assert not any(module.training for module in game.modules())
+    assert game.generator is not trainer.average
+    assert all(module.training for module in game.modules())
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32_weights(run, tmp_path):
+    seen = []
+    half = run(precision="bf16", out=str(tmp_path / "half"))
+    half.game.generator.layers[0].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    full = run(precision="fp32", out=str(tmp_path / "full"))
+    for trainer in (half, full):
+        trainer.iterate()
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in half.game.parameters()} == {torch.float32}
+    ours, theirs = half.losses.take(1), full.losses.take(1)
+    assert ours != theirs
+    assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=0.05)
+
+
+def test_training_separates_real_from_fake_at_first(run):
+    trainer = run("gan", steps=60)
+    losses = []
+    for _ in range(3):
+        for _ in range(20):
+            trainer.iterate()
+        losses.append(trainer.losses.take(trainer.step)["discriminator/real"])
+    assert losses[2] < losses[0] / 2
+
+
+def test_run_folder(run, tmp_path):
+    trainer = run(steps=50, sample_every=25, checkpoint_every=20, keep=2)
+    trainer.fit()
+    folder = tmp_path / "run"
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert files == [
+        "checkpoints/step_00000040.pt",
+        "checkpoints/step_00000050.pt",
+        "config.json",
+        "metrics.jsonl",
+        "samples.png",
+        "samples/step_00000025.png",
+        "samples/step_00000050.png",
+    ]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [20, 40, 50]
+    terms = {"discriminator/real", "discriminator/fake", "generator/adversarial"}
+    assert all(terms | {"step", "it_per_s"} == row.keys() for row in rows)
+    grid = np.asarray(Image.open(folder / "samples.png"))
+    assert grid.shape == (8 * 10 + 2, 10 * 10 + 2)  # 80 digits, a column per class
+    assert grid.std() > 10
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model"], config["batch_size"], config["lr"]) == ("cgan", 16, 2e-4)
+
+
+def test_config_json_reruns_the_run(run, tmp_path):
+    first = run(steps=10, seed=3, lr=1e-3)
+    first.fit()
+    again = run(tmp_path / "run" / "config.json", out=str(tmp_path / "again"))
+    assert again.config.seed == 3
+    again.fit()
+    for (name, a), b in zip(first.game.state_dict().items(), again.game.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_lines_where_there_is_no_terminal(run, capsys):
+    run(steps=40).fit()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    for part in ("step 20/40", "discriminator/real", "generator/adversarial", "it/s", "left"):
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_step_and_save(run, tmp_path, number):
+    trainer = run(steps=10_000)
+    before = signal.getsignal(number)
+    (player, _) = trainer.players
+    inner = player.loss
+
+    def loss(batch, rng):
+        if trainer.step == 6:
+            os.kill(os.getpid(), number)
+        return inner(batch, rng)
+
+    object.__setattr__(player, "loss", loss)
+    trainer.fit()
+    assert trainer.step == 7
+    assert (tmp_path / "run/checkpoints/step_00000007.pt").exists()
+    assert (tmp_path / "run/samples.png").exists()
+    assert signal.getsignal(number) is before
+
+
+def spoil(player, step, trainer, term, value):
+    inner = player.loss
+
+    def loss(batch, rng):
+        terms = inner(batch, rng)
+        if trainer.step == step:
+            terms[term] = terms[term] * value
+        return terms
+
+    object.__setattr__(player, "loss", loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_divergence_names_step_player_and_term(run, tmp_path, value):
+    trainer = run(steps=100, log_every=10, checkpoint_every=5)
+    spoil(trainer.players[0], 17, trainer, "fake", value)
+    with pytest.raises(DivergenceError, match="step 20: .*'fake' of player 'discriminator' is"):
+        trainer.fit()
+    saved = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert saved == ["step_00000010.pt", "step_00000015.pt"]
+
+
+def test_spoiled_weights_are_not_saved(run, tmp_path):
+    trainer = run(steps=100, log_every=50, checkpoint_every=10)
+    spoil(trainer.players[1], 12, trainer, "adversarial", float("nan"))
+    with pytest.raises(DivergenceError, match="step 20: a weight of player 'generator'"):
+        trainer.fit()
+    saved = [p.name for p in (tmp_path / "run/checkpoints").iterdir()]
+    assert saved == ["step_00000010.pt"]
+
+
+def test_data_must_fit_the_game(digits):
+    with pytest.raises(ValueError, match=r"images of \(1, 12, 12\), the data have \(1, 8, 8\)"):
+        Trainer(Toy(DataSpec(1, 12, 10)), digits, Config())
+    with pytest.raises(ValueError, match="built for 3 classes, the data have 10"):
+        Trainer(Toy(DataSpec(1, 8, 3)), digits, Config())
+
+
+def test_unknown_device(run):
+    with pytest.raises(ValueError, match="device 'warp' cannot be used"):
+        run(device="warp")
