@@ -73,7 +73,7 @@ class Trainer:
         if config.ema:
             self.average = copy.deepcopy(game.generator).requires_grad_(False).eval()
         self.step = 0
-        self.losses = Losses(self.players)
+        self.losses = Losses()
 
     def fit(self) -> None:
         """Train until `config.steps`, or until SIGINT or SIGTERM asks to stop; save either way.
@@ -86,7 +86,7 @@ class Trainer:
         write_json(self.run / "config.json", to_dict(self.game.name, config, self.game.options))
         metrics = Metrics(self.run / "metrics.jsonl", self.step)
         progress = Progress(self.step, config.steps)
-        began = time.perf_counter()
+        began, reported = time.perf_counter(), self.step
         try:
             with StopRequest() as stop:
                 while self.step < config.steps and not stop.requested:
@@ -94,11 +94,11 @@ class Trainer:
                     progress.advance()
                     last = self.step == config.steps or stop.requested
                     if self.step % config.log_every == 0 or last:
-                        speed = self.losses.count / (time.perf_counter() - began)
-                        values = self.losses.take(self.step)
+                        values = self.losses.take()
+                        speed = (self.step - reported) / (time.perf_counter() - began)
                         metrics.write(step=self.step, it_per_s=round(speed, 2), **values)
                         progress.report(self.step, values, speed)
-                        began = time.perf_counter()
+                        began, reported = time.perf_counter(), self.step
                     if _due(self.step, config.sample_every):
                         self.save_samples(self.run / "samples" / f"step_{self.step:08d}.png")
                     if _due(self.step, config.checkpoint_every) and not last:
@@ -117,7 +117,6 @@ class Trainer:
         if self.average is not None:
             self.follow()
         self.step += 1
-        self.losses.count += 1
 
     def move(self, player: Player) -> None:
         """One optimiser step of one player on a fresh batch, everything else frozen."""
@@ -136,7 +135,7 @@ class Trainer:
         if player.after_step is not None:
             with torch.no_grad():
                 player.after_step()
-        self.losses.add(player, terms)
+        self.losses.add(self.step + 1, player.name, terms)
 
     def draw(self) -> Batch:
         """A batch of real images, drawn with replacement."""
@@ -174,7 +173,8 @@ class Trainer:
             save_grid(game.sample(GRID, labels, fixed), path, columns)
 
     def save(self) -> Path:
-        """Write a checkpoint of this step; raises DivergenceError where a weight is not finite."""
+        """Write a checkpoint; DivergenceError where a loss or a weight is no longer finite."""
+        self.losses.check()
         for player in self.players:
             finite = [p.isfinite().all() for p in self.parameters[player.name]]
             if not torch.stack(finite).all():
@@ -224,35 +224,31 @@ class Trainer:
 
 
 class Losses:
-    """Sums of loss terms on the device, fetched once per report.
+    """Loss terms since the last report; they stay on the device until somebody asks."""
 
-    A NaN or an infinity stays in a sum, so none between two reports goes unseen.
-    """
+    def __init__(self) -> None:
+        self.history: list[tuple[int, str, str, Tensor]] = []
 
-    def __init__(self, players: list[Player]) -> None:
-        self.steps = {player.name: player.steps for player in players}
-        self.sums: dict[tuple[str, str], Tensor] = {}
-        self.count = 0
+    def add(self, step: int, player: str, terms: dict[str, Tensor]) -> None:
+        self.history += [(step, player, term, value.detach()) for term, value in terms.items()]
 
-    def add(self, player: Player, terms: dict[str, Tensor]) -> None:
-        for term, value in terms.items():
-            key = (player.name, term)
-            value = value.detach()
-            self.sums[key] = self.sums[key] + value if key in self.sums else value
-
-    def take(self, step: int) -> dict[str, float]:
-        """Means since the last call as `{"player/term": mean}`; DivergenceError if not finite."""
-        values = torch.stack(list(self.sums.values())).tolist()
-        means = {}
-        for (player, term), value in zip(self.sums, values, strict=True):
+    def check(self) -> list[float]:
+        """All values since the last `take`. DivergenceError names the first that is not finite."""
+        values = torch.stack([value for *_, value in self.history]).tolist() if self.history else []
+        for (step, player, term, _), value in zip(self.history, values, strict=True):
             if not math.isfinite(value):
                 raise DivergenceError(
                     f"step {step}: the loss term {term!r} of player {player!r} is {value}"
                 )
-            means[f"{player}/{term}"] = value / (self.count * self.steps[player])
-        self.sums.clear()
-        self.count = 0
-        return means
+        return values
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call as `{"player/term": mean}`; raises as `check` does."""
+        collected: dict[str, list[float]] = {}
+        for (_, player, term, _), value in zip(self.history, self.check(), strict=True):
+            collected.setdefault(f"{player}/{term}", []).append(value)
+        self.history.clear()
+        return {name: sum(values) / len(values) for name, values in collected.items()}
 
 
 def make_optimizer(player: Player, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

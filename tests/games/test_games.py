@@ -37,7 +37,7 @@ def test_registry_holds_the_first_five():
 def test_unknown_game():
     with pytest.raises(ValueError, match=r"unknown model 'cgann'; did you mean 'cgan'\?"):
         games.get("cgann")
-    with pytest.raises(ValueError, match="Known models: .*wgan"):
+    with pytest.raises(ValueError, match=r"Known models: .*wgan"):
         games.get("_game")
 
 
@@ -78,7 +78,9 @@ def test_wasserstein_losses(batch):
     critic, generator = game.players()
     fake = game.generator(torch.randn(8, 100, generator=rng(3)))
     (critic_loss,) = critic.loss(batch, rng(3)).values()
-    torch.testing.assert_close(critic_loss, game.critic(fake).mean() - game.critic(batch.images).mean())
+    torch.testing.assert_close(
+        critic_loss, game.critic(fake).mean() - game.critic(batch.images).mean()
+    )
     (generator_loss,) = generator.loss(batch, rng(3)).values()
     torch.testing.assert_close(generator_loss, -game.critic(fake).mean())
 

@@ -89,7 +89,10 @@ def test_label_planes_keep_channels_last():
 
 @pytest.mark.parametrize(
     "network",
-    [models.DenseConvDiscriminator(1, 28, 10, width=4), models.EmbeddingMLPDiscriminator(MNIST, 10)],
+    [
+        models.DenseConvDiscriminator(1, 28, 10, width=4),
+        models.EmbeddingMLPDiscriminator(MNIST, 10),
+    ],
 )
 def test_missing_labels(network):
     with pytest.raises(ValueError, match="labels are missing"):
@@ -109,7 +112,10 @@ def test_sizes_that_do_not_fit():
         models.DenseConvGenerator(100, 1, 30)
     with pytest.raises(ValueError, match="divisible by 4, got 30"):
         models.DenseConvDiscriminator(1, 30)
-    for network in (lambda: models.DCGANGenerator(100, 1, 48), lambda: models.DCGANDiscriminator(1, 48)):
+    for network in (
+        lambda: models.DCGANGenerator(100, 1, 48),
+        lambda: models.DCGANDiscriminator(1, 48),
+    ):
         with pytest.raises(ValueError, match="power of two of at least 16, got 48"):
             network()
 

@@ -45,7 +45,7 @@ def test_resume_is_bit_for_bit(run, tmp_path, model, precision):
     parts.fit()
     resumed = torch.rand(3), torch.rand(3, generator=parts.rng)
 
-    for a, b in zip(continued, resumed):
+    for a, b in zip(continued, resumed, strict=True):
         assert torch.equal(a, b)
     a = checkpoint_module.read(tmp_path / "whole/checkpoints/step_00000060.pt")
     b = checkpoint_module.read(tmp_path / "parts/checkpoints/step_00000060.pt")
@@ -144,7 +144,7 @@ def test_pickled_code_is_refused_and_not_run(run, tmp_path):
 
 def test_foreign_files(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="other.pt is not a checkpoint of gankernels"):
+    with pytest.raises(CheckpointError, match=r"other.pt is not a checkpoint of gankernels"):
         load_game(tmp_path / "other.pt")
     torch.save({"magic": checkpoint_module.MAGIC, "version": 99}, tmp_path / "newer.pt")
     with pytest.raises(CheckpointError, match="version 99, this gankernels reads 1"):
@@ -208,5 +208,5 @@ def test_without_average(run, tmp_path):
     assert trainer.average is None
     trainer.fit()
     game, _ = load_game(tmp_path / "run/checkpoints/step_00000005.pt")
-    for a, b in zip(game.parameters(), trainer.game.parameters()):
+    for a, b in zip(game.parameters(), trainer.game.parameters(), strict=True):
         assert torch.equal(a, b)

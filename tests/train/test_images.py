@@ -16,7 +16,11 @@ def test_grid_puts_images_in_rows(tmp_path, channels):
     outside = torch.ones_like(grid, dtype=torch.bool)
     for i, image in enumerate(images):
         row, column = divmod(i, 3)
-        place = (slice(None), slice(row * 6 + 2, row * 6 + 6), slice(column * 8 + 2, column * 8 + 8))
+        place = (
+            slice(None),
+            slice(row * 6 + 2, row * 6 + 6),
+            slice(column * 8 + 2, column * 8 + 8),
+        )
         assert torch.equal(grid[place], image)
         outside[place] = False
     assert not grid[outside].any()
