@@ -1,0 +1,62 @@
+"""Train the classifier of a data set once, and keep it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import torch
+
+from gankernels.data import ImageData
+from gankernels.metrics.classifier import Classifier, train_classifier
+
+_logger = logging.getLogger(__name__)
+
+# Part of the file's name: a change of architecture or training makes a new one, so that a
+# classifier is never mistaken for what the present code would train.
+_RECIPE = 1
+
+
+def load_or_train_classifier(
+    data: ImageData,
+    cache_dir: str | Path,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> tuple[Classifier, float]:
+    """As :func:`train_classifier`, but kept in ``cache_dir`` and read from there the next time.
+
+    The file is found by a hash of pixels, labels and class names, so changed data are never
+    judged by an old classifier. It is written atomically and read with ``weights_only``. A file
+    that cannot be read is trained anew, a folder that cannot be written only warned about.
+    """
+    key = hashlib.sha256(f"{_RECIPE} {seed} {data.digest()}".encode()).hexdigest()[:16]
+    path = Path(cache_dir) / f"classifier-{key}.pt"
+    if path.exists():
+        try:
+            classifier = _load(path, data)
+            return classifier.to(device), classifier.held_out_accuracy.item()
+        except Exception as error:  # a torn file can make torch.load raise nearly anything
+            _logger.warning("%s cannot be read (%s); training the classifier anew", path, error)
+    classifier, accuracy = train_classifier(data, seed=seed, device=device, progress=progress)
+    try:
+        _save(classifier, path)
+    except OSError as error:
+        _logger.warning("the classifier could not be kept: %s", error)
+    return classifier, accuracy
+
+
+def _load(path: Path, data: ImageData) -> Classifier:
+    classifier = Classifier(data.channels, data.size, data.num_classes)
+    classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return classifier.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def _save(classifier: Classifier, path: Path) -> None:
+    # Here and not above: the trainer may measure while it trains, and then imports this package.
+    from gankernels.train.files import write_atomically
+
+    state = {name: value.cpu() for name, value in classifier.state_dict().items()}
+    write_atomically(path, lambda file: torch.save(state, file))
