@@ -153,5 +153,9 @@ def _decode(file: Path, size: int, channels: int) -> np.ndarray:
             image = opaque.convert("RGB")
         image = image.convert("L" if channels == 1 else "RGB")
         if image.size != (size, size):
-            image = ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)
+            # Cut, then resize: as one call, the filter would reach beyond the square.
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
         return np.array(image)

@@ -27,11 +27,12 @@ def read(path: Path) -> tuple[Tensor, np.ndarray]:
         raise ValueError(f"{path}: images must be uint8 in 0..255, got {images.dtype}")
     if labels.dtype.kind not in "iuU":
         raise ValueError(f"{path}: labels must be integers or strings, got {labels.dtype}")
-    if labels.size != len(labels) or len(labels) != len(images):
+    images = _channels_first(path, images)
+    if labels.size != len(images):
         raise ValueError(
             f"{path}: labels must be one per image, ({len(images)},), got {labels.shape}"
         )
-    return torch.from_numpy(_channels_first(path, images)), labels.reshape(-1)
+    return torch.from_numpy(images), labels.reshape(-1)
 
 
 def _channels_first(path: Path, images: np.ndarray) -> np.ndarray:
