@@ -36,7 +36,8 @@ constexpr int kMaxSums = 5;
 
 // Blocks that fill a multiprocessor a few times over, so that one late block costs little.
 constexpr int64_t kBlocksPerMultiprocessor = 8;
-// A block that owns whole channels reads at most this much of x; more is divided into parts of half.
+// A block that owns whole channels reads at most this much of x; more is divided into parts of
+// half.
 constexpr int64_t kBytesPerBlock = 64 * 1024;
 
 enum class Stage { kReduce, kApply, kReduceAndApply };
@@ -55,38 +56,44 @@ struct Tiling {
   int threads;
 };
 
-// One thread's way through the positions of its part: every `rows`-th, without a division per step.
+// One thread's way through a part: from position `begin`, every `stride`-th before `end`, at
+// `offset` elements into the tensors. Divides at the start only.
 template <int V, bool kChannelsLast>
-struct Cursor {
-  int64_t position, offset, column;
-
-  __device__ Cursor(const Tiling& t, int64_t first_element, int64_t begin) : position(begin) {
-    const int64_t run_index = kChannelsLast ? begin : begin / t.run;
-    column = kChannelsLast ? 0 : begin % t.run;
-    offset = first_element + run_index * t.run_stride + column * V;
+class Walk {
+ public:
+  __device__ Walk(const Tiling& t, int64_t first_element, int64_t begin, int64_t end, int stride)
+      : position_(begin), end_(end), stride_(stride) {
+    if constexpr (kChannelsLast) {
+      offset_ = first_element + begin * t.run_stride;
+      stride_elements_ = stride * t.run_stride;
+    } else {
+      run_ = t.run;
+      column_ = begin % run_;
+      offset_ = first_element + begin / run_ * t.run_stride + column_ * V;
+      stride_columns_ = stride % run_;
+      stride_elements_ = stride / run_ * t.run_stride + stride_columns_ * V;
+      next_run_ = t.run_stride - run_ * V;
+    }
   }
-};
 
-template <int V, bool kChannelsLast>
-struct Step {
-  int64_t positions, elements, columns, wrap;
+  __device__ bool done() const { return position_ >= end_; }
+  __device__ int64_t offset() const { return offset_; }
 
-  __device__ Step(const Tiling& t, int rows) : positions(rows) {
-    columns = kChannelsLast ? 0 : rows % t.run;
-    elements = (kChannelsLast ? rows : rows / t.run) * t.run_stride + columns * V;
-    wrap = t.run_stride - t.run * V;
-  }
-  __device__ void advance(Cursor<V, kChannelsLast>& cursor, int64_t run) const {
-    cursor.position += positions;
-    cursor.offset += elements;
+  __device__ void advance() {
+    position_ += stride_;
+    offset_ += stride_elements_;
     if constexpr (!kChannelsLast) {
-      cursor.column += columns;
-      if (cursor.column >= run) {
-        cursor.column -= run;
-        cursor.offset += wrap;
+      column_ += stride_columns_;
+      if (column_ >= run_) {
+        column_ -= run_;
+        offset_ += next_run_;
       }
     }
   }
+
+ private:
+  int64_t position_, end_, offset_, stride_, stride_elements_;
+  int64_t run_, column_, stride_columns_, next_run_;  // not in channels-last order
 };
 
 // Per channel: what turns x into z, and the factors it is made of.
@@ -162,15 +169,13 @@ struct Forward {
              a.value[2] + b.value[2] + distance * distance * a.value[0] * share}};
   }
 
-  __device__ static Normalization<A> prepare(const Params& p, int64_t c) {
-    return p.compute_statistics ? Normalization<A>{} : saved_normalization<A>(p, c);
-  }
+  __device__ static Normalization<A> prepare(const Params&, int64_t) { return {}; }
 
   // Two passes over the values at hand, which are in registers, then Chan's formula.
-  template <typename T, int V, int kUnroll, int kLanes>
+  template <bool kActivationFirst, typename T, int V, int kUnroll, int kLanes>
   __device__ static void reduce(S (&sums)[kLanes], const Vector<T, V> (&in)[kUnroll][kInputs],
                                 int valid, const Normalization<A> (&)[kLanes], const Params& p) {
-    const A slope = p.activation_first ? static_cast<A>(p.negative_slope) : A(1);
+    const A slope = kActivationFirst ? static_cast<A>(p.negative_slope) : A(1);
     const A count = static_cast<A>(valid * (V / kLanes));
     S batch[kLanes] = {};
 #pragma unroll
@@ -200,21 +205,25 @@ struct Forward {
   }
 
   __device__ static Coefficients finish(const Params& p, int64_t c, const S& sums,
-                                        Normalization<A> channel, bool write) {
+                                        const Normalization<A>&, bool write) {
+    Sums<A, 2> statistics;
     if (p.compute_statistics) {
       const A var = sums.value[2] / static_cast<A>(p.n * p.s);
       const A mean = sums.value[0] > 0 ? sums.value[1] : var;  // of nothing: 0 / 0
-      if (write) save_sums(Sums<A, 2>{{mean, var}}, p.statistics, p.c, c);
-      channel = normalization(p, c, mean, var);
+      statistics = {{mean, var}};
+      if (write) save_sums(statistics, p.statistics, p.c, c);
+    } else {
+      statistics = saved_sums<A, 2>(p.statistics, p.c, c);
     }
+    const auto channel = normalization(p, c, statistics.value[0], statistics.value[1]);
     return {channel.mean, channel.scale, channel.shift};
   }
 
-  template <typename T>
+  template <bool kActivationFirst, typename T>
   __device__ static void apply(const Coefficients& k, const T (&in)[kInputs], T (&out)[kOutputs],
                                const Params& p) {
     out[0] = element<T>(chain(accumulator(in[0]), k.mean, k.scale, k.shift,
-                              static_cast<A>(p.negative_slope), p.activation_first)
+                              static_cast<A>(p.negative_slope), kActivationFirst)
                             .y);
   }
 };
@@ -243,7 +252,7 @@ struct Backward {
     return saved_normalization<A>(p, c);
   }
 
-  template <typename T, int V, int kUnroll, int kLanes>
+  template <bool kActivationFirst, typename T, int V, int kUnroll, int kLanes>
   __device__ static void reduce(S (&sums)[kLanes], const Vector<T, V> (&in)[kUnroll][kInputs],
                                 int valid, const Normalization<A> (&channel)[kLanes],
                                 const Params& p) {
@@ -254,7 +263,7 @@ struct Backward {
       for (int j = 0; j < V; ++j) {
         const Normalization<A>& k = channel[j % kLanes];
         const auto e = chain(accumulator(in[u][0].values[j]), k.mean, k.scale, k.shift,
-                             static_cast<A>(p.negative_slope), p.activation_first);
+                             static_cast<A>(p.negative_slope), kActivationFirst);
         const A g = accumulator(in[u][1].values[j]) * e.dy_dz;
         S& sum = sums[j % kLanes];
         sum.value[0] += g;
@@ -275,11 +284,11 @@ struct Backward {
                                            sums.value[1], static_cast<A>(p.count), p.training)};
   }
 
-  template <typename T>
+  template <bool kActivationFirst, typename T>
   __device__ static void apply(const Coefficients& k, const T (&in)[kInputs], T (&out)[kOutputs],
                                const Params& p) {
     const auto e = chain(accumulator(in[0]), k.channel.mean, k.channel.scale, k.channel.shift,
-                         static_cast<A>(p.negative_slope), p.activation_first);
+                         static_cast<A>(p.negative_slope), kActivationFirst);
     const A g = accumulator(in[1]) * e.dy_dz;
     const BackwardCoefficients<A>& b = k.backward;
     out[0] = element<T>(e.du_dx * (g * b.g + e.centred * b.centred + b.constant));
@@ -315,7 +324,7 @@ struct DoubleBackward {
     return saved_normalization<A>(p, c);
   }
 
-  template <typename T, int V, int kUnroll, int kLanes>
+  template <bool kActivationFirst, typename T, int V, int kUnroll, int kLanes>
   __device__ static void reduce(S (&sums)[kLanes], const Vector<T, V> (&in)[kUnroll][kInputs],
                                 int valid, const Normalization<A> (&channel)[kLanes],
                                 const Params& p) {
@@ -326,7 +335,7 @@ struct DoubleBackward {
       for (int j = 0; j < V; ++j) {
         const Normalization<A>& k = channel[j % kLanes];
         const auto e = chain(accumulator(in[u][0].values[j]), k.mean, k.scale, k.shift,
-                             static_cast<A>(p.negative_slope), p.activation_first);
+                             static_cast<A>(p.negative_slope), kActivationFirst);
         const A g = accumulator(in[u][1].values[j]) * e.dy_dz;
         const A v = accumulator(in[u][2].values[j]) * e.du_dx;
         S& sum = sums[j % kLanes];
@@ -358,43 +367,82 @@ struct DoubleBackward {
     return {channel, coefficients};
   }
 
-  template <typename T>
+  template <bool kActivationFirst, typename T>
   __device__ static void apply(const Coefficients& k, const T (&in)[kInputs], T (&out)[kOutputs],
                                const Params& p) {
     const auto e = chain(accumulator(in[0]), k.channel.mean, k.channel.scale, k.channel.shift,
-                         static_cast<A>(p.negative_slope), p.activation_first);
+                         static_cast<A>(p.negative_slope), kActivationFirst);
     const A g = accumulator(in[1]) * e.dy_dz;
     const A v = accumulator(in[2]) * e.du_dx;
     const DoubleBackwardCoefficients<A>& b = k.backward;
     out[0] = element<T>(e.dy_dz * (v * b.y_v + e.centred * b.y_centred + b.y_constant));
-    out[1] = element<T>(e.du_dx *
-                        (g * b.x_g + v * b.x_v + e.centred * b.x_centred + b.x_constant));
+    out[1] = element<T>(e.du_dx * (g * b.x_g + v * b.x_v + e.centred * b.x_centred + b.x_constant));
   }
 };
 
-// Loads the next kUnroll positions of every input, all of them on their way at once. Returns how
-// many there are; the others are zeros.
-template <typename Op, typename T, int V, int kUnroll, bool kChannelsLast>
-__device__ inline int load_batch(Vector<T, V> (&in)[kUnroll][Op::kInputs],
-                                 int64_t (&offset)[kUnroll], Cursor<V, kChannelsLast>& cursor,
-                                 const Step<V, kChannelsLast>& step, int64_t end, int64_t run,
-                                 const typename Op::Params& p) {
-  int valid = 0;
+template <typename Op, typename T, int V>
+struct Batch {
+  static constexpr int kVectors = Op::kBytesInFlight / (V * sizeof(T));
+  static constexpr int kUnroll = kVectors < 8 ? kVectors : 8;
+
+  Vector<T, V> in[kUnroll][Op::kInputs];
+  int64_t offset[kUnroll];
+  int valid;  // positions that exist; the others are zeros
+
+  // Loads the next positions of every input, all of them on their way at once.
+  template <bool kChannelsLast>
+  __device__ Batch(Walk<V, kChannelsLast>& walk, const typename Op::Params& p) : valid(0) {
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const bool inside = cursor.position < end;
-    valid += inside;
-    offset[u] = cursor.offset;
+    for (int u = 0; u < kUnroll; ++u) {
+      const bool inside = !walk.done();
+      valid += inside;
+      offset[u] = walk.offset();
 #pragma unroll
-    for (int i = 0; i < Op::kInputs; ++i) {
-      in[u][i] = {};
-      if (inside) in[u][i] = load<V>(static_cast<const T*>(Op::input(p, i)) + cursor.offset);
+      for (int i = 0; i < Op::kInputs; ++i) {
+        in[u][i] = {};
+        if (inside) in[u][i] = load<V>(static_cast<const T*>(Op::input(p, i)) + offset[u]);
+      }
+      walk.advance();
     }
-    step.advance(cursor, run);
   }
-  return valid;
+};
+
+template <typename Op>
+GK_HOST_DEVICE inline bool writes_elements(const typename Op::Params& p) {
+  for (int o = 0; o < Op::kOutputs; ++o) {
+    if (Op::output(p, o) != nullptr) return true;
+  }
+  return false;
 }
 
+template <typename Op, typename T, bool kActivationFirst, int V, bool kChannelsLast, int kLanes>
+__device__ inline void apply(const typename Op::Params& p, Walk<V, kChannelsLast> walk,
+                             const typename Op::Coefficients (&coefficients)[kLanes]) {
+  while (!walk.done()) {
+    const Batch<Op, T, V> batch(walk, p);
+#pragma unroll
+    for (int u = 0; u < batch.kUnroll; ++u) {
+      if (u >= batch.valid) break;
+      Vector<T, V> out[Op::kOutputs];
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        T from[Op::kInputs], to[Op::kOutputs];
+#pragma unroll
+        for (int i = 0; i < Op::kInputs; ++i) from[i] = batch.in[u][i].values[j];
+        Op::template apply<kActivationFirst>(coefficients[j % kLanes], from, to, p);
+#pragma unroll
+        for (int o = 0; o < Op::kOutputs; ++o) out[o].values[j] = to[o];
+      }
+#pragma unroll
+      for (int o = 0; o < Op::kOutputs; ++o) {
+        T* const tensor = static_cast<T*>(Op::output(p, o));
+        if (tensor != nullptr) store<V>(tensor + batch.offset[u], out[o]);
+      }
+    }
+  }
+}
+
+// __launch_bounds__: two blocks to a multiprocessor leave a thread 128 registers, enough for all.
 template <typename Op, typename T, int V, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads, 2)
     batch_norm_leaky_relu_kernel(const typename Op::Params p, const Tiling tiling,
@@ -402,55 +450,51 @@ __global__ void __launch_bounds__(kThreads, 2)
   using A = typename Op::Accumulator;
   constexpr int kLanes = kChannelsLast ? V : 1;
   constexpr int kMaxColumns = kChannelsLast ? kWarp : 1;
-  constexpr int kVectors = Op::kBytesInFlight / (V * sizeof(T));
-  constexpr int kUnroll = kVectors < 8 ? kVectors : 8;
   __shared__ Sums<A, Op::kSums> shared[kWarps * kMaxColumns * kLanes];
 
   const int columns = tiling.channel_threads, rows = blockDim.x / columns;
   const int column = threadIdx.x % columns, row = threadIdx.x / columns;
   const int part = blockIdx.x / tiling.tiles;
-  const int64_t channel_index =
-      static_cast<int64_t>(blockIdx.x % tiling.tiles * columns + column) * kLanes;
-  const bool inside = channel_index < p.c;
-  const bool reduces = Op::reduces(p);
+  const int64_t c = static_cast<int64_t>(blockIdx.x % tiling.tiles * columns + column) * kLanes;
+  const bool inside = c < p.c;  // or a thread beyond the last channel, for the barriers only
 
   Normalization<A> channel[kLanes] = {};
 #pragma unroll
   for (int l = 0; l < kLanes; ++l) {
-    if (inside) channel[l] = Op::prepare(p, channel_index + l);
+    if (inside) channel[l] = Op::prepare(p, c + l);
   }
 
-  const int64_t begin = part * tiling.positions_per_part + row;
-  const int64_t end =
-      inside ? min(tiling.positions, (part + 1) * tiling.positions_per_part) : int64_t{0};
-  const Cursor<V, kChannelsLast> start(
-      tiling, kChannelsLast ? channel_index : channel_index * p.s, begin);
-  const Step<V, kChannelsLast> step(tiling, rows);
-  Vector<T, V> in[kUnroll][Op::kInputs];
-  int64_t offset[kUnroll];
+  const int64_t begin = part * tiling.positions_per_part;
+  const int64_t end = inside ? min(tiling.positions, begin + tiling.positions_per_part) : begin;
+  const Walk<V, kChannelsLast> walk(tiling, kChannelsLast ? c : c * p.s, begin + row, end, rows);
 
-  // Channel c's k-th sum over a part, where neighbouring threads find neighbours.
-  const auto partial = [&](int64_t c, int k, int64_t of_part) -> A& {
-    return partials[kChannelsLast ? (of_part * Op::kSums + k) * p.c + c
-                                  : (c * Op::kSums + k) * tiling.parts + of_part];
+  // The k-th sum of a part of channel c + l, laid out so that neighbouring threads find neighbours.
+  const auto partial = [&](int l, int k, int64_t of_part) -> A& {
+    return partials[kChannelsLast ? (of_part * Op::kSums + k) * p.c + c + l
+                                  : ((c + l) * Op::kSums + k) * tiling.parts + of_part];
   };
 
   Sums<A, Op::kSums> sums[kLanes] = {};
-  if (reduces) {
+  if (Op::reduces(p)) {
     if (stage == Stage::kApply) {
       for (int from = row; inside && from < tiling.parts; from += rows) {
 #pragma unroll
         for (int l = 0; l < kLanes; ++l) {
           Sums<A, Op::kSums> other;
 #pragma unroll
-          for (int k = 0; k < Op::kSums; ++k) other.value[k] = partial(channel_index + l, k, from);
+          for (int k = 0; k < Op::kSums; ++k) other.value[k] = partial(l, k, from);
           sums[l] = Op::merge(sums[l], other);
         }
       }
+    } else if (p.activation_first) {
+      for (auto w = walk; !w.done();) {
+        const Batch<Op, T, V> batch(w, p);
+        Op::template reduce<true>(sums, batch.in, batch.valid, channel, p);
+      }
     } else {
-      for (auto cursor = start; cursor.position < end;) {
-        const int valid = load_batch<Op>(in, offset, cursor, step, end, tiling.run, p);
-        Op::reduce(sums, in, valid, channel, p);
+      for (auto w = walk; !w.done();) {
+        const Batch<Op, T, V> batch(w, p);
+        Op::template reduce<false>(sums, batch.in, batch.valid, channel, p);
       }
     }
     block_reduce<Op>(sums, columns, shared);
@@ -462,7 +506,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int l = 0; l < kLanes; ++l) {
 #pragma unroll
-      for (int k = 0; k < Op::kSums; ++k) partial(channel_index + l, k, part) = sums[l].value[k];
+      for (int k = 0; k < Op::kSums; ++k) partial(l, k, part) = sums[l].value[k];
     }
     return;
   }
@@ -470,35 +514,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   typename Op::Coefficients coefficients[kLanes];
 #pragma unroll
   for (int l = 0; l < kLanes; ++l) {
-    coefficients[l] =
-        Op::finish(p, channel_index + l, sums[l], channel[l], part == 0 && row == 0);
+    coefficients[l] = Op::finish(p, c + l, sums[l], channel[l], part == 0 && row == 0);
   }
-
-  bool writes = false;
-#pragma unroll
-  for (int o = 0; o < Op::kOutputs; ++o) writes |= Op::output(p, o) != nullptr;
-  if (!writes) return;
-  for (auto cursor = start; cursor.position < end;) {
-    const int valid = load_batch<Op>(in, offset, cursor, step, end, tiling.run, p);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (u >= valid) break;
-      Vector<T, V> out[Op::kOutputs];
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        T from[Op::kInputs], to[Op::kOutputs];
-#pragma unroll
-        for (int i = 0; i < Op::kInputs; ++i) from[i] = in[u][i].values[j];
-        Op::apply(coefficients[j % kLanes], from, to, p);
-#pragma unroll
-        for (int o = 0; o < Op::kOutputs; ++o) out[o].values[j] = to[o];
-      }
-#pragma unroll
-      for (int o = 0; o < Op::kOutputs; ++o) {
-        T* const tensor = static_cast<T*>(Op::output(p, o));
-        if (tensor != nullptr) store<V>(tensor + offset[u], out[o]);
-      }
-    }
+  if (!writes_elements<Op>(p)) return;
+  if (p.activation_first) {
+    apply<Op, T, true>(p, walk, coefficients);
+  } else {
+    apply<Op, T, false>(p, walk, coefficients);
   }
 }
 
@@ -560,15 +582,13 @@ const char* run(const typename Op::Params& p, void* scratch, int device, cudaStr
     return launch(kernel, dim3(tiling.tiles * parts), dim3(tiling.threads), 0, stream, p, tiling,
                   partials, stage);
   };
-  bool writes = false;
-  for (int o = 0; o < Op::kOutputs; ++o) writes |= Op::output(p, o) != nullptr;
 
   if (Op::reduces(p) && tiling.parts == 1) return start(Stage::kReduceAndApply, 1);
   if (Op::reduces(p)) {
     if (const char* error = start(Stage::kReduce, tiling.parts)) return error;
   }
   // Without elementwise results one block per tile is enough for the channels' own.
-  return start(Stage::kApply, writes ? tiling.parts : 1);
+  return start(Stage::kApply, writes_elements<Op>(p) ? tiling.parts : 1);
 }
 
 // The widest access that every tensor's address and the length of its runs allow.

@@ -47,8 +47,7 @@ inline int multiprocessors(int device) {
   const bool cached = device >= 0 && device < kCached;
   int count = cached ? cache[device].load(std::memory_order_relaxed) : 0;
   if (count != 0) return count;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   if (error_message(error) != nullptr) return 0;
   if (cached) cache[device].store(count, std::memory_order_relaxed);
   return count;

@@ -26,8 +26,8 @@ __device__ inline Sums<A, K> shuffle_down(const Sums<A, K>& sums, int lanes) {
 
 // Merges over all threads of a block whose index is the same modulo `columns`, a power of two up to
 // the warp's size; each of them gets the result. The block is whole warps, all of which take part.
-// Every thread brings kLanes independent sums, and `shared` has room for columns * kLanes of them per
-// warp. It is not free for another use until the block has passed one more barrier.
+// Every thread brings kLanes independent sums, and `shared` has room for columns * kLanes of them
+// per warp. It is not free for another use until the block has passed one more barrier.
 template <typename Op, typename A, int K, int kLanes, int kShared>
 __device__ inline void block_reduce(Sums<A, K> (&sums)[kLanes], int columns,
                                     Sums<A, K> (&shared)[kShared]) {

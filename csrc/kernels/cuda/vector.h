@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "../common.h"
 
@@ -47,14 +48,42 @@ struct alignas(sizeof(T) * V) Vector {
   T values[V];
 };
 
+// What the hardware moves in one access.
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned int;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+
 template <int V, typename T>
 __device__ inline Vector<T, V> load(const T* from) {
-  return *reinterpret_cast<const Vector<T, V>*>(from);
+  using Word = typename WordOf<V * sizeof(T)>::type;
+  const Word word = *reinterpret_cast<const Word*>(from);
+  Vector<T, V> vector;
+  memcpy(&vector, &word, sizeof(Word));
+  return vector;
 }
 
 template <int V, typename T>
 __device__ inline void store(T* to, const Vector<T, V>& vector) {
-  *reinterpret_cast<Vector<T, V>*>(to) = vector;
+  using Word = typename WordOf<V * sizeof(T)>::type;
+  Word word;
+  memcpy(&word, &vector, sizeof(Word));
+  // A plain assignment was seen torn into one store per element.
+  __stwb(reinterpret_cast<Word*>(to), word);
 }
 
 // Element `i` of an array whose type is known at run time: one value per channel, not per element.
