@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from gankernels.models._init import init_glorot
 from gankernels.models._labels import join_one_hot
 from gankernels.nn import BatchNormLeakyReLU1d, BatchNormLeakyReLU2d
 
@@ -16,11 +17,9 @@ SLOPE = 0.2
 
 def init_dcgan(module: nn.Module) -> None:
     """Normal(0, 0.02) convolutions and Normal(1, 0.02) norm scales (Radford et al. 2016)."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, (BatchNormLeakyReLU1d, BatchNormLeakyReLU2d)):
+    elif isinstance(module, BatchNormLeakyReLU2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
 
@@ -51,7 +50,7 @@ class DenseConvGenerator(nn.Module):
             _double(width, channels),
             nn.Tanh(),
         )
-        self.apply(init_dcgan)
+        self.apply(init_glorot)
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self.dense(join_one_hot(noise, labels, self.num_classes))
@@ -82,6 +81,7 @@ class DenseConvDiscriminator(nn.Module):
             nn.Flatten(),
         )
         self.head = nn.Linear(2 * width * (size // 4) ** 2, 1)
+        self.apply(init_glorot)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.head(self.features(join_one_hot(images, labels, self.num_classes))).flatten()

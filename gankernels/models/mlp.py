@@ -7,19 +7,13 @@ from math import prod
 
 from torch import Tensor, nn
 
+from gankernels.models._init import init_glorot
 from gankernels.models._labels import check_labels
 from gankernels.nn import BatchNormLeakyReLU1d, LeakyReLUBatchNorm1d
 
 SLOPE = 0.2
 # Keras counts the share of the old statistics that is kept (0.8), PyTorch the share replaced.
 BN_MOMENTUM = 0.2
-
-
-def init_glorot(module: nn.Module) -> None:
-    """Glorot-uniform weights and zero biases for Linear, the default where these nets come from."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
 
 
 class MLPGenerator(nn.Module):

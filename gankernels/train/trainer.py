@@ -72,6 +72,7 @@ class Trainer:
         self.average = None
         if config.ema:
             self.average = copy.deepcopy(game.generator).requires_grad_(False).eval()
+            self.followed = _floating(self.average), _floating(game.generator)
         self.step = 0
         self.losses = Losses()
 
@@ -147,8 +148,7 @@ class Trainer:
     @torch.no_grad()
     def follow(self) -> None:
         """Move the average of weights and floating-point buffers towards the generator."""
-        average = [t for t in self.average.state_dict().values() if t.is_floating_point()]
-        current = [t for t in self.game.generator.state_dict().values() if t.is_floating_point()]
+        average, current = self.followed
         torch._foreach_lerp_(average, current, 1 - self.config.ema)
 
     @contextmanager
@@ -283,6 +283,11 @@ def _check_fit(game: Game, data: ImageData) -> None:
         raise ValueError(
             f"the game is built for {game.num_classes} classes, the data have {data.num_classes}"
         )
+
+
+def _floating(module: nn.Module) -> list[Tensor]:
+    """Weights and statistics, without the counters of batches."""
+    return [t for t in module.state_dict().values() if t.is_floating_point()]
 
 
 def _due(step: int, every: int) -> bool:

@@ -28,11 +28,10 @@ def tensors(value, path=""):
     return {path: value}
 
 
-@pytest.mark.parametrize("model", SMALL)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("model", "precision"), [*((model, "fp32") for model in SMALL), ("cgan", "bf16")]
+)
 def test_resume_is_bit_for_bit(run, tmp_path, model, precision):
-    if precision == "bf16" and model != "cgan":
-        pytest.skip("one model is enough for the other precision")
     settings = {"model": model, "precision": precision, **SMALL[model]}
     whole = run(**settings, steps=60, out=str(tmp_path / "whole"))
     whole.fit()
@@ -134,7 +133,7 @@ def test_pickled_code_is_refused_and_not_run(run, tmp_path):
     victim = tmp_path / "victim"
     for write in (
         lambda: torch.save({"magic": Bomb(victim)}, target),
-        lambda: target.write_bytes(pickle.dumps(Bomb(victim))),
+        lambda: target.write_bytes(pickle.dumps(Bomb(victim), protocol=2)),
     ):
         write()
         with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
