@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 PROGRAM = "gankernels"
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_train(commands)
     add_sample(commands)
+    add_evaluate(commands)
     add_info(commands)
     try:
         args = parser.parse_args(argv)
@@ -192,6 +194,113 @@ def parse_labels(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--labels takes numbers like 0,1,2, got {text!r}") from None
+
+
+def add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score samples against real images",
+        description="Score a trained generator with a classifier trained on the real images: "
+        "whether samples are what they were asked to be, how diverse they are inside a class, and "
+        "the Fréchet distance to the real images in the classifier's features, beside that of a "
+        "generator with fresh weights. The classifier is trained once and kept in the run folder.",
+    )
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="a run folder or a .pt file")
+    parser.add_argument(
+        "--data", metavar="SOURCE", help="real images, as for train (default: those of the run)"
+    )
+    parser.add_argument(
+        "--features",
+        choices=["classifier"],
+        default="classifier",
+        help="what images are compared in (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--count", type=int, metavar="N", help="samples (default: as many as real, at most 10,000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the scores to FILE as well")
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    from gankernels.train.files import write_json
+
+    with user_errors():
+        scores = evaluate_run(args)
+        if args.json is not None:
+            write_json(Path(args.json), scores)
+    print("\n".join(describe_scores(scores)))
+    return 0
+
+
+def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
+    """All that `evaluate` prints, by name; shares are in [0, 1]."""
+    from dataclasses import asdict
+
+    import torch
+
+    from gankernels import data, metrics, train
+    from gankernels.train.trainer import choose_device
+
+    device = choose_device(args.device)
+    checkpoint = train.latest_checkpoint(args.source)
+    game, config = train.load_game(checkpoint, device)
+    real = data.load(args.data or config["data"], size=game.spec.size, channels=game.spec.channels)
+    if game.conditional and real.num_classes != game.num_classes:
+        raise ValueError(
+            f"{real.name} has {real.num_classes} classes, the model knows {game.num_classes}"
+        )
+    in_run_folder = checkpoint.parent.name == "checkpoints"
+    classifier, _ = metrics.load_or_train_classifier(
+        real,
+        checkpoint.parent.parent if in_run_folder else checkpoint.parent,
+        device=device,
+        progress=sys.stderr.isatty(),
+    )
+    real_features = metrics.features(classifier, real.images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        untrained = type(game)(game.spec, game.options).to(device).eval()
+
+    def score(generator: Any) -> metrics.Scores:
+        return metrics.evaluate(
+            lambda labels, n, rng: generator.sample(n, labels, rng),
+            real,
+            classifier,
+            n=args.count,
+            conditional=game.conditional,
+            seed=args.seed,
+            real_features=real_features,
+        )
+
+    scores, untrained_frechet = score(game), score(untrained).frechet
+    return {
+        "model": game.name,
+        "checkpoint": str(checkpoint),
+        "data": real.name,
+        "seed": args.seed,
+        **asdict(scores),
+        "untrained_frechet": untrained_frechet,
+        "frechet_ratio": scores.frechet / untrained_frechet if untrained_frechet else None,
+    }
+
+
+def describe_scores(scores: dict[str, Any]) -> Iterator[str]:
+    """The result of `evaluate_run` as lines for a terminal."""
+    yield "{n} samples of {checkpoint} ({model}) against {data}".format(**scores)
+    rows = [
+        ("classifier's accuracy on held-out real images", "classifier_accuracy", "{:.2%}"),
+        ("class-conditional accuracy of the samples", "accuracy", "{:.2%}"),
+        ("within-class diversity relative to real", "diversity_ratio", "{:.1%}"),
+        ("Fréchet distance (classifier features)", "frechet", "{:.3f}"),
+        ("Fréchet distance of an untrained generator", "untrained_frechet", "{:.3f}"),
+        ("ratio of the two", "frechet_ratio", "{:.4f}"),
+    ]
+    for label, name, form in rows:
+        if scores[name] is not None:  # an unconditional game has no labels to obey
+            yield f"  {label:<47}{form.format(scores[name])}"
 
 
 def add_info(commands: Any) -> None:

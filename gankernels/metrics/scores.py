@@ -119,5 +119,5 @@ def _sample(
     if len(images) != count:
         raise ValueError(f"sample_fn returned {len(images)} images where {count} were asked for")
     if not images.isfinite().all():
-        raise ValueError("sample_fn returned images with values that are not finite")
+        raise ValueError("samples hold values that are not finite: the generator has diverged")
     return to_uint8(images)
