@@ -86,7 +86,9 @@ def test_features_are_of_eval_mode_and_the_mode_is_put_back(small):
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     result = features(classifier, small.images)
     assert classifier.training
-    assert all(value.equal(before[name]) for name, value in classifier.state_dict().items())
+    torch.testing.assert_close(
+        dict(classifier.state_dict()), before, rtol=0, atol=0, equal_nan=True
+    )
     torch.testing.assert_close(result[:1], features(classifier.eval(), small.images[:1]))
 
 

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from gankernels import metrics
 from gankernels.cli import main
@@ -81,9 +80,7 @@ def test_the_classifier_is_kept_in_the_run_folder(cgan, tmp_path, monkeypatch):
 
 
 def test_seed_decides_the_samples(cgan, tmp_path):
-    state = torch.get_rng_state()
     first = evaluate(cgan, tmp_path, "--seed", "1")
-    assert torch.get_rng_state().equal(state)
     assert first == evaluate(cgan, tmp_path, "--seed", "1")
     assert first["frechet"] != evaluate(cgan, tmp_path, "--seed", "2")["frechet"]
 
