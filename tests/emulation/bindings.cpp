@@ -1,0 +1,248 @@
+// The raw kernels as functions of numpy arrays, on the emulated device.
+//
+// Every array is copied to a buffer of exactly its size between guards. Outputs start as NaNs. After
+// the call, guards and inputs must be untouched, and outputs are copied back.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "batch_norm_leaky_relu.h"
+#include "emulation.h"
+#include "self_test.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#endif
+
+namespace py = pybind11;
+using namespace gankernels;
+
+namespace {
+
+constexpr int kPoison = 0xff;  // NaN in every floating-point type
+
+class GuardedBuffer {
+ public:
+  // `offset` bytes away from an address that is a multiple of 64.
+  GuardedBuffer(std::string name, size_t bytes, size_t offset)
+      : name_(std::move(name)), bytes_(bytes), before_(kGuard + offset) {
+    total_ = (before_ + bytes_ + kGuard + 63) / 64 * 64;
+    memory_.reset(static_cast<unsigned char*>(std::aligned_alloc(64, total_)));
+    std::memset(memory_.get(), kPoison, total_);
+    ASAN_POISON_MEMORY_REGION(memory_.get(), before_);
+    ASAN_POISON_MEMORY_REGION(data() + bytes_, total_ - before_ - bytes_);
+  }
+  ~GuardedBuffer() { ASAN_UNPOISON_MEMORY_REGION(memory_.get(), total_); }
+
+  unsigned char* data() { return memory_.get() + before_; }
+
+  void check_guards() {
+    ASAN_UNPOISON_MEMORY_REGION(memory_.get(), total_);
+    for (size_t i = 0; i < total_; ++i) {
+      if ((i < before_ || i >= before_ + bytes_) && memory_.get()[i] != kPoison) {
+        throw std::runtime_error("write outside buffer '" + name_ + "', at byte " +
+                                 std::to_string(static_cast<int64_t>(i - before_)) + " of " +
+                                 std::to_string(bytes_));
+      }
+    }
+  }
+
+ private:
+  static constexpr size_t kGuard = 128;
+  struct Free {
+    void operator()(unsigned char* memory) const { std::free(memory); }
+  };
+  std::string name_;
+  size_t bytes_, before_, total_;
+  std::unique_ptr<unsigned char, Free> memory_;
+};
+
+// The arrays of one call, on the "device".
+class Call {
+ public:
+  Call(const py::dict& inputs, const py::dict& outputs, int64_t misalignment, size_t scratch_bytes) {
+    for (const auto& [key, value] : inputs) add(key, value, misalignment, true);
+    for (const auto& [key, value] : outputs) add(key, value, misalignment, false);
+    if (scratch_bytes > 0) {
+      scratch_ = std::make_unique<GuardedBuffer>("scratch", scratch_bytes, 0);
+    }
+  }
+
+  // Null where no array of this name was given.
+  void* operator[](const char* name) const {
+    const auto found = entries_.find(name);
+    return found == entries_.end() ? nullptr : found->second.buffer->data();
+  }
+  void* scratch() const { return scratch_ ? scratch_->data() : nullptr; }
+
+  void finish(const char* error) {
+    if (error != nullptr) throw std::runtime_error(error);
+    if (scratch_) scratch_->check_guards();
+    for (auto& [name, entry] : entries_) {
+      entry.buffer->check_guards();
+      void* const host = entry.array.mutable_data();
+      const size_t bytes = entry.array.nbytes();
+      if (!entry.is_input) {
+        std::memcpy(host, entry.buffer->data(), bytes);
+      } else if (bytes > 0 && std::memcmp(host, entry.buffer->data(), bytes) != 0) {
+        throw std::runtime_error("write to input '" + name + "'");
+      }
+    }
+  }
+
+ private:
+  struct Entry {
+    py::array array;
+    std::unique_ptr<GuardedBuffer> buffer;
+    bool is_input;
+  };
+
+  void add(py::handle key, py::handle value, int64_t misalignment, bool is_input) {
+    const auto name = py::cast<std::string>(key);
+    const auto array = py::reinterpret_borrow<py::array>(value);
+    if (!(array.flags() & py::array::c_style)) throw std::invalid_argument(name + ": strided");
+    auto buffer = std::make_unique<GuardedBuffer>(name, array.nbytes(),
+                                                  misalignment * array.itemsize());
+    // Running statistics are both read and written: outputs bring their values along.
+    std::memcpy(buffer->data(), array.data(), array.nbytes());
+    entries_[name] = Entry{array, std::move(buffer), is_input};
+  }
+
+  std::map<std::string, Entry> entries_;
+  std::unique_ptr<GuardedBuffer> scratch_;
+};
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float64") return DType::kFloat64;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw std::invalid_argument("dtype: " + name);
+}
+
+template <typename T>
+T get(const py::dict& options, const char* name) {
+  return py::cast<T>(options[name]);
+}
+
+void describe(BatchNormLeakyReLU& p, const py::dict& o) {
+  p.n = get<int64_t>(o, "n");
+  p.c = get<int64_t>(o, "c");
+  p.s = get<int64_t>(o, "s");
+  p.channels_last = get<bool>(o, "channels_last");
+  p.dtype = dtype_of(get<std::string>(o, "dtype"));
+  p.parameter_dtype = dtype_of(get<std::string>(o, "parameter_dtype"));
+  p.activation_first = get<bool>(o, "activation_first");
+  p.training = get<bool>(o, "training");
+  p.eps = get<double>(o, "eps");
+  p.negative_slope = get<double>(o, "negative_slope");
+  p.count = get<double>(o, "count");
+}
+
+Call make_call(BatchNormLeakyReLU& p, const py::dict& inputs, const py::dict& outputs,
+               const py::dict& o) {
+  describe(p, o);
+  const int64_t scratch = cuda::batch_norm_leaky_relu_scratch_bytes(p, get<int>(o, "device"));
+  Call call(inputs, outputs, get<int64_t>(o, "misalignment"), scratch);
+  p.x = call["x"];
+  p.weight = call["weight"];
+  p.bias = call["bias"];
+  p.statistics = call["statistics"];
+  return call;
+}
+
+void forward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  BatchNormLeakyReLUForward p;
+  Call call = make_call(p, inputs, outputs, o);
+  p.compute_statistics = outputs.contains("statistics");
+  p.y = call["y"];
+  call.finish(
+      cuda::batch_norm_leaky_relu_forward(p, call.scratch(), get<int>(o, "device"), nullptr));
+}
+
+void backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  BatchNormLeakyReLUBackward p;
+  Call call = make_call(p, inputs, outputs, o);
+  p.grad_y = call["grad_y"];
+  p.compute_sums = outputs.contains("sums");
+  p.sums = call["sums"];
+  p.grad_x = call["grad_x"];
+  call.finish(
+      cuda::batch_norm_leaky_relu_backward(p, call.scratch(), get<int>(o, "device"), nullptr));
+}
+
+void double_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  BatchNormLeakyReLUDoubleBackward p;
+  Call call = make_call(p, inputs, outputs, o);
+  p.grad_y = call["grad_y"];
+  p.grad_grad_x = call["grad_grad_x"];
+  p.grad_grad_weight = call["grad_grad_weight"];
+  p.grad_grad_bias = call["grad_grad_bias"];
+  p.compute_sums = outputs.contains("sums");
+  p.sums = call["sums"];
+  p.grad_grad_y = call["grad_grad_y"];
+  p.grad_x = call["grad_x"];
+  p.grad_weight = call["grad_weight"];
+  call.finish(cuda::batch_norm_leaky_relu_double_backward(p, call.scratch(),
+                                                          get<int>(o, "device"), nullptr));
+}
+
+void update_running_statistics(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  Call call(inputs, outputs, 0, 0);
+  UpdateRunningStatistics p;
+  p.c = get<int64_t>(o, "c");
+  p.statistics = call["statistics"];
+  p.statistics_dtype = dtype_of(get<std::string>(o, "statistics_dtype"));
+  p.running_mean = call["running_mean"];
+  p.running_var = call["running_var"];
+  p.running_dtype = dtype_of(get<std::string>(o, "running_dtype"));
+  p.num_batches_tracked = static_cast<int64_t*>(call["num_batches_tracked"]);
+  p.cumulative = get<bool>(o, "cumulative");
+  p.momentum = get<double>(o, "momentum");
+  p.count = get<double>(o, "count");
+  call.finish(cuda::update_running_statistics(p, get<int>(o, "device"), nullptr));
+}
+
+void self_test(const std::string& name, const py::dict& inputs, const py::dict& outputs,
+               unsigned int blocks, unsigned int threads, size_t shared_bytes) {
+  Call call(inputs, outputs, 0, 0);
+  const float* const in = static_cast<const float*>(call["in"]);
+  call.finish(run_self_test(name.c_str(), in, static_cast<float*>(call["out"]), blocks, threads,
+                            shared_bytes));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(emulated, m) {
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("double_backward", &double_backward);
+  m.def("update_running_statistics", &update_running_statistics);
+  m.def("scratch_bytes", [](const py::dict& options, int device) {
+    BatchNormLeakyReLU p;
+    describe(p, options);
+    return cuda::batch_norm_leaky_relu_scratch_bytes(p, device);
+  });
+  m.def("self_test", &self_test, py::arg("name"), py::arg("inputs"), py::arg("outputs"),
+        py::arg("blocks") = 1, py::arg("threads") = 32, py::arg("shared_bytes") = 0);
+  m.def("set_seed", &emulation::set_seed);
+  m.def("current_device", &emulation::current_device);
+  // (kernel, device, blocks, threads) of every launch since the last call.
+  m.def("take_launches", [] {
+    std::vector<std::tuple<std::string, int, unsigned int, unsigned int>> launches;
+    for (const auto& l : emulation::take_launches()) {
+      launches.emplace_back(l.kernel, l.device, l.blocks, l.threads);
+    }
+    return launches;
+  });
+}

@@ -1,0 +1,208 @@
+// CUDA's execution model on the CPU: enough of it that g++ compiles this project's .cu files
+// unchanged and their results can be checked without a GPU. See emulation.cpp for how it runs.
+//
+// What is stricter than the hardware, on purpose:
+//   - between two synchronisations threads run one after the other, in an order drawn from a seed;
+//   - a barrier must be reached by every thread of the block, at the same line of the source;
+//   - a warp function must be called by exactly the lanes its mask names, all with the same mask;
+//   - shared memory holds NaNs when a block starts.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <cstddef>
+#include <functional>
+#include <tuple>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+// thread_local makes a variable of a function static, needs no further word and can follow `extern`,
+// all as __shared__ does. The emulation is one operating system thread, so a variable exists once,
+// and lies in this library's thread-local storage, where it can be found and poisoned.
+#define __shared__ thread_local
+
+// Dynamic shared memory: kernels declare `extern __shared__ unsigned char dynamic_shared[];`.
+namespace gankernels::cuda {
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+}
+
+struct dim3 {
+  unsigned int x, y, z;
+  constexpr dim3(unsigned int x = 1, unsigned int y = 1, unsigned int z = 1) : x(x), y(y), z(z) {}
+};
+
+struct uint3 {
+  unsigned int x, y, z;
+};
+struct alignas(8) uint2 {
+  unsigned int x, y;
+};
+struct alignas(16) uint4 {
+  unsigned int x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+template <typename T>
+inline T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+inline T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+namespace emulation {
+
+enum class WarpFunction { kSync, kShuffle, kVote };
+
+void barrier(int line);
+[[noreturn]] void fail(const char* what);
+
+// Waits for the lanes in `mask`; lane i's value is then at the i-th place of what is returned.
+const uint64_t* exchange(WarpFunction function, unsigned int mask, uint64_t value, int line);
+
+// `source`: of a lane in the warp; CUDA leaves undefined what a lane outside the mask would give.
+uint64_t shuffle(unsigned int mask, uint64_t value, int source, int line);
+unsigned int lane();
+
+template <typename T>
+T shuffle_value(unsigned int mask, T value, int source, int line) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  bits = shuffle(mask, bits, source, line);
+  memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+void check_width(int width);
+
+}  // namespace emulation
+
+inline void __syncthreads(int line = __builtin_LINE()) { emulation::barrier(line); }
+
+inline void __syncwarp(unsigned int mask = 0xffffffffu, int line = __builtin_LINE()) {
+  emulation::exchange(emulation::WarpFunction::kSync, mask, 0, line);
+}
+
+template <typename T>
+T __shfl_sync(unsigned int mask, T value, int source, int width = 32,
+              int line = __builtin_LINE()) {
+  emulation::check_width(width);
+  const int first = static_cast<int>(emulation::lane()) / width * width;
+  return emulation::shuffle_value(mask, value, first + (source & (width - 1)), line);
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned int mask, T value, unsigned int delta, int width = 32,
+                   int line = __builtin_LINE()) {
+  emulation::check_width(width);
+  const int lane = static_cast<int>(emulation::lane());
+  const int source = lane + static_cast<int>(delta);
+  return emulation::shuffle_value(mask, value, source / width == lane / width ? source : lane,
+                                  line);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned int mask, T value, unsigned int delta, int width = 32,
+                 int line = __builtin_LINE()) {
+  emulation::check_width(width);
+  const int lane = static_cast<int>(emulation::lane());
+  const int source = lane - static_cast<int>(delta);
+  return emulation::shuffle_value(mask, value, source >= lane / width * width ? source : lane,
+                                  line);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned int mask, T value, int lanes, int width = 32,
+                  int line = __builtin_LINE()) {
+  emulation::check_width(width);
+  const int lane = static_cast<int>(emulation::lane());
+  const int source = lane ^ lanes;
+  return emulation::shuffle_value(mask, value, source / width <= lane / width ? source : lane,
+                                  line);
+}
+
+inline unsigned int __ballot_sync(unsigned int mask, int predicate, int line = __builtin_LINE()) {
+  const uint64_t* votes =
+      emulation::exchange(emulation::WarpFunction::kVote, mask, predicate != 0, line);
+  unsigned int ballot = 0;
+  for (unsigned int i = 0; i < 32; ++i) {
+    if (mask >> i & 1u) ballot |= static_cast<unsigned int>(votes[i]) << i;
+  }
+  return ballot;
+}
+
+inline int __any_sync(unsigned int mask, int predicate, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, predicate, line) != 0;
+}
+
+inline int __all_sync(unsigned int mask, int predicate, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, predicate, line) == mask;
+}
+
+// Stores with the default cache operation, as one access: the address must be aligned for it.
+template <typename T>
+void __stwb(T* to, T value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) emulation::fail("misaligned store");
+  *to = value;
+}
+
+// The host's side.
+
+using cudaStream_t = struct CUstream_st*;
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorLaunchFailure = 719,
+};
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+// For cudaErrorLaunchFailure: what the emulation found, with the kernel, the block and the line.
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+namespace emulation {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& thread);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const std::tuple<Parameters...> copies(arguments...);
+  return emulation::launch(*config, reinterpret_cast<const void*>(kernel),
+                           [&] { std::apply(kernel, copies); });
+}
