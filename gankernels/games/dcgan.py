@@ -13,7 +13,15 @@ from gankernels.games.gan import GAN, GANOptions
 
 @dataclass(frozen=True)
 class DCGANOptions(GANOptions):
-    width: int = option(64, "channels of the widest images, doubled with every halving")
+    width: int = option(64, "channels at half the image size, doubled with every halving")
+    dropout: float = option(0.3, "of the discriminator where it is the Dense-ConvT5 one")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, got {self.width}")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout must be below 1, got {self.dropout}")
 
 
 class DCGAN(GAN):
@@ -33,13 +41,16 @@ class DCGAN(GAN):
         )
 
     def make_discriminator(self) -> nn.Module:
-        network = models.DCGANDiscriminator if self.in_family else models.DenseConvDiscriminator
-        return network(
-            self.spec.channels,
-            self.spec.size,
-            num_classes=self.num_classes if self.conditional else 0,
-            width=self.options.width,
-        )
+        settings = {
+            "num_classes": self.num_classes if self.conditional else 0,
+            "width": self.options.width,
+        }
+        if self.in_family:
+            network = models.DCGANDiscriminator
+        else:
+            network = models.DenseConvDiscriminator
+            settings["dropout"] = self.options.dropout
+        return network(self.spec.channels, self.spec.size, **settings)
 
     @property
     def in_family(self) -> bool:

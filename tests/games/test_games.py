@@ -143,6 +143,25 @@ def test_options_are_checked():
         make("gan", latent_dim=0)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("width", 0, "width must be at least 1, got 0"), ("dropout", 1.0, "dropout must be below 1")],
+)
+def test_convolutional_options_are_checked(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        make("cdcgan", **{option: value})
+
+
+def test_dropout_reaches_the_discriminator():
+    def rates(name, **options):
+        discriminator = make(name, **options).discriminator
+        return {m.p for m in discriminator.modules() if isinstance(m, torch.nn.Dropout)}
+
+    assert rates("dcgan") == {0.3}
+    assert rates("cdcgan") == {0.0}
+    assert rates("cdcgan", dropout=0.1) == {0.1}
+
+
 def test_games_and_models_do_not_know_the_trainer():
     import subprocess
     import sys

@@ -1,5 +1,6 @@
 """The loop: what it computes, what it leaves behind, how it stops."""
 
+import io
 import json
 import os
 import signal
@@ -204,6 +205,20 @@ def test_lines_where_there_is_no_terminal(run, capsys):
     assert len(lines) == 2
     for part in ("step 20/40", "discriminator/real", "generator/adversarial", "it/s", "left"):
         assert part in lines[0]
+
+
+def test_a_bar_on_a_terminal(run, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    run(steps=40).fit()
+    text = terminal.getvalue()
+    for part in ("40/40", "it/s", "discriminator/real", "generator/adversarial"):
+        assert part in text
+    assert "step 20" not in text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
