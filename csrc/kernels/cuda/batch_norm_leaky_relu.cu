@@ -556,6 +556,7 @@ Tiling make_tiling(const BatchNormLeakyReLU& p, int vector, int64_t multiprocess
     const bool one_run = p.c == 1;
     t.run = (one_run ? p.n * p.s : p.s) / vector;
     t.positions = one_run ? t.run : p.n * t.run;
+    t.run = std::max<int64_t>(1, t.run);  // is divided by
     t.run_stride = p.c * p.s;
   }
   t.tiles = static_cast<int>(ceil_div(p.c, tile_channels));
