@@ -47,8 +47,9 @@ class Config:
             raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, got {self.precision!r}")
 
 
-#: What may differ when a run is resumed: how long it runs and what it shows, not what it computes.
-RESUMABLE = {"steps", "out", "log_every", "sample_every", "checkpoint_every", "keep"}
+#: What may differ when a run is resumed: how long it runs, where and what it shows, not what it
+#: computes. (Trainer.load refuses another kind of device, whose random numbers are others.)
+RESUMABLE = {"steps", "out", "device", "log_every", "sample_every", "checkpoint_every", "keep"}
 
 
 def configure(game: type[Game], settings: Mapping[str, Any]) -> tuple[Config, Options]:

@@ -186,6 +186,7 @@ class Trainer:
             "spec": asdict(self.game.spec),
             "classes": list(self.classes),
             "count": len(self.images),
+            "device": self.device.type,
             "game": self.game.state_dict(),
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
             "ema": None if self.average is None else self.average.state_dict(),
@@ -200,6 +201,11 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"{path} was trained on {content['count']} images of {content['spec']}, "
                 f"the data are {len(self.images)} of {asdict(self.game.spec)}"
+            )
+        if content["device"] != self.device.type:
+            raise checkpoint.CheckpointError(
+                f"{path} was written on {content['device']}, whose random numbers cannot go on "
+                f"on {self.device.type}: resume there with --device {content['device']}"
             )
         if content["optimizers"].keys() != self.optimizers.keys():
             raise checkpoint.CheckpointError(f"{path} is of another game than {self.game.name}")

@@ -169,6 +169,16 @@ def test_checkpoint_of_another_game_or_other_data(run, tmp_path):
         run("gan", size=12).load(path)
 
 
+def test_resume_on_another_kind_of_device(run, tmp_path):
+    run(steps=5, device="cpu:0").fit()
+    assert run(steps=10, device="cpu", resume=True).step == 5
+    path = latest_checkpoint(tmp_path / "run")
+    content = checkpoint_module.read(path)
+    torch.save({**content, "device": "cuda"}, path)
+    with pytest.raises(CheckpointError, match=r"written on cuda.* resume there with --device cuda"):
+        run(steps=10, resume=True)
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("torn")])
 def test_full_disk_keeps_the_previous_checkpoint(run, tmp_path, monkeypatch, error):
     trainer = run(steps=20, checkpoint_every=10)
