@@ -51,7 +51,7 @@ class Classifier(nn.Module):
             nn.LeakyReLU(0.2),
         )
         self.head = nn.Linear(num_features, num_classes)
-        self.register_buffer("held_out_accuracy", torch.tensor(float("nan"), dtype=torch.float64))
+        self.register_buffer("held_out_accuracy", torch.tensor(float("nan")))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
