@@ -128,6 +128,7 @@ def test_build_info_is_readable():
         (["train", "cgan", "--device", "warp"], "device 'warp' cannot be used"),
         (["train", "cgan", "--precision", "fp1"], "precision must be"),
         (["train", "dcgan", "--set", "size=30"], "size must be divisible by 4, got 30"),
+        (["train", "wgan", "--set", "n_critic=0"], "player 'critic' must make at least 1 step"),
         (["train", "missing.json"], "missing.json"),
         (["train"], "MODEL"),
         (["fly"], "fly"),

@@ -53,6 +53,10 @@ class Player:
     steps: int = 1
     after_step: Callable[[], None] | None = None
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"player {self.name!r} must make at least 1 step, got {self.steps}")
+
 
 def option(default: Any, help: str) -> Any:
     """A field of an options class, with the line that `train --help` prints for it."""

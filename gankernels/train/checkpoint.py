@@ -31,6 +31,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / FOLDER).glob("step_*.pt"))
 
 
+def path_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies; paths sort as steps do."""
+    return run / FOLDER / f"step_{step:08d}.pt"
+
+
 def latest_checkpoint(path: str | Path) -> Path:
     """`path` where it is a file, else the newest checkpoint of that run folder.
 
@@ -49,7 +54,7 @@ def latest_checkpoint(path: str | Path) -> Path:
 
 def save(run: Path, step: int, content: dict[str, Any], keep: int) -> Path:
     """Write `content` as the checkpoint of `step`; then delete all but the newest `keep`."""
-    path = run / FOLDER / f"step_{step:08d}.pt"
+    path = path_of(run, step)
     content = {"magic": MAGIC, "version": VERSION, "step": step, **content}
     try:
         write_atomically(path, lambda file: torch.save(content, file))

@@ -80,8 +80,14 @@ class Trainer:
         """Train until `config.steps`, or until SIGINT or SIGTERM asks to stop; save either way.
 
         Raises DivergenceError where a loss or a weight is no longer finite; the checkpoints are
-        then from before.
+        then from before. Raises ValueError where the folder holds a run that went further.
         """
+        saved = checkpoint.checkpoints(self.run)
+        if saved and saved[-1] > checkpoint.path_of(self.run, self.step):
+            raise ValueError(
+                f"{self.run} already holds a run beyond step {self.step}: "
+                "load its latest checkpoint or choose another folder"
+            )
         gankernels.tune_allocator()
         config = self.config
         write_json(self.run / "config.json", to_dict(self.game.name, config, self.game.options))

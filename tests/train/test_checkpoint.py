@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from gankernels.train import CheckpointError, latest_checkpoint, load_game
+from gankernels.train import CheckpointError, Config, Trainer, latest_checkpoint, load_game
 from gankernels.train import checkpoint as checkpoint_module
 
 SMALL = {
@@ -85,6 +85,17 @@ def test_a_run_is_not_overwritten(run):
     run(steps=5).fit()
     with pytest.raises(ValueError, match="already holds a run: --resume"):
         run(steps=5)
+
+
+def test_a_trainer_does_not_overwrite_a_run_either(run, digits, tmp_path):
+    first = run(steps=5)
+    first.fit()
+    metrics = (tmp_path / "run/metrics.jsonl").read_text()
+    game = type(first.game)(first.game.spec)
+    with pytest.raises(ValueError, match="already holds a run beyond step 0"):
+        Trainer(game, digits, Config(out=str(tmp_path / "run"), steps=5, device="cpu")).fit()
+    assert (tmp_path / "run/metrics.jsonl").read_text() == metrics
+    first.fit()
 
 
 @pytest.mark.parametrize(
