@@ -1,8 +1,8 @@
 """Compiles the project's .cu files for the CPU emulation of CUDA, into `build/` beside this file.
 
-A variant is a folder with `libkernels.so` (the .cu files and the emulation) and the Python module
-`emulated` (the bindings). The kernels are a library of their own because all thread-local variables
-of it are shared memory to the emulation.
+A variant is a folder with `libkernels_VARIANT.so` (the .cu files and the emulation) and the Python
+module `emulated` (the bindings). The kernels are a library of their own because all thread-local
+variables of it are shared memory to the emulation. Several variants can live in one process.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ BUILD = HERE / "build"
 
 COMPILER = os.environ.get("CXX", "g++").split()
 FLAGS = [
-    *["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
+    *["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
     "-fno-strict-aliasing",  # vectors are accessed as integers of the same size
     "-fno-gnu-unique",  # or variants in one process would share the variables of templates
     "-ffp-contract=off",
-    *["-I", str(HERE / "include"), "-I", str(KERNELS), "-I", str(HERE)],
+    *["-I", str(HERE / "include"), "-I", str(HERE)],
 ]
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
@@ -58,7 +58,8 @@ def build(
     variant: str, *, sanitize: bool = False, substitutions: Sequence[Substitution] = ()
 ) -> Path:
     """The variant's folder, compiled if anything it is made of has changed."""
-    flags = FLAGS + (SANITIZE if sanitize else [])
+    # Defective copies run a few small problems only: quick to compile beats quick to run.
+    flags = [*FLAGS, "-O0" if substitutions else "-O1", *(SANITIZE if sanitize else [])]
     folder = BUILD / variant
     digest = _digest(flags, substitutions)
     stamp = folder / "digest"
@@ -66,46 +67,47 @@ def build(
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    kernels = _copy_with(substitutions, folder / "kernels") if substitutions else KERNELS
 
-    kernels = KERNELS
-    if substitutions:
-        kernels = folder / "kernels"
-        shutil.copytree(KERNELS, kernels)
-        for s in substitutions:
-            path = kernels / s.file
-            text = path.read_text()
-            if text.count(s.old) != 1:
-                raise ValueError(
-                    f"{s.file} has {text.count(s.old)} times, not once, the text {s.old!r}"
-                )
-            path.write_text(text.replace(s.old, s.new))
-
-    include = ["-I", str(kernels), *flags]
-    units = [*sorted((kernels / "cuda").glob("*.cu")), HERE / "self_test.cu", HERE / "emulation.cpp"]
-    objects = [folder / f"{unit.stem}.o" for unit in units]
-    commands = [
-        [*COMPILER, *include, "-x", "c++", "-c", unit, "-o", o]
-        for unit, o in zip(units, objects, strict=True)
-    ]
-    if substitutions:  # the bindings see nothing of what is changed
-        bindings = build("plain") / "bindings.o"
-    else:
-        bindings = folder / "bindings.o"
-        python = ["-I", sysconfig.get_path("include"), "-I", pybind11.get_include()]
-        commands.insert(
-            0,
-            [*COMPILER, *include, *python, "-O0", "-fvisibility=hidden"]
-            + ["-c", HERE / "bindings.cpp", "-o", bindings],
-        )
+    cuda = ["-x", "c++", "-I", kernels]
+    commands = {
+        folder / f"{unit.stem}.o": [*COMPILER, *flags, *cuda, "-c", unit]
+        for unit in sorted((kernels / "cuda").glob("*.cu"))
+    }
+    # The rest of a defective copy sees nothing of what is changed.
+    rest = build("plain") if substitutions else folder
+    emulation = [rest / "emulation.o", rest / "self_test.o"]
+    bindings = rest / "bindings.o"
+    if not substitutions:
+        python = ["-I", sysconfig.get_path("include"), "-I", pybind11.get_include(), "-O0"]
+        python += ["-fvisibility=hidden", "-I", KERNELS]
+        commands |= {
+            bindings: [*COMPILER, *flags, *python, "-c", HERE / "bindings.cpp"],
+            emulation[0]: [*COMPILER, *flags, "-c", HERE / "emulation.cpp"],
+            emulation[1]: [*COMPILER, *flags, *cuda, "-c", HERE / "self_test.cu"],
+        }
+    objects = [o for o in commands if o not in (bindings, *emulation)] + emulation
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_run, commands))
-    _run([*COMPILER, *flags, "-shared", *objects, "-o", folder / "libkernels.so", "-ldl"])
+        list(pool.map(_run, ([*command, "-o", o] for o, command in commands.items())))
+    link = [*COMPILER, *flags, "-shared"]
+    library = f"libkernels_{variant}.so"
+    _run([*link, *objects, f"-Wl,-soname,{library}", "-o", folder / library, "-ldl"])
     module = folder / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    _run(
-        [*COMPILER, *flags, "-shared", bindings, "-o", module]
-        + [f"-L{folder}", "-lkernels", "-Wl,-rpath,$ORIGIN"]
-    )
+    _run([*link, bindings, folder / library, "-Wl,-rpath,$ORIGIN", "-o", module])
     stamp.write_text(digest)
+    return folder
+
+
+def _copy_with(substitutions: Sequence[Substitution], folder: Path) -> Path:
+    shutil.copytree(KERNELS, folder)
+    for s in substitutions:
+        path = folder / s.file
+        text = path.read_text()
+        if text.count(s.old) != 1:
+            raise ValueError(
+                f"{s.file} has {text.count(s.old)} times, not once, the text {s.old!r}"
+            )
+        path.write_text(text.replace(s.old, s.new))
     return folder
 
 
@@ -116,7 +118,7 @@ def _run(command: Sequence[str | Path]) -> None:
 
 
 def load(folder: Path) -> ModuleType:
-    """The module `emulated` of a variant; one variant per process."""
+    """The module `emulated` of a variant."""
     (path,) = folder.glob("emulated*.so")
     spec = importlib.util.spec_from_file_location("emulated", path)
     module = importlib.util.module_from_spec(spec)

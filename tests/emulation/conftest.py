@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -7,6 +8,6 @@ from . import build
 
 @pytest.fixture(scope="session")
 def emulated():
-    """The kernels' bindings; `sanitized` where a test has started pytest again to run under it."""
-    variant = os.environ.get("GANKERNELS_EMULATION", "plain")
-    return build.load(build.build(variant, sanitize=variant == "sanitized"))
+    """The kernels' bindings; another build of them where test_sanitizers has started pytest."""
+    folder = os.environ.get("GANKERNELS_EMULATION")
+    return build.load(Path(folder) if folder else build.build("plain"))

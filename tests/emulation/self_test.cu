@@ -97,6 +97,21 @@ __global__ void write_after_end(const float*, float* out) {
   if (threadIdx.x == 0) out[blockDim.x] = 0;
 }
 
+__global__ void read_after_end(const float* in, float* out) {
+  if (threadIdx.x == 0) out[0] = in[blockDim.x];
+}
+
+__global__ void static_shared_after_end(const float* in, float* out) {
+  __shared__ float values[64];
+  values[threadIdx.x + 1] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = values[threadIdx.x + 1];
+}
+
+__global__ void misaligned_load(const float* in, float* out) {
+  out[0] = static_cast<float>(reinterpret_cast<const uint4*>(in + 1)->x);
+}
+
 __global__ void misaligned_store(const float*, float* out) {
   __stwb(reinterpret_cast<uint4*>(out + 1), uint4{0, 0, 0, 0});
 }
@@ -122,6 +137,9 @@ const char* run_self_test(const char* name, const float* in, float* out, unsigne
       {"shuffle_from_outside_mask", shuffle_from_outside_mask},
       {"shuffle_outside_own_mask", shuffle_outside_own_mask},
       {"write_after_end", write_after_end},
+      {"read_after_end", read_after_end},
+      {"static_shared_after_end", static_shared_after_end},
+      {"misaligned_load", misaligned_load},
       {"misaligned_store", misaligned_store},
   };
   for (const auto& k : kernels) {

@@ -4,6 +4,7 @@ A device has 1, 4 or 132 multiprocessors (problem.device), which decides into ho
 channel is divided. More than 64 KiB of x per block's channels are divided at all.
 """
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 
 from .problem import DTYPES, Problem, Solution, check, to_numpy, vary
 
-SEEDS = (0, 1, 2)
+# Under the sanitizers, which do not look at the values, one order is enough.
+SEEDS = (0,) if "GANKERNELS_EMULATION" in os.environ else (0, 1, 2)
 _cache = {}
 
 
@@ -118,7 +120,7 @@ def test_every_kernel_was_meant(emulated):
             solution, want = solve(problem)
             run(emulated, problem, solution, want)
     launched = {name for name, *_ in emulated.take_launches()}
-    library = Path(emulated.__file__).with_name("libkernels.so")
+    library = next(Path(emulated.__file__).parent.glob("libkernels_*.so"))
     symbols = subprocess.run(
         ["nm", "-C", "--defined-only", library], capture_output=True, text=True, check=True
     ).stdout

@@ -99,9 +99,7 @@ def test_writes_outside_of_what_was_asked_for(emulated):
     with pytest.raises(RuntimeError, match="write outside buffer 'out', at byte 256 of 256"):
         emulated.self_test("write_after_end", {"in": x}, {"out": y}, threads=64)
     with pytest.raises(RuntimeError, match="beyond dynamic shared memory, at byte 252"):
-        emulated.self_test(
-            "reverse_dynamic", {"in": x}, {"out": y}, threads=64, shared_bytes=252
-        )
+        emulated.self_test("reverse_dynamic", {"in": x}, {"out": y}, threads=64, shared_bytes=252)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,172 @@
+"""Kernels with seeded defects: the emulation's tests must catch every one of them."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from . import build
+from .build import Substitution
+from .problem import Problem
+from .test_batch_norm_leaky_relu import check_all
+
+PROBLEMS = [
+    Problem(3, 3, 16),
+    Problem(9, 6, 3, True),
+    Problem(3, 3, 16, dtype="bfloat16", misalignment=1),
+    Problem(150, 2, 128, device=0),
+    Problem(600, 40, 1, device=0),
+]
+KERNEL, REDUCE = "cuda/batch_norm_leaky_relu.cu", "cuda/reduce.h"
+# Wrong values, NaNs and results that differ between seeds alike.
+WRONG = r"elements, first|depends on the order"
+DIVERGENCE = r"barrier divergence: .* in block \(\d+, 0, 0\) of void gankernels::cuda::batch_norm"
+
+
+@dataclass(frozen=True)
+class Defect:
+    name: str
+    caught_as: str
+    substitution: Substitution
+
+
+DEFECTS = [
+    Defect(
+        "barrier_before_warps_are_merged_removed",
+        WRONG,
+        Substitution(REDUCE, "  __syncthreads();\n  for (", "  for ("),
+    ),
+    Defect(
+        "barrier_before_total_is_read_removed",
+        WRONG,
+        Substitution(REDUCE, "  __syncthreads();\n#pragma unroll\n", "#pragma unroll\n"),
+    ),
+    Defect(
+        "barrier_in_a_branch",
+        DIVERGENCE,
+        Substitution(
+            REDUCE, "  __syncthreads();\n  for (", "  if (lane < columns) __syncthreads();\n  for ("
+        ),
+    ),
+    Defect(
+        "idle_threads_leave_before_the_barrier",
+        DIVERGENCE,
+        Substitution(
+            KERNEL,
+            "  Normalization<A> channel[kLanes] = {};\n",
+            "  if (!inside) return;\n  Normalization<A> channel[kLanes] = {};\n",
+        ),
+    ),
+    Defect(
+        "last_position_left_out",
+        WRONG,
+        Substitution(KERNEL, "position_ >= end_;", "position_ >= end_ - 1;"),
+    ),
+    Defect(
+        "one_position_too_many",
+        WRONG + "|write outside buffer",
+        Substitution(KERNEL, "position_ >= end_;", "position_ > end_;"),
+    ),
+    Defect(
+        "output_element_not_written",
+        r"y of .*: 1 of \d+ elements, first .*: nan instead of",
+        Substitution(
+            KERNEL, "if (tensor != nullptr) store", "if (tensor && batch.offset[u] != V) store"
+        ),
+    ),
+    Defect(
+        "shuffle_mask_without_one_lane",
+        r"warp function called by a lane outside its mask, by thread \d*31|by thread",
+        Substitution(REDUCE, "kWholeWarp = 0xffffffffu", "kWholeWarp = 0x7fffffffu"),
+    ),
+    Defect(
+        "shuffle_in_a_branch",
+        r"waits for lanes of mask 0xffffffff that never come",
+        Substitution(
+            REDUCE,
+            "for (int l = 0; l < kLanes; ++l) sums[l] = Op::merge(sums[l], shuffle_down",
+            "for (int l = 0; l < kLanes && lane < lanes; ++l)\n"
+            "      sums[l] = Op::merge(sums[l], shuffle_down",
+        ),
+    ),
+    Defect(
+        "half_of_the_warp_not_merged",
+        WRONG,
+        Substitution(REDUCE, "int lanes = kWarp / 2;", "int lanes = kWarp / 4;"),
+    ),
+    Defect(
+        "last_part_not_merged",
+        r"statistics of .*" + WRONG,
+        Substitution(KERNEL, "from < tiling.parts;", "from < tiling.parts - 1;"),
+    ),
+    Defect(
+        "partials_beyond_the_scratch",
+        r"write outside buffer 'scratch'",
+        Substitution(KERNEL, "(of_part * Op::kSums + k) * p.c", "((of_part + 4) * 5 + k) * p.c"),
+    ),
+    Defect(
+        "alignment_ignored",
+        r"misaligned store by thread \d+ in block",
+        Substitution(KERNEL, " && addresses % (vector * sizeof(T)) == 0", " && addresses > 0"),
+    ),
+    Defect(
+        "no_correction_between_means",
+        r"statistics of .*" + WRONG,
+        Substitution(KERNEL, "distance * distance * a.value[0] * share", "A(0)"),
+    ),
+]
+RACE = Substitution(
+    KERNEL, "  __syncthreads();  // every thread has read the number of batches\n", ""
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    build.build("plain")
+    todo = [(d.name, d.substitution) for d in DEFECTS] + [("number_of_batches_race", RACE)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda d: build.build(d[0], substitutions=(d[1],)), todo))
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda d: d.name)
+def test_defect_is_caught(defect):
+    emulated = build.load(build.build(defect.name, substitutions=(defect.substitution,)))
+    caught = None
+    for problem in PROBLEMS:
+        try:
+            check_all(emulated, problem)
+        except (AssertionError, RuntimeError) as error:
+            caught = str(error)
+            break
+    assert caught is not None
+    assert re.search(defect.caught_as, caught), caught
+
+
+def test_race_for_the_number_of_batches_is_caught():
+    folder = build.build("number_of_batches_race", substitutions=(RACE,))
+    emulated = build.load(folder)
+    c, before = 100, 1
+    options = {"c": c, "statistics_dtype": "float32", "running_dtype": "float32", "device": 0}
+    options |= {"cumulative": True, "momentum": 0.0, "count": 2.0}
+    wrong = 0
+    for seed in range(4):
+        emulated.set_seed(seed)
+        running = np.zeros((2, c), dtype=np.float32)
+        outputs = {"running_mean": running[0], "running_var": running[1]}
+        outputs["num_batches_tracked"] = np.array([before])
+        statistics = np.ones((2, c), dtype=np.float32)
+        emulated.update_running_statistics({"statistics": statistics}, outputs, options)
+        wrong += (running[0] != 1 / (before + 1)).sum()
+    assert wrong > 0
+
+
+def test_without_a_defect_nothing_is_caught(emulated):
+    for problem in PROBLEMS:
+        check_all(emulated, problem)
+
+
+def test_a_substitution_must_hit():
+    with pytest.raises(ValueError, match="has 0 times, not once, the text 'no such text'"):
+        build.build("missed", substitutions=(Substitution(KERNEL, "no such text", ""),))
