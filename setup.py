@@ -137,7 +137,9 @@ class BuildLibrary(build_ext):
         }
         target = self.output_folder()
         target.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / LIBRARY, target / LIBRARY)
+        # Renamed into place: a process that has the old library mapped keeps it whole.
+        shutil.copy2(build / LIBRARY, target / f"{LIBRARY}.new")
+        os.replace(target / f"{LIBRARY}.new", target / LIBRARY)
         (target / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
     def ninja(self, torch: Path, cxx: str, nvcc: str | None, architectures: list[str]) -> str:

@@ -12,6 +12,9 @@
 
 #include "simd.h"
 
+// For what must melt into a loop; left to itself GCC calls some of it.
+#define GK_INLINE inline __attribute__((always_inline))
+
 namespace gankernels::GK_ISA {
 namespace {
 
@@ -19,12 +22,14 @@ namespace {
 // of the statistics finds them still in the L1 cache (channels first) or L2 (channels last).
 constexpr int64_t kChunk = 4096;
 constexpr int64_t kChunkChannelsLast = 16384;
+// Elements that a thread writes in one run where it can choose.
+constexpr int64_t kRun = 1024;
 // A thread's share of a cache: what one unit of work may touch if it is to be read from memory once.
 constexpr int64_t kCacheBytes = 768 << 10;
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kSerial = 16384;
 // Results larger than this are stored past the caches, which are too small to keep them anyway.
-constexpr int64_t kStreamBytes = 8 << 20;
+constexpr int64_t kStreamBytes = 16 << 20;
 
 constexpr int kMaxPartials = 5, kMaxCoefficients = 10;
 
@@ -76,7 +81,7 @@ template <bool kFirst>
 struct Sum {
   static constexpr int kInputs = 1, kSums = 1;
   template <typename V, typename P, typename A>
-  static void reduce(const V* in, const P*, A slope, V* sums) {
+  GK_INLINE static void reduce(const V* in, const P*, A slope, V* sums) {
     sums[0] += kFirst ? leaky_relu(in[0], slope) : in[0];
   }
 };
@@ -85,7 +90,7 @@ template <bool kFirst>
 struct SquaredDeviation {
   static constexpr int kInputs = 1, kSums = 1;
   template <typename V, typename P, typename A>
-  static void reduce(const V* in, const P* coefficients, A slope, V* sums) {
+  GK_INLINE static void reduce(const V* in, const P* coefficients, A slope, V* sums) {
     const V d = (kFirst ? leaky_relu(in[0], slope) : in[0]) - coefficients[0];
     sums[0] += d * d;
   }
@@ -95,7 +100,7 @@ template <bool kFirst>
 struct ForwardElement {
   static constexpr int kInputs = 1, kOutputs = 1, kCoefficients = 3;
   template <typename V, typename P, typename A>
-  static void map(const V* in, const P* k, A slope, V* out) {
+  GK_INLINE static void map(const V* in, const P* k, A slope, V* out) {
     out[0] = chain(in[0], k[0], k[1], k[2], slope, kFirst).y;
   }
 };
@@ -104,14 +109,14 @@ template <bool kFirst>
 struct BackwardElement {
   static constexpr int kInputs = 2, kSums = 2, kOutputs = 1, kCoefficients = 6;
   template <typename V, typename P, typename A>
-  static void reduce(const V* in, const P* k, A slope, V* sums) {
+  GK_INLINE static void reduce(const V* in, const P* k, A slope, V* sums) {
     const Chain<V> e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
     const V g = in[1] * e.dy_dz;
     sums[0] += g;
     sums[1] += g * e.centred;
   }
   template <typename V, typename P, typename A>
-  static void map(const V* in, const P* k, A slope, V* out) {
+  GK_INLINE static void map(const V* in, const P* k, A slope, V* out) {
     const Chain<V> e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
     const V g = in[1] * e.dy_dz;
     out[0] = e.du_dx * (g * k[3] + (e.centred * k[4] + k[5]));
@@ -122,7 +127,7 @@ template <bool kFirst>
 struct DoubleBackwardElement {
   static constexpr int kInputs = 3, kSums = 5, kOutputs = 2, kCoefficients = 10;
   template <typename V, typename P, typename A>
-  static void reduce(const V* in, const P* k, A slope, V* sums) {
+  GK_INLINE static void reduce(const V* in, const P* k, A slope, V* sums) {
     const Chain<V> e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
     const V g = in[1] * e.dy_dz, v = in[2] * e.du_dx;
     sums[0] += g;
@@ -132,7 +137,7 @@ struct DoubleBackwardElement {
     sums[4] += v * g;
   }
   template <typename V, typename P, typename A>
-  static void map(const V* in, const P* k, A slope, V* out) {
+  GK_INLINE static void map(const V* in, const P* k, A slope, V* out) {
     const Chain<V> e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
     const V g = in[1] * e.dy_dz, v = in[2] * e.du_dx;
     out[0] = e.dy_dz * (v * k[3] + (e.centred * k[4] + k[5]));
@@ -142,109 +147,127 @@ struct DoubleBackwardElement {
 
 // ---- channels first: lanes are neighbours in space ---------------------------------------------
 
-// Calls body(offset, length) for each contiguous run of channel c's elements [begin, end), counted
-// over (N, S).
-template <typename Body>
-void for_each_run(const BatchNormLeakyReLU& p, int64_t c, int64_t begin, int64_t end,
-                  const Body& body) {
-  int64_t n = begin / p.s, s = begin % p.s;
-  while (begin < end) {
-    const int64_t length = minimum(p.s - s, end - begin);
-    body((n * p.c + c) * p.s + s, length);
-    begin += length;
-    ++n;
-    s = 0;
+// Adds the run of elements [offset, offset + length) to two chains of sums, to hide the latency of
+// additions. The same place in the next row is prefetched, since that is no address a CPU expects.
+template <typename Element, typename T, typename V>
+GK_INLINE void reduce_run(const T* const* inputs, int64_t offset, int64_t length, int64_t next_row,
+                          const Accumulate<T>* coefficients, Accumulate<T> slope, V* even,
+                          V* odd) {
+  using A = Accumulate<T>;
+  constexpr int W = VectorOf<A>::width, K = Element::kSums, I = Element::kInputs;
+  const T* in[I];
+  for (int j = 0; j < I; ++j) in[j] = inputs[j] + offset;
+  V e[K], o[K], a[I], b[I];
+  for (int k = 0; k < K; ++k) e[k] = even[k], o[k] = odd[k];
+  int64_t i = 0;
+  for (; i + 2 * W <= length; i += 2 * W) {
+    for (int j = 0; j < I; ++j) {
+      __builtin_prefetch(in[j] + i + next_row);
+      if (sizeof(T) * W >= 64) __builtin_prefetch(in[j] + i + W + next_row);
+      a[j] = load(in[j] + i);
+      b[j] = load(in[j] + i + W);
+    }
+    Element::reduce(a, coefficients, slope, e);
+    Element::reduce(b, coefficients, slope, o);
   }
+  if (i + W <= length) {
+    for (int j = 0; j < I; ++j) a[j] = load(in[j] + i);
+    Element::reduce(a, coefficients, slope, e);
+    i += W;
+  }
+  if (i < length) {
+    const int lanes = int(length - i);
+    V tail[K] = {};
+    for (int j = 0; j < I; ++j) {
+      __builtin_prefetch(in[j] + i + next_row);
+      a[j] = load(in[j] + i, lanes);
+    }
+    Element::reduce(a, coefficients, slope, tail);
+    for (int k = 0; k < K; ++k) o[k] += keep_first<A>(tail[k], lanes);
+  }
+  for (int k = 0; k < K; ++k) even[k] = e[k], odd[k] = o[k];
 }
 
 template <typename Element, typename T>
 void reduce_runs(const BatchNormLeakyReLU& p, const T* const* in, int64_t c, int64_t begin,
                  int64_t end, const Accumulate<T>* coefficients, double* sums) {
   using A = Accumulate<T>;
-  using V = Vector<A>;
-  constexpr int W = VectorOf<A>::width, K = Element::kSums, I = Element::kInputs;
-  const A slope = A(p.negative_slope);
-  const int64_t next_row = p.c * p.s;
-  V even[K] = {}, odd[K] = {};  // two chains of additions, to hide their latency
-  for_each_run(p, c, begin, end, [&](int64_t offset, int64_t length) {
-    const T* row[I];
-    for (int j = 0; j < I; ++j) row[j] = in[j] + offset;
-    int64_t i = 0;
-    for (; i + 2 * W <= length; i += 2 * W) {
-      V a[I], b[I];
-      for (int j = 0; j < I; ++j) {
-        __builtin_prefetch(row[j] + i + next_row);
-        if (sizeof(T) * W >= 64) __builtin_prefetch(row[j] + i + W + next_row);
-        a[j] = load(row[j] + i);
-        b[j] = load(row[j] + i + W);
-      }
-      Element::reduce(a, coefficients, slope, even);
-      Element::reduce(b, coefficients, slope, odd);
-    }
-    for (; i < length; i += W) {
-      const int lanes = int(minimum<int64_t>(W, length - i));
-      V a[I], tail[K] = {};
-      for (int j = 0; j < I; ++j) {
-        __builtin_prefetch(row[j] + i + next_row);
-        a[j] = lanes == W ? load(row[j] + i) : load(row[j] + i, lanes);
-      }
-      Element::reduce(a, coefficients, slope, tail);
-      for (int k = 0; k < K; ++k) even[k] += lanes == W ? tail[k] : keep_first<A>(tail[k], lanes);
-    }
-  });
-  for (int k = 0; k < K; ++k) sums[k] = sum_lanes<A>(even[k] + odd[k]);
+  Vector<A> even[Element::kSums] = {}, odd[Element::kSums] = {};
+  int64_t n = begin / p.s, s = begin % p.s;
+  for (; begin < end; ++n, s = 0) {
+    const int64_t length = minimum(p.s - s, end - begin);
+    reduce_run<Element>(in, (n * p.c + c) * p.s + s, length, p.c * p.s, coefficients,
+                        A(p.negative_slope), even, odd);
+    begin += length;
+  }
+  for (int k = 0; k < Element::kSums; ++k) sums[k] = sum_lanes<A>(even[k] + odd[k]);
 }
 
-template <typename Element, typename T>
-void map_runs(const BatchNormLeakyReLU& p, const T* const* in, T* const* out, int64_t c,
-              int64_t begin, int64_t end, const Accumulate<T>* coefficients) {
-  using A = Accumulate<T>;
-  using V = Vector<A>;
-  constexpr int W = VectorOf<A>::width, I = Element::kInputs, O = Element::kOutputs;
-  const A slope = A(p.negative_slope);
-  const bool streaming = sizeof(T) >= 4 && p.n * p.c * p.s * int64_t(sizeof(T)) > kStreamBytes;
-  for_each_run(p, c, begin, end, [&](int64_t offset, int64_t length) {
-    auto step = [&](int64_t i, int lanes, bool stream_it) {
-      V a[I], r[O];
-      for (int j = 0; j < I; ++j) {
-        const T* source = in[j] + offset + i;
-        a[j] = lanes == W ? load(source) : load(source, lanes);
-      }
-      Element::map(a, coefficients, slope, r);
-      for (int j = 0; j < O; ++j) {
-        if (!out[j]) continue;
-        T* target = out[j] + offset + i;
-        if (stream_it) {
-          stream(target, r[j]);
-        } else if (lanes == W) {
-          store(target, r[j]);
-        } else {
-          store(target, r[j], lanes);
-        }
-      }
-    };
-    int64_t i = 0;
-    if (streaming) {
-      // Up to the first whole line; outputs are aligned alike, being of x's shape and fresh.
-      const T* target = (out[0] ? out[0] : out[O - 1]) + offset;
-      const int64_t misaligned = (reinterpret_cast<uintptr_t>(target) / sizeof(T)) % W;
-      if (misaligned) {
-        i = minimum<int64_t>(W - misaligned, length);
-        step(0, int(i), false);
-      }
-      for (; i + W <= length; i += W) step(i, W, true);
-    } else {
-      for (; i + W <= length; i += W) step(i, W, false);
-    }
-    if (i < length) step(i, int(length - i), false);
-  });
+// Writes one vector of every wanted output.
+template <bool kStream, int O, typename T, typename V>
+GK_INLINE void write(T* const* out, int64_t offset, const V* values) {
+  for (int j = 0; j < O; ++j) {
+    if (!out[j]) continue;
+    kStream ? stream(out[j] + offset, values[j]) : store(out[j] + offset, values[j]);
+  }
+}
+template <int O, typename T, typename V>
+GK_INLINE void write(T* const* out, int64_t offset, const V* values, int lanes) {
+  for (int j = 0; j < O; ++j) {
+    if (out[j]) store(out[j] + offset, values[j], lanes);
+  }
+}
+
+// Whether results go past the caches.
+template <typename T>
+bool streams(const BatchNormLeakyReLU& p) {
+  return p.n * p.c * p.s * int64_t(sizeof(T)) > kStreamBytes;
+}
+
+// How many elements precede the first whole vector's address. Outputs are aligned alike, being
+// fresh tensors of x's shape.
+template <int O, typename T>
+int64_t misalignment(T* const* out, int64_t offset) {
+  constexpr int64_t W = VectorOf<Accumulate<T>>::width;
+  const T* first = (out[0] ? out[0] : out[O - 1]) + offset;
+  return -int64_t(reinterpret_cast<uintptr_t>(first) / sizeof(T)) & (W - 1);
+}
+
+// The run of one channel's elements [offset, offset + length).
+template <typename Element, bool kStream, typename T>
+void map_run(const T* const* inputs, T* const* outputs, int64_t offset, int64_t length,
+             const Accumulate<T>* coefficients, Accumulate<T> slope) {
+  using V = Vector<Accumulate<T>>;
+  constexpr int W = VectorOf<Accumulate<T>>::width, I = Element::kInputs, O = Element::kOutputs;
+  const T* in[I];
+  T* out[O];
+  for (int j = 0; j < I; ++j) in[j] = inputs[j] + offset;
+  for (int j = 0; j < O; ++j) out[j] = outputs[j] ? outputs[j] + offset : nullptr;
+  auto some = [&](int64_t i, int lanes) {
+    V a[I], r[O];
+    for (int j = 0; j < I; ++j) a[j] = load(in[j] + i, lanes);
+    Element::map(a, coefficients, slope, r);
+    write<O>(out, i, r, lanes);
+  };
+  int64_t i = 0;
+  if (kStream) {
+    i = minimum(misalignment<O>(outputs, offset), length);
+    if (i) some(0, int(i));
+  }
+  for (; i + W <= length; i += W) {
+    V a[I], r[O];
+    for (int j = 0; j < I; ++j) a[j] = load(in[j] + i);
+    Element::map(a, coefficients, slope, r);
+    write<kStream, O>(out, i, r);
+  }
+  if (i < length) some(i, int(length - i));
 }
 
 // ---- channels last: lanes are neighbouring channels --------------------------------------------
 
 // Columns [c0, c1) of rows [r0, r1); coefficients and sums are arrays of rows `pitch` apart.
 template <typename Element, typename T>
-void reduce_columns(const BatchNormLeakyReLU& p, const T* const* in, int64_t r0, int64_t r1,
+void reduce_columns(const BatchNormLeakyReLU& p, const T* const* inputs, int64_t r0, int64_t r1,
                     int64_t c0, int64_t c1, const Accumulate<T>* coefficients, int64_t pitch,
                     Accumulate<T>* sums) {
   using A = Accumulate<T>;
@@ -256,72 +279,67 @@ void reduce_columns(const BatchNormLeakyReLU& p, const T* const* in, int64_t r0,
   for (int k = 0; k < K; ++k) {
     for (int64_t c = c0; c < c1; c += W) store(sums + k * pitch + c, V{});
   }
-  auto rows = [&](int64_t r, auto count) {
-    for (int64_t c = c0; c < c1; c += W) {
-      const int lanes = int(minimum<int64_t>(W, c1 - c));
-      V k[P], s[K];
-      for (int j = 0; j < P; ++j) k[j] = load(coefficients + j * pitch + c);
-      for (int j = 0; j < K; ++j) s[j] = load(sums + j * pitch + c);
-      for (int q = 0; q < count(); ++q) {
-        V a[I];
-        for (int j = 0; j < I; ++j) {
-          const T* source = in[j] + (r + q) * p.c + c;
-          a[j] = lanes == W ? load(source) : load(source, lanes);
-        }
-        Element::reduce(a, k, slope, s);
+  const int64_t row = p.c, full = c0 + (c1 - c0) / W * W;
+  const T* in[I];
+  for (int j = 0; j < I; ++j) in[j] = inputs[j] + r0 * row;
+  // The prefetchers do not follow several rows at once well, so the next ones are asked for here.
+  auto rows = [&](auto count, int64_t c, auto get) {
+    V k[P], s[K];
+    for (int j = 0; j < P; ++j) k[j] = load(coefficients + j * pitch + c);
+    for (int j = 0; j < K; ++j) s[j] = load(sums + j * pitch + c);
+    for (int q = 0; q < count(); ++q) {
+      V a[I];
+      for (int j = 0; j < I; ++j) {
+        __builtin_prefetch(in[j] + (q + R) * row + c);
+        a[j] = get(in[j] + q * row + c);
       }
-      for (int j = 0; j < K; ++j) store(sums + j * pitch + c, s[j]);
+      Element::reduce(a, k, slope, s);
     }
+    for (int j = 0; j < K; ++j) store(sums + j * pitch + c, s[j]);
   };
-  int64_t r = r0;
-  for (; r + R <= r1; r += R) rows(r, [] { return R; });
-  for (; r < r1; ++r) rows(r, [] { return 1; });
+  auto all_columns = [&](auto count) {
+    for (int64_t c = c0; c < full; c += W) rows(count, c, [](const T* x) { return load(x); });
+    const int lanes = int(c1 - full);
+    if (lanes) rows(count, full, [&](const T* x) { return load(x, lanes); });
+    for (int j = 0; j < I; ++j) in[j] += count() * row;
+  };
+  for (; r0 + R <= r1; r0 += R) all_columns([] { return R; });
+  for (; r0 < r1; ++r0) all_columns([] { return 1; });
 }
 
-template <typename Element, typename T>
-void map_columns(const BatchNormLeakyReLU& p, const T* const* in, T* const* out, int64_t r0,
+template <typename Element, bool kStream, typename T>
+void map_columns(const BatchNormLeakyReLU& p, const T* const* inputs, T* const* outputs, int64_t r0,
                  int64_t r1, int64_t c0, int64_t c1, const Accumulate<T>* coefficients,
                  int64_t pitch) {
   using A = Accumulate<T>;
   using V = Vector<A>;
   constexpr int W = VectorOf<A>::width, I = Element::kInputs, O = Element::kOutputs;
-  constexpr int R = 4;
+  constexpr int K = Element::kCoefficients;
   const A slope = A(p.negative_slope);
-  const bool aligned = (p.c * sizeof(T)) % kVectorBytes == 0 &&
-                       (c0 * sizeof(T)) % kVectorBytes == 0 &&
-                       (!out[0] || reinterpret_cast<uintptr_t>(out[0]) % kVectorBytes == 0) &&
-                       (!out[O - 1] || reinterpret_cast<uintptr_t>(out[O - 1]) % kVectorBytes == 0);
-  const bool streaming =
-      sizeof(T) >= 4 && aligned && p.n * p.c * p.s * int64_t(sizeof(T)) > kStreamBytes;
-  auto rows = [&](int64_t r, auto count) {
-    for (int64_t c = c0; c < c1; c += W) {
-      const int lanes = int(minimum<int64_t>(W, c1 - c));
-      V k[Element::kCoefficients];
-      for (int j = 0; j < Element::kCoefficients; ++j) k[j] = load(coefficients + j * pitch + c);
-      for (int q = 0; q < count(); ++q) {
-        V a[I], o[O];
-        for (int j = 0; j < I; ++j) {
-          const T* source = in[j] + (r + q) * p.c + c;
-          a[j] = lanes == W ? load(source) : load(source, lanes);
-        }
-        Element::map(a, k, slope, o);
-        for (int j = 0; j < O; ++j) {
-          if (!out[j]) continue;
-          T* target = out[j] + (r + q) * p.c + c;
-          if (streaming) {
-            stream(target, o[j]);
-          } else if (lanes == W) {
-            store(target, o[j]);
-          } else {
-            store(target, o[j], lanes);
-          }
-        }
-      }
+  const int64_t full = c0 + (c1 - c0) / W * W, row = p.c;
+  const T* in[I];
+  T* out[O];
+  for (int j = 0; j < I; ++j) in[j] = inputs[j] + r0 * row;
+  for (int j = 0; j < O; ++j) out[j] = outputs[j] ? outputs[j] + r0 * row : nullptr;
+  // Row by row: taking several at once saves loads of coefficients, but costs twice the time,
+  // because it breaks the streams that the prefetchers follow.
+  for (int64_t r = r0; r < r1; ++r) {
+    V a[I], k[K], o[O];
+    for (int64_t c = c0; c < full; c += W) {
+      for (int j = 0; j < K; ++j) k[j] = load(coefficients + j * pitch + c);
+      for (int j = 0; j < I; ++j) a[j] = load(in[j] + c);
+      Element::map(a, k, slope, o);
+      write<kStream, O>(out, c, o);
     }
-  };
-  int64_t r = r1;
-  for (; r - R >= r0; r -= R) rows(r - R, [] { return R; });
-  for (; r > r0; --r) rows(r - 1, [] { return 1; });
+    if (full < c1) {
+      for (int j = 0; j < K; ++j) k[j] = load(coefficients + j * pitch + full);
+      for (int j = 0; j < I; ++j) a[j] = load(in[j] + full, int(c1 - full));
+      Element::map(a, k, slope, o);
+      write<O>(out, full, o, int(c1 - full));
+    }
+    for (int j = 0; j < I; ++j) in[j] += row;
+    for (int j = 0; j < O; ++j) out[j] = out[j] ? out[j] + row : nullptr;
+  }
 }
 
 // ---- passes ------------------------------------------------------------------------------------
@@ -548,29 +566,35 @@ struct DoubleBackwardPass
 template <typename T, typename Pass>
 void run_channels_first(const Pass& pass, CpuThreads threads) {
   using A = Accumulate<T>;
+  using Element = typename Pass::Element;
   constexpr int K = Pass::kPartials;
   const auto& p = pass.p;
   const int64_t size = p.n * p.s;
   if (size * p.c < kSerial) threads.count = 1;
-  const bool cached = size * int64_t(sizeof(T)) * Pass::Element::kInputs <= kCacheBytes;
-  const bool balanced = threads.count == 1 || p.c % threads.count == 0 || p.c >= 8 * threads.count;
+  const auto map = streams<T>(p) ? map_run<Element, true, T> : map_run<Element, false, T>;
+  const A slope = A(p.negative_slope);
+  Buffer<A> coefficients(p.c * kMaxCoefficients);
+  auto of_channel = [&](int64_t c) { return coefficients.data + c * kMaxCoefficients; };
 
-  if (!pass.reduces() || !pass.maps() || (cached && balanced) || threads.count == 1) {
-    // Every channel in one go, in parts of it where there are too few channels.
-    const int64_t parts = balanced || pass.reduces() ? 1 : threads.count;
-    return parallel(threads, p.c * parts, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t c = task / parts, part = task % parts;
-        A coefficients[kMaxCoefficients];
-        double partial[K] = {};
-        if (pass.reduces()) {
-          pass.prepare(c, coefficients, 1);
-          pass.reduce(c, 0, size, coefficients, partial);
+  const int64_t channel_bytes = maximum<int64_t>(1, size * int64_t(sizeof(T)) * Element::kInputs);
+  const int64_t fit = kCacheBytes / channel_bytes;  // channels that stay in a core's cache
+  const bool balanced = p.c % threads.count == 0 || p.c >= 8 * threads.count;
+  if (pass.reduces() && pass.maps() && fit >= 1 && balanced) {
+    return parallel(threads, p.c, [&](int64_t begin, int64_t end) {
+      // Neighbouring channels are written together, so that short rows still make long runs.
+      const int64_t group = minimum(fit, divide_up(kRun, p.s));
+      for (int64_t c0 = begin; c0 < end; c0 += group) {
+        const int64_t c1 = minimum(c0 + group, end);
+        for (int64_t c = c0; c < c1; ++c) {
+          double partial[K];
+          pass.prepare(c, of_channel(c), 1);
+          pass.reduce(c, 0, size, of_channel(c), partial);
+          pass.finish(c, partial, of_channel(c), 1);
         }
-        pass.finish(c, partial, coefficients, 1);
-        if (pass.maps()) {
-          map_runs<typename Pass::Element>(p, pass.in, pass.out, c, size * part / parts,
-                                           size * (part + 1) / parts, coefficients);
+        for (int64_t n = 0; n < p.n; ++n) {
+          for (int64_t c = c0; c < c1; ++c) {
+            map(pass.in, pass.out, (n * p.c + c) * p.s, p.s, of_channel(c), slope);
+          }
         }
       }
     });
@@ -578,27 +602,32 @@ void run_channels_first(const Pass& pass, CpuThreads threads) {
 
   const int64_t parts = threads.count;  // of each channel; task = c * parts + part
   Buffer<double> partials(p.c * parts * K);
-  parallel(threads, p.c * parts, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t c = task / parts, part = task % parts;
-      A coefficients[kMaxCoefficients];
-      pass.prepare(c, coefficients, 1);
-      pass.reduce(c, size * part / parts, size * (part + 1) / parts, coefficients,
-                  partials.data + task * K);
-    }
-  });
-  Buffer<A> coefficients(p.c * kMaxCoefficients);
+  if (pass.reduces()) {
+    parallel(threads, p.c * parts, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t c = task / parts, part = task % parts;
+        A own[kMaxCoefficients];
+        pass.prepare(c, own, 1);
+        pass.reduce(c, size * part / parts, size * (part + 1) / parts, own,
+                    partials.data + task * K);
+      }
+    });
+  }
   for (int64_t c = 0; c < p.c; ++c) {
     double* total = partials.data + c * parts * K;
-    for (int64_t part = 1; part < parts; ++part) Pass::merge(total, total + part * K);
-    pass.finish(c, total, coefficients.data + c * kMaxCoefficients, 1);
+    for (int64_t part = 1; part < parts && pass.reduces(); ++part) {
+      Pass::merge(total, total + part * K);
+    }
+    pass.finish(c, total, of_channel(c), 1);
   }
-  parallel(threads, p.c * parts, [&](int64_t begin, int64_t end) {
-    for (int64_t task = end; task-- > begin;) {
-      const int64_t c = task / parts, part = task % parts;
-      map_runs<typename Pass::Element>(p, pass.in, pass.out, c, size * part / parts,
-                                       size * (part + 1) / parts,
-                                       coefficients.data + c * kMaxCoefficients);
+  if (!pass.maps()) return;
+  // In the order of memory: rows (n, c), in parts of them where there are few.
+  const int64_t pieces = p.n * p.c >= 8 * threads.count ? 1 : threads.count;
+  parallel(threads, p.n * p.c * pieces, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / pieces, piece = task % pieces;
+      const int64_t from = p.s * piece / pieces, to = p.s * (piece + 1) / pieces;
+      map(pass.in, pass.out, row * p.s + from, to - from, of_channel(row % p.c), slope);
     }
   });
 }
@@ -617,6 +646,15 @@ void run_channels_last(const Pass& pass, CpuThreads threads) {
   const int64_t lines = pitch / kLine;
   // Work space for the partial sums in progress, then the coefficients of all channels.
   const int64_t work_size = (kMaxPartials + kMaxCoefficients) * pitch;
+
+  // Streamed vectors must be whole and aligned in every row.
+  const bool aligned = p.c % VectorOf<A>::width == 0 &&
+                       misalignment<Element::kOutputs>(pass.out, 0) == 0;
+  auto map = [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const A* coefficients) {
+    const auto run = streams<T>(p) && aligned ? map_columns<Element, true, T>
+                                              : map_columns<Element, false, T>;
+    run(p, pass.in, pass.out, r0, r1, c0, c1, coefficients, pitch);
+  };
 
   const int64_t share = divide_up(lines, threads.count) * kLine;
   const bool cached =
@@ -645,7 +683,7 @@ void run_channels_last(const Pass& pass, CpuThreads threads) {
           pass.finish(c, partial, coefficients + c, pitch);
         }
         if (pass.maps()) {
-          map_columns<Element>(p, pass.in, pass.out, 0, rows, c0, c1, coefficients, pitch);
+          map(0, rows, c0, c1, coefficients);
         }
       }
     });
@@ -680,8 +718,7 @@ void run_channels_last(const Pass& pass, CpuThreads threads) {
   if (!pass.maps()) return;
   parallel(threads, parts, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      map_columns<Element>(p, pass.in, pass.out, rows * part / parts, rows * (part + 1) / parts, 0,
-                           p.c, coefficients, pitch);
+      map(rows * part / parts, rows * (part + 1) / parts, 0, p.c, coefficients);
     }
   });
 }
