@@ -8,12 +8,8 @@
 // `reduce` left in the caches last.
 #include "../batch_norm_leaky_relu_math.h"
 
-#include <cstdlib>
-
+#include "parallel.h"
 #include "simd.h"
-
-// For what must melt into a loop; left to itself GCC calls some of it.
-#define GK_INLINE inline __attribute__((always_inline))
 
 namespace gankernels::GK_ISA {
 namespace {
@@ -32,28 +28,6 @@ constexpr int64_t kSerial = 16384;
 constexpr int64_t kStreamBytes = 16 << 20;
 
 constexpr int kMaxPartials = 5, kMaxCoefficients = 10;
-
-// Memory that is freed at the end of its scope. Not std::vector: see the note on symbols in
-// batch_norm_leaky_relu_math.h.
-template <typename E>
-struct Buffer {
-  E* data;
-  explicit Buffer(int64_t size)
-      : data(static_cast<E*>(aligned_alloc(64, (size * sizeof(E) + 64) & ~int64_t(63)))) {}
-  ~Buffer() { free(data); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
-
-// Calls body(begin, end) on `threads.count` disjoint ranges that cover [0, tasks).
-template <typename Body>
-void parallel(const CpuThreads& threads, int64_t tasks, const Body& body) {
-  if (threads.count <= 1 || tasks <= 1) return body(int64_t(0), tasks);
-  auto call = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const Body*>(context))(begin, end);
-  };
-  threads.run(tasks, call, const_cast<Body*>(&body));
-}
 
 double load_parameter(const void* p, DType dtype, int64_t i, double missing) {
   if (!p) return missing;

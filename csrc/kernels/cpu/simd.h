@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <cstring>
 
+// For what must melt into a loop; left to itself GCC calls some of it.
+#define GK_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -53,11 +56,11 @@ typedef int32_t FloatMask __attribute__((vector_size(kVectorBytes)));
 
 // ---- conversions of a whole register -----------------------------------------------------------
 
-__attribute__((always_inline)) inline Vector<float> widen(HalfBits v, BFloat16*) {
+GK_INLINE Vector<float> widen(HalfBits v, BFloat16*) {
   return (Vector<float>)(__builtin_convertvector(v, FloatBits) << 16);
 }
 
-__attribute__((always_inline)) inline HalfBits narrow(Vector<float> v, BFloat16*) {
+GK_INLINE HalfBits narrow(Vector<float> v, BFloat16*) {
   const FloatBits bits = (FloatBits)v;
   const FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const FloatBits result = (FloatMask)(v == v) ? rounded : FloatBits{} + 0x7fc0;
@@ -66,21 +69,21 @@ __attribute__((always_inline)) inline HalfBits narrow(Vector<float> v, BFloat16*
 
 #if defined(__AVX512F__)
 // The masked forms, because GCC 12 warns of the undefined value inside the plain ones.
-__attribute__((always_inline)) inline Vector<float> widen(HalfBits v, Float16*) {
+GK_INLINE Vector<float> widen(HalfBits v, Float16*) {
   return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)v);
 }
-__attribute__((always_inline)) inline HalfBits narrow(Vector<float> v, Float16*) {
+GK_INLINE HalfBits narrow(Vector<float> v, Float16*) {
   return (HalfBits)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #elif defined(__AVX2__)
-__attribute__((always_inline)) inline Vector<float> widen(HalfBits v, Float16*) {
+GK_INLINE Vector<float> widen(HalfBits v, Float16*) {
   return (Vector<float>)_mm256_cvtph_ps((__m128i)v);
 }
-__attribute__((always_inline)) inline HalfBits narrow(Vector<float> v, Float16*) {
+GK_INLINE HalfBits narrow(Vector<float> v, Float16*) {
   return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #else
-__attribute__((always_inline)) inline Vector<float> widen(HalfBits v, Float16*) {
+GK_INLINE Vector<float> widen(HalfBits v, Float16*) {
   const FloatBits bits = __builtin_convertvector(v, FloatBits);
   const FloatBits magnitude = bits & 0x7fff;
   // Shift exponent and mantissa into place, then let a multiplication by 2^112 move the exponent's
@@ -89,7 +92,7 @@ __attribute__((always_inline)) inline Vector<float> widen(HalfBits v, Float16*) 
   const FloatBits special = (FloatBits)(magnitude >= 0x7c00) & 0x7f800000u;
   return (Vector<float>)((FloatBits)scaled | special | ((bits & 0x8000) << 16));
 }
-__attribute__((always_inline)) inline HalfBits narrow(Vector<float> v, Float16*) {
+GK_INLINE HalfBits narrow(Vector<float> v, Float16*) {
   const FloatBits bits = (FloatBits)v;
   const FloatBits sign = (bits >> 16) & 0x8000;
   const FloatBits magnitude = bits & 0x7fffffff;
@@ -107,66 +110,66 @@ __attribute__((always_inline)) inline HalfBits narrow(Vector<float> v, Float16*)
 
 // ---- loads and stores --------------------------------------------------------------------------
 
-__attribute__((always_inline)) inline Vector<float> load(const float* p) {
+GK_INLINE Vector<float> load(const float* p) {
   Vector<float> v;
   memcpy(&v, p, sizeof v);
   return v;
 }
-__attribute__((always_inline)) inline Vector<double> load(const double* p) {
+GK_INLINE Vector<double> load(const double* p) {
   Vector<double> v;
   memcpy(&v, p, sizeof v);
   return v;
 }
-__attribute__((always_inline)) inline Vector<float> load(const BFloat16* p) {
+GK_INLINE Vector<float> load(const BFloat16* p) {
   HalfBits v;
   memcpy(&v, p, sizeof v);
   return widen(v, (BFloat16*)nullptr);
 }
-__attribute__((always_inline)) inline Vector<float> load(const Float16* p) {
+GK_INLINE Vector<float> load(const Float16* p) {
   HalfBits v;
   memcpy(&v, p, sizeof v);
   return widen(v, (Float16*)nullptr);
 }
 
-__attribute__((always_inline)) inline void store(float* p, Vector<float> v) { memcpy(p, &v, sizeof v); }
-__attribute__((always_inline)) inline void store(double* p, Vector<double> v) { memcpy(p, &v, sizeof v); }
+GK_INLINE void store(float* p, Vector<float> v) { memcpy(p, &v, sizeof v); }
+GK_INLINE void store(double* p, Vector<double> v) { memcpy(p, &v, sizeof v); }
 template <typename T>
-__attribute__((always_inline)) inline void store(T* p, Vector<float> v) {
+GK_INLINE void store(T* p, Vector<float> v) {
   const HalfBits bits = narrow(v, (T*)nullptr);
   memcpy(p, &bits, sizeof bits);
 }
 
 // The first `count` lanes, the others zero. 0 < count < width.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-__attribute__((always_inline)) inline Vector<float> load(const float* p, int count) {
+GK_INLINE Vector<float> load(const float* p, int count) {
   return (Vector<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
 }
-__attribute__((always_inline)) inline Vector<double> load(const double* p, int count) {
+GK_INLINE Vector<double> load(const double* p, int count) {
   return (Vector<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << count) - 1), p);
 }
 template <typename T>
-__attribute__((always_inline)) inline Vector<float> load(const T* p, int count) {
+GK_INLINE Vector<float> load(const T* p, int count) {
   return widen((HalfBits)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p), (T*)nullptr);
 }
-__attribute__((always_inline)) inline void store(float* p, Vector<float> v, int count) {
+GK_INLINE void store(float* p, Vector<float> v, int count) {
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
 }
-__attribute__((always_inline)) inline void store(double* p, Vector<double> v, int count) {
+GK_INLINE void store(double* p, Vector<double> v, int count) {
   _mm512_mask_storeu_pd(p, (__mmask8)((1u << count) - 1), (__m512d)v);
 }
 template <typename T>
-__attribute__((always_inline)) inline void store(T* p, Vector<float> v, int count) {
+GK_INLINE void store(T* p, Vector<float> v, int count) {
   _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), (__m256i)narrow(v, (T*)nullptr));
 }
 #else
 template <typename T>
-__attribute__((always_inline)) inline Vector<Accumulate<T>> load(const T* p, int count) {
+GK_INLINE Vector<Accumulate<T>> load(const T* p, int count) {
   T lanes[VectorOf<Accumulate<T>>::width] = {};
   for (int i = 0; i < count; ++i) lanes[i] = p[i];
   return load(lanes);
 }
 template <typename T>
-__attribute__((always_inline)) inline void store(T* p, Vector<Accumulate<T>> v, int count) {
+GK_INLINE void store(T* p, Vector<Accumulate<T>> v, int count) {
   T lanes[VectorOf<Accumulate<T>>::width];
   store(lanes, v);
   for (int i = 0; i < count; ++i) p[i] = lanes[i];
@@ -175,7 +178,7 @@ __attribute__((always_inline)) inline void store(T* p, Vector<Accumulate<T>> v, 
 
 // Stores that go past the caches, for results too large to be found there again. p is a multiple of
 // what one vector takes in memory; a line should be written whole, or it costs more than it saves.
-__attribute__((always_inline)) inline void stream(float* p, Vector<float> v) {
+GK_INLINE void stream(float* p, Vector<float> v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, (__m512)v);
 #elif defined(__AVX2__)
@@ -184,7 +187,7 @@ __attribute__((always_inline)) inline void stream(float* p, Vector<float> v) {
   store(p, v);
 #endif
 }
-__attribute__((always_inline)) inline void stream(double* p, Vector<double> v) {
+GK_INLINE void stream(double* p, Vector<double> v) {
 #if defined(__AVX512F__)
   _mm512_stream_pd(p, (__m512d)v);
 #elif defined(__AVX2__)
@@ -194,7 +197,7 @@ __attribute__((always_inline)) inline void stream(double* p, Vector<double> v) {
 #endif
 }
 template <typename T>
-__attribute__((always_inline)) inline void stream(T* p, Vector<float> v) {
+GK_INLINE void stream(T* p, Vector<float> v) {
 #if defined(__AVX512F__)
   _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v, (T*)nullptr));
 #elif defined(__AVX2__)
@@ -208,25 +211,25 @@ __attribute__((always_inline)) inline void stream(T* p, Vector<float> v) {
 
 // Lanes below `count` keep v, the others become zero.
 template <typename A>
-__attribute__((always_inline)) inline Vector<A> keep_first(Vector<A> v, int count) {
+GK_INLINE Vector<A> keep_first(Vector<A> v, int count) {
   static constexpr A kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return load(kLanes) < A(count) ? v : Vector<A>{};
 }
 
 // The sum of the lanes, in a fixed order.
 template <typename A>
-__attribute__((always_inline)) inline double sum_lanes(Vector<A> v) {
+GK_INLINE double sum_lanes(Vector<A> v) {
   double sum = 0;
   for (int i = 0; i < VectorOf<A>::width; ++i) sum += double(v[i]);
   return sum;
 }
 
 template <typename I>
-__attribute__((always_inline)) inline I minimum(I a, I b) {
+GK_INLINE I minimum(I a, I b) {
   return a < b ? a : b;
 }
 template <typename I>
-__attribute__((always_inline)) inline I maximum(I a, I b) {
+GK_INLINE I maximum(I a, I b) {
   return a > b ? a : b;
 }
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

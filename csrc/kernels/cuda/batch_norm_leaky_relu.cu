@@ -39,6 +39,8 @@ constexpr int64_t kBlocksPerMultiprocessor = 8;
 // A block that owns whole channels reads at most this much of x; more is divided into parts of
 // half.
 constexpr int64_t kBytesPerBlock = 64 * 1024;
+// In a part of a channel; 32 bits hold it with room to spare.
+constexpr int64_t kMaxPositions = int64_t{1} << 29;
 
 enum class Stage { kReduce, kApply, kReduceAndApply };
 
@@ -56,44 +58,48 @@ struct Tiling {
   int threads;
 };
 
-// One thread's way through a part: from position `begin`, every `stride`-th before `end`, at
-// `offset` elements into the tensors. Divides at the start only.
+// One thread's way through a part: `count` positions, the first `begin`, every `stride`-th of which
+// is visited, at offset() elements into the tensors. Divides at the start only, and counts in 32
+// bits, since a part has at most kMaxPositions: of a longer run it never sees the end.
 template <int V, bool kChannelsLast>
 class Walk {
  public:
-  __device__ Walk(const Tiling& t, int64_t first_element, int64_t begin, int64_t end, int stride)
-      : position_(begin), end_(end), stride_(stride) {
+  __device__ Walk(const Tiling& t, int64_t first_element, int64_t begin, int count, int stride)
+      : left_(count), stride_(stride) {
     if constexpr (kChannelsLast) {
       offset_ = first_element + begin * t.run_stride;
       stride_elements_ = stride * t.run_stride;
     } else {
-      run_ = t.run;
-      column_ = begin % run_;
-      offset_ = first_element + begin / run_ * t.run_stride + column_ * V;
-      stride_columns_ = stride % run_;
-      stride_elements_ = stride / run_ * t.run_stride + stride_columns_ * V;
-      next_run_ = t.run_stride - run_ * V;
+      const int64_t column = begin % t.run;
+      offset_ = first_element + begin / t.run * t.run_stride + column * V;
+      run_ = static_cast<int>(min(t.run, kMaxPositions));
+      left_in_run_ = static_cast<int>(min(t.run - column, kMaxPositions));
+      stride_in_run_ = stride % run_;
+      stride_elements_ = stride / run_ * t.run_stride + stride_in_run_ * V;
+      next_run_ = t.run_stride - t.run * V;
     }
   }
 
-  __device__ bool done() const { return position_ >= end_; }
+  __device__ bool done() const { return left_ <= 0; }
   __device__ int64_t offset() const { return offset_; }
 
   __device__ void advance() {
-    position_ += stride_;
+    left_ -= stride_;
     offset_ += stride_elements_;
     if constexpr (!kChannelsLast) {
-      column_ += stride_columns_;
-      if (column_ >= run_) {
-        column_ -= run_;
+      left_in_run_ -= stride_in_run_;
+      if (left_in_run_ <= 0) {
+        left_in_run_ += run_;
         offset_ += next_run_;
       }
     }
   }
 
  private:
-  int64_t position_, end_, offset_, stride_, stride_elements_;
-  int64_t run_, column_, stride_columns_, next_run_;  // not in channels-last order
+  int64_t offset_, stride_elements_;
+  int left_, stride_;
+  int64_t next_run_;  // from here on: not in channels-last order
+  int run_, left_in_run_, stride_in_run_;
 };
 
 // Per channel: what turns x into z, and the factors it is made of.
@@ -464,9 +470,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (inside) channel[l] = Op::prepare(p, c + l);
   }
 
-  const int64_t begin = part * tiling.positions_per_part;
-  const int64_t end = inside ? min(tiling.positions, begin + tiling.positions_per_part) : begin;
-  const Walk<V, kChannelsLast> walk(tiling, kChannelsLast ? c : c * p.s, begin + row, end, rows);
+  const int64_t begin = part * tiling.positions_per_part + row;
+  const int64_t end = min(tiling.positions, (part + 1) * tiling.positions_per_part);
+  const int count = inside ? static_cast<int>(end - begin) : 0;  // not positive: nothing to do
+  const Walk<V, kChannelsLast> walk(tiling, kChannelsLast ? c : c * p.s, begin, count, rows);
 
   // The k-th sum of a part of channel c + l, laid out so that neighbouring threads find neighbours.
   const auto partial = [&](int l, int k, int64_t of_part) -> A& {
@@ -565,8 +572,9 @@ Tiling make_tiling(const BatchNormLeakyReLU& p, int vector, int64_t multiprocess
   if (bytes > kBytesPerBlock) {
     parts = std::min(multiprocessors * kBlocksPerMultiprocessor / t.tiles,
                      ceil_div(bytes, kBytesPerBlock / 2));
-    parts = std::max<int64_t>(1, std::min(parts, t.positions));
   }
+  parts =
+      std::max({int64_t{1}, std::min(parts, t.positions), ceil_div(t.positions, kMaxPositions)});
   t.positions_per_part = std::max<int64_t>(1, ceil_div(t.positions, parts));
   t.parts = static_cast<int>(std::max<int64_t>(1, ceil_div(t.positions, t.positions_per_part)));
   const int rows = round_up_to_power_of_two(t.positions_per_part, kThreads / t.channel_threads);
