@@ -7,8 +7,9 @@ from torch import Tensor
 
 from gankernels._library import has_kernel
 from gankernels.ops import batch_norm_leaky_relu as _bn
+from gankernels.ops import gradient_norm_penalty as _gnp
 
-__all__ = ["batch_norm_leaky_relu", "leaky_relu_batch_norm"]
+__all__ = ["batch_norm_leaky_relu", "gradient_norm_penalty", "leaky_relu_batch_norm"]
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -141,11 +142,8 @@ def _check(
     training: bool,
     eps: float,
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}; a Tensor is needed")
+    _check_floating("x", x)
     dtype = x.dtype
-    if dtype not in _FLOATING:
-        raise TypeError(f"x has dtype {dtype}; accepted are {', '.join(map(str, _FLOATING))}")
     shape = x.shape
     channels = shape[1] if len(shape) > 1 else 0
     if len(shape) > 5:
@@ -194,3 +192,51 @@ def _check(
                 "Expected more than 1 value per channel when training, "
                 f"got input size {tuple(shape)}"
             )
+
+
+def gradient_norm_penalty(grad: Tensor, kind: str = "wgan-gp", center: float = 1.0) -> Tensor:
+    r"""The penalty on the norms of a batch of gradients: the reduction inside a gradient penalty.
+
+    With the norm of each sample's gradient over all dimensions but the first,
+
+    ==========================  ================================================
+    ``wgan-gp`` and ``dragan``  :math:`\frac1N \sum_n (\lVert g_n \rVert - c)^2`
+    ``wgan-lp``                 :math:`\frac1N \sum_n \max(0, \lVert g_n \rVert - c)^2`
+    ``r1`` and ``r2``           :math:`\frac1N \sum_n \lVert g_n \rVert^2`
+    ==========================  ================================================
+
+    Args:
+        grad: ``(N, ...)``, of float32, float64, bfloat16 or float16, with any strides.
+        kind: one of the above.
+        center: the norm c that is asked for; of no meaning to ``r1`` and ``r2``.
+
+    Returns:
+        A scalar: the mean over the batch without weight or factor 1/2, in float32 (float64 for
+        float64). Where a norm is zero the penalty's derivative is zero.
+
+    Raises:
+        TypeError: where ``grad`` is no floating-point tensor of these dtypes.
+        ValueError: for another kind, or a ``grad`` without a batch dimension.
+
+    Derivatives: the first and the second, each with a kernel of its own; a third raises.
+
+    References: Gulrajani et al., 2017, arXiv:1704.00028 (wgan-gp); Petzka et al., 2018,
+    arXiv:1709.08894 (wgan-lp); Kodali et al., 2017, arXiv:1705.07215 (dragan); Mescheder et al.,
+    2018, arXiv:1801.04406 (r1, r2).
+    """
+    _check_floating("grad", grad)
+    if grad.dim() == 0:
+        raise ValueError("grad is a scalar; a batch (N, ...) is needed")
+    if kind not in _gnp.KINDS:
+        raise ValueError(f"kind is {kind!r}; accepted are {', '.join(map(repr, _gnp.KINDS))}")
+    if not has_kernel(grad):
+        return _gnp.reference(grad, _gnp.KINDS[kind], center)
+    return _gnp.gradient_norm_penalty(grad, _gnp.KINDS[kind], center)[0]
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; a Tensor is needed")
+    if tensor.dtype not in _FLOATING:
+        accepted = ", ".join(map(str, _FLOATING))
+        raise TypeError(f"{name} has dtype {tensor.dtype}; accepted are {accepted}")

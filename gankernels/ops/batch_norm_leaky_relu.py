@@ -61,6 +61,8 @@ def _forward_context(ctx, inputs, outputs) -> None:
 
 
 def _forward_backward(ctx, grad_y, _):
+    if grad_y is None:
+        return (None,) * 7
     x, weight, bias, statistics = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_x, sums = _backward(
@@ -95,6 +97,8 @@ def _backward_context(ctx, inputs, outputs) -> None:
 
 
 def _backward_backward(ctx, grad_grad_x, grad_sums):
+    if grad_grad_x is None and grad_sums is None:
+        return (None,) * 11
     grad_y, x, weight, bias, statistics = ctx.saved_tensors
     need_grad_y, need_x, need_weight = ctx.needs_input_grad[:3]
     if grad_grad_x is None:

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../batch_norm_leaky_relu.h"
+#include "../gradient_norm_penalty.h"
 
 namespace gankernels::cpu {
 
@@ -71,3 +72,6 @@ GK_DISPATCH(batch_norm_leaky_relu_forward, BatchNormLeakyReLUForward)
 GK_DISPATCH(batch_norm_leaky_relu_backward, BatchNormLeakyReLUBackward)
 GK_DISPATCH(batch_norm_leaky_relu_double_backward, BatchNormLeakyReLUDoubleBackward)
 GK_DISPATCH(update_running_statistics, UpdateRunningStatistics)
+GK_DISPATCH(gradient_norm_penalty_forward, GradientNormPenaltyForward)
+GK_DISPATCH(gradient_norm_penalty_backward, GradientNormPenaltyBackward)
+GK_DISPATCH(gradient_norm_penalty_double_backward, GradientNormPenaltyDoubleBackward)

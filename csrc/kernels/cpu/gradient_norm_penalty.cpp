@@ -1,0 +1,178 @@
+// gradient_norm_penalty on the CPU. Compiled once per instruction set, into the namespace GK_ISA.
+//
+// Bytes: forward reads the gradient once; backward reads it once and writes as much; double backward
+// reads gradient and tangent twice, the second time mostly from a cache, and writes once.
+#include "../gradient_norm_penalty.h"
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace gankernels::GK_ISA {
+namespace {
+
+constexpr int64_t kChunk = 4096;         // elements summed in A before going on in double
+constexpr int64_t kSerial = 16384;       // fewer elements are not worth a second thread
+constexpr int64_t kStreamBytes = 16 << 20;  // larger results are stored past the caches
+
+// The sum over [0, length) of a[i] * b[i].
+template <typename T>
+double dot(const T* a, const T* b, int64_t length) {
+  using V = Vector<Accumulate<T>>;
+  constexpr int W = VectorOf<Accumulate<T>>::width;
+  double total = 0;
+  for (int64_t begin = 0; begin < length; begin += kChunk) {
+    const int64_t end = minimum(begin + kChunk, length);
+    V sums[4] = {};
+    int64_t i = begin;
+    for (; i + 4 * W <= end; i += 4 * W) {
+      for (int k = 0; k < 4; ++k) sums[k] += load(a + i + k * W) * load(b + i + k * W);
+    }
+    for (; i + W <= end; i += W) sums[0] += load(a + i) * load(b + i);
+    if (i < end) sums[1] += load(a + i, int(end - i)) * load(b + i, int(end - i));
+    total += sum_lanes<Accumulate<T>>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+  return total;
+}
+
+// out = p * a + q * b over [0, length); without b where that is null.
+template <bool kStream, typename T, typename A>
+void combine(const T* a, A p, const T* b, A q, T* out, int64_t length) {
+  constexpr int W = VectorOf<A>::width;
+  auto value = [&](int64_t i) {
+    return b ? load(a + i) * p + load(b + i) * q : load(a + i) * p;
+  };
+  auto some = [&](int64_t i, int lanes) {
+    const Vector<A> scaled = load(a + i, lanes) * p;
+    store(out + i, b ? scaled + load(b + i, lanes) * q : scaled, lanes);
+  };
+  int64_t i = 0;
+  if (kStream) {  // from the first whole vector's address on
+    i = minimum(-int64_t(reinterpret_cast<uintptr_t>(out) / sizeof(T)) & int64_t(W - 1), length);
+    if (i) some(0, int(i));
+  }
+  for (; i + W <= length; i += W) {
+    kStream ? stream(out + i, value(i)) : store(out + i, value(i));
+  }
+  if (i < length) some(i, int(length - i));
+}
+
+template <typename T>
+struct Kernel {
+  using A = Accumulate<T>;
+  const GradientNormPenalty& p;
+  CpuThreads threads;
+  int64_t parts;  // of a sample, where there are fewer samples than would keep the threads busy
+
+  Kernel(const GradientNormPenalty& parameters, const CpuThreads& available)
+      : p(parameters), threads(available) {
+    if (p.n * p.d < kSerial) threads.count = 1;
+    parts = p.n % threads.count == 0 || p.n >= 8 * threads.count ? 1 : threads.count;
+  }
+
+  // Calls body(n, begin, end, task) for every part of every sample.
+  template <typename Body>
+  void for_each_part(const Body& body) const {
+    parallel(threads, p.n * parts, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t n = task / parts, part = task % parts;
+        const int64_t begin = p.d * part / parts, end = p.d * (part + 1) / parts;
+        body(n, n * p.d + begin, end - begin, task);
+      }
+    });
+  }
+
+  PenaltyValue<double> penalty(int64_t n) const {
+    const double s = static_cast<const A*>(p.squared_norms)[n];
+    return penalty_of<double>(s, __builtin_sqrt(s), p.center, p.kind);
+  }
+
+  void forward(const GradientNormPenaltyForward& q) const {
+    const T* grad = static_cast<const T*>(q.grad);
+    Buffer<double> partial(p.n * parts);
+    for_each_part([&](int64_t, int64_t offset, int64_t length, int64_t task) {
+      partial.data[task] = dot(grad + offset, grad + offset, length);
+    });
+    double total = 0;
+    for (int64_t n = 0; n < p.n; ++n) {
+      double s = 0;
+      for (int64_t part = 0; part < parts; ++part) s += partial.data[n * parts + part];
+      static_cast<A*>(q.squared_norms)[n] = A(s);
+      total += penalty(n).value;
+    }
+    *static_cast<A*>(q.penalty) = A(total / double(p.n));
+  }
+
+  // out = of_a(n) * a + of_b(n) * b for every sample n.
+  template <typename OfA, typename OfB>
+  void combine_all(const T* a, const OfA& of_a, const T* b, const OfB& of_b, T* out) const {
+    const bool large = p.n * p.d * int64_t(sizeof(T)) > kStreamBytes;
+    const auto run = large ? combine<true, T, A> : combine<false, T, A>;
+    for_each_part([&](int64_t n, int64_t offset, int64_t length, int64_t) {
+      run(a + offset, A(of_a(n)), b ? b + offset : nullptr, A(of_b(n)), out + offset, length);
+    });
+  }
+
+  // d penalty / d grad = phi'(s) * 2 grad / N.
+  void backward(const GradientNormPenaltyBackward& q) const {
+    const double outer = *static_cast<const A*>(q.grad_penalty) * 2 / double(p.n);
+    combine_all(
+        static_cast<const T*>(q.grad), [&](int64_t n) { return outer * penalty(n).first; },
+        static_cast<const T*>(nullptr), [](int64_t) { return 0.0; }, static_cast<T*>(q.grad_grad));
+  }
+
+  // With tangent t: L = outer * sum_n phi'(s_n) (t . grad)_n, outer = 2 grad_penalty / N, and so
+  // dL/dgrad = outer * (phi'(s) t + 2 phi''(s) (t . grad) grad).
+  void double_backward(const GradientNormPenaltyDoubleBackward& q) const {
+    const T *grad = static_cast<const T*>(q.grad), *t = static_cast<const T*>(q.tangent);
+    const double outer = *static_cast<const A*>(q.grad_penalty) * 2 / double(p.n);
+    Buffer<double> partial(p.n * parts), of_t(p.n), of_grad(p.n);
+    for_each_part([&](int64_t, int64_t offset, int64_t length, int64_t task) {
+      partial.data[task] = dot(grad + offset, t + offset, length);
+    });
+    double total = 0;
+    for (int64_t n = 0; n < p.n; ++n) {
+      double product = 0;
+      for (int64_t part = 0; part < parts; ++part) product += partial.data[n * parts + part];
+      const PenaltyValue<double> phi = penalty(n);
+      total += phi.first * product;
+      of_t.data[n] = outer * phi.first;
+      of_grad.data[n] = outer * 2 * phi.second * product;
+    }
+    *static_cast<A*>(q.grad_grad_penalty) = A(total * 2 / double(p.n));
+    combine_all(
+        t, [&](int64_t n) { return of_t.data[n]; }, grad,
+        [&](int64_t n) { return of_grad.data[n]; }, static_cast<T*>(q.grad_grad));
+  }
+};
+
+template <typename Parameters, typename Body>
+void with_kernel(const Parameters& p, const CpuThreads& threads, const Body& body) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return body(Kernel<float>(p, threads));
+    case DType::kFloat64:
+      return body(Kernel<double>(p, threads));
+    case DType::kBFloat16:
+      return body(Kernel<BFloat16>(p, threads));
+    case DType::kFloat16:
+      return body(Kernel<Float16>(p, threads));
+  }
+}
+
+}  // namespace
+
+void gradient_norm_penalty_forward(const GradientNormPenaltyForward& p, const CpuThreads& threads) {
+  with_kernel(p, threads, [&](const auto& kernel) { kernel.forward(p); });
+}
+
+void gradient_norm_penalty_backward(const GradientNormPenaltyBackward& p,
+                                    const CpuThreads& threads) {
+  with_kernel(p, threads, [&](const auto& kernel) { kernel.backward(p); });
+}
+
+void gradient_norm_penalty_double_backward(const GradientNormPenaltyDoubleBackward& p,
+                                           const CpuThreads& threads) {
+  with_kernel(p, threads, [&](const auto& kernel) { kernel.double_backward(p); });
+}
+
+}  // namespace gankernels::GK_ISA

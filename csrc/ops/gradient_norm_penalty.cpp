@@ -1,0 +1,107 @@
+// Registers gradient_norm_penalty and its derivatives. Arguments arrive checked: see
+// gankernels/functional.py.
+#include "../kernels/gradient_norm_penalty.h"
+
+#include <tuple>
+
+#include "tensor.h"
+
+namespace gankernels::ops {
+namespace {
+
+// The tensor itself where every sample (of the first dimension) is a dense block and the samples
+// follow each other, in whatever order the other dimensions lie; otherwise a contiguous copy.
+Tensor with_dense_samples(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  int64_t block = 1;  // the elements that are known to be dense so far
+  for (size_t found = 1; found;) {
+    found = 0;
+    for (size_t d = 1; d < sizes.size(); ++d) {
+      if (sizes[d] != 1 && strides[d] == block) {
+        block *= sizes[d];
+        found = 1;
+      }
+    }
+  }
+  const int64_t samples = sizes[0];
+  const bool dense = block * samples == tensor.numel() && (samples <= 1 || strides[0] == block);
+  return dense ? tensor : torch::stable::contiguous(tensor);
+}
+
+void describe(GradientNormPenalty& p, const Tensor& grad, int64_t kind, double center,
+              const Tensor& squared_norms) {
+  p.n = grad.size(0);
+  p.d = p.n ? grad.numel() / p.n : 0;
+  p.dtype = dtype_of(grad);
+  p.kind = Penalty(kind);
+  p.center = center;
+  p.grad = data(grad);
+  p.squared_norms = mutable_data(squared_norms);
+}
+
+std::tuple<Tensor, Tensor> gradient_norm_penalty(Tensor grad, int64_t kind, double center) {
+  grad = with_dense_samples(grad);
+  const Tensor penalty = empty({}, accumulation_type(grad), grad);
+  const Tensor squared_norms = empty({grad.size(0)}, accumulation_type(grad), grad);
+  GradientNormPenaltyForward p;
+  describe(p, grad, kind, center, squared_norms);
+  p.penalty = mutable_data(penalty);
+  cpu::gradient_norm_penalty_forward(p, cpu_threads());
+  return {penalty, squared_norms};
+}
+
+Tensor gradient_norm_penalty_backward(Tensor grad_penalty, Tensor grad, Tensor squared_norms,
+                                      int64_t kind, double center) {
+  grad = with_dense_samples(grad);
+  const Tensor grad_grad = empty_with_strides_of(grad);
+  GradientNormPenaltyBackward p;
+  describe(p, grad, kind, center, squared_norms);
+  p.grad_penalty = data(grad_penalty);
+  p.grad_grad = mutable_data(grad_grad);
+  cpu::gradient_norm_penalty_backward(p, cpu_threads());
+  return grad_grad;
+}
+
+std::tuple<Tensor, Tensor> gradient_norm_penalty_double_backward(Tensor tangent,
+                                                                 Tensor grad_penalty, Tensor grad,
+                                                                 Tensor squared_norms,
+                                                                 int64_t kind, double center) {
+  grad = with_dense_samples(grad);
+  tangent = in_layout_of(tangent, grad);
+  const Tensor grad_grad_penalty = empty({}, accumulation_type(grad), grad);
+  const Tensor grad_grad = empty_with_strides_of(grad);
+  GradientNormPenaltyDoubleBackward p;
+  describe(p, grad, kind, center, squared_norms);
+  p.grad_penalty = data(grad_penalty);
+  p.tangent = data(tangent);
+  p.grad_grad_penalty = mutable_data(grad_grad_penalty);
+  p.grad_grad = mutable_data(grad_grad);
+  cpu::gradient_norm_penalty_double_backward(p, cpu_threads());
+  return {grad_grad_penalty, grad_grad};
+}
+
+}  // namespace
+
+// kind: 0 two-sided, 1 one-sided, 2 squared; see kernels/gradient_norm_penalty.h.
+STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) {
+  m.def(
+      "gradient_norm_penalty(Tensor grad, int kind, float center) "
+      "-> (Tensor penalty, Tensor squared_norms)");
+  m.def(
+      "gradient_norm_penalty_backward(Tensor grad_penalty, Tensor grad, Tensor squared_norms, "
+      "int kind, float center) -> Tensor");
+  m.def(
+      "gradient_norm_penalty_double_backward(Tensor tangent, Tensor grad_penalty, Tensor grad, "
+      "Tensor squared_norms, int kind, float center) "
+      "-> (Tensor grad_grad_penalty, Tensor grad_grad)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m) {
+  m.impl("gradient_norm_penalty", TORCH_BOX(&gradient_norm_penalty));
+  m.impl("gradient_norm_penalty_backward", TORCH_BOX(&gradient_norm_penalty_backward));
+  m.impl("gradient_norm_penalty_double_backward",
+         TORCH_BOX(&gradient_norm_penalty_double_backward));
+}
+
+}  // namespace gankernels::ops
