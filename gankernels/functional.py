@@ -50,8 +50,8 @@ def batch_norm_leaky_relu(
 
     Raises:
         TypeError: where ``x`` is no floating-point tensor of these dtypes.
-        ValueError: in training with one value per channel or with ``eps <= 0``, or where only one of
-            the running statistics is given.
+        ValueError: in training with one value per channel or with ``eps <= 0``, with a negative
+            ``eps`` in evaluation, or where only one of the running statistics is given.
         RuntimeError: where a per-channel argument does not match ``x``.
 
     Derivatives: the first and the second, both with kernels of their own, with respect to ``x``,
@@ -107,11 +107,15 @@ def _batch_norm(
     """Both orders. ``num_batches_tracked`` is counted up in training; with ``momentum=None`` it
     makes the running statistics a cumulative average, without the host waiting for the device."""
     _check(x, running_mean, running_var, weight, bias, training, eps)
-    if x.dim() < 2 or not has_kernel(x):
-        if training and num_batches_tracked is not None:
+    averaging = training and running_mean is not None
+    if momentum is None and averaging and num_batches_tracked is None:
+        raise TypeError("momentum is None; a float is needed")
+    # Which empty batches are accepted, and what becomes of them, is PyTorch's to decide.
+    if x.dim() < 2 or x.numel() == 0 or not has_kernel(x):
+        if averaging and num_batches_tracked is not None:
             num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(num_batches_tracked)
+        if momentum is None:
+            momentum = 1.0 / float(num_batches_tracked) if averaging else 0.0
         return _bn.reference(
             x, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope,
             activation_first,
@@ -120,7 +124,7 @@ def _batch_norm(
         y, statistics = _bn.batch_norm_leaky_relu(
             x, weight, bias, None, eps, negative_slope, activation_first
         )
-        if running_mean is not None and x.numel():
+        if averaging:
             torch.ops.gankernels.update_running_statistics.default(
                 running_mean, running_var, num_batches_tracked, statistics, momentum, _bn.count(x)
             )
@@ -184,6 +188,8 @@ def _check(
     if not training:
         if running_mean is None:
             raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
+        if eps < 0:
+            raise ValueError(f"eps must be non-negative, but got {eps}")
     else:
         if eps <= 0:
             raise ValueError(f"eps must be positive during training, but got {eps}")

@@ -9,10 +9,11 @@
 namespace gankernels::ops {
 namespace {
 
-// Sets what all derivatives share. `x` must be dense.
-void describe(BatchNormLeakyReLU& p, const Tensor& x, const OptionalTensor& weight,
-              const OptionalTensor& bias, double eps, double negative_slope,
-              bool activation_first) {
+// Sets what all derivatives share. `x` must be dense; weight and bias are packed here.
+void describe(BatchNormLeakyReLU& p, const Tensor& x, OptionalTensor& weight, OptionalTensor& bias,
+              double eps, double negative_slope, bool activation_first) {
+  weight = packed(weight);
+  bias = packed(bias);
   p.n = x.size(0);
   p.c = x.size(1);
   p.s = 1;
@@ -52,7 +53,7 @@ std::tuple<Tensor, Tensor> batch_norm_leaky_relu(Tensor x, OptionalTensor weight
   describe(p, x, weight, bias, eps, negative_slope, activation_first);
   const Tensor y = empty_with_strides_of(x);
   p.compute_statistics = !statistics;
-  const Tensor used = statistics ? *statistics : empty({2, p.c}, accumulation_type(x), x);
+  const Tensor used = statistics ? packed(*statistics) : empty({2, p.c}, accumulation_type(x), x);
   p.y = mutable_data(y);
   p.statistics = mutable_data(used);
   GK_RUN(batch_norm_leaky_relu_forward, p, x);
@@ -63,7 +64,8 @@ std::tuple<Tensor, Tensor> batch_norm_leaky_relu(Tensor x, OptionalTensor weight
 Tensor batch_norm_leaky_relu_statistics(Tensor x, double negative_slope, bool activation_first) {
   x = dense(x);
   BatchNormLeakyReLUForward p;
-  describe(p, x, {}, {}, 0, negative_slope, activation_first);
+  OptionalTensor none;
+  describe(p, x, none, none, 0, negative_slope, activation_first);
   const Tensor statistics = empty({2, p.c}, accumulation_type(x), x);
   p.compute_statistics = true;
   p.statistics = mutable_data(statistics);
@@ -71,12 +73,13 @@ Tensor batch_norm_leaky_relu_statistics(Tensor x, double negative_slope, bool ac
   return statistics;
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_y, Tensor x, const OptionalTensor& weight,
-                                    const OptionalTensor& bias, const Tensor& statistics,
-                                    const OptionalTensor& sums, double count, bool training,
-                                    double eps, double negative_slope, bool activation_first,
-                                    bool want_sums, bool want_grad_x) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_y, Tensor x, OptionalTensor weight,
+                                    OptionalTensor bias, Tensor statistics, OptionalTensor sums,
+                                    double count, bool training, double eps, double negative_slope,
+                                    bool activation_first, bool want_sums, bool want_grad_x) {
   x = dense(x);
+  statistics = packed(statistics);
+  sums = packed(sums);
   BatchNormLeakyReLUBackward p;
   describe(p, x, weight, bias, eps, negative_slope, activation_first);
   const Tensor g = in_layout_of(grad_y, x);
@@ -107,17 +110,20 @@ std::tuple<Tensor, Tensor> batch_norm_leaky_relu_backward(
 Tensor batch_norm_leaky_relu_backward_sums(Tensor grad_y, Tensor x, OptionalTensor weight,
                                            OptionalTensor bias, Tensor statistics, double eps,
                                            double negative_slope, bool activation_first) {
-  return std::get<1>(backward(grad_y, x, weight, bias, statistics, {}, 0, true, eps,
-                              negative_slope, activation_first, true, false));
+  return std::get<1>(backward(grad_y, x, weight, bias, statistics, {}, 0, true, eps, negative_slope,
+                              activation_first, true, false));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(
-    const Tensor& grad_grad_x, const OptionalTensor& grad_grad_weight,
-    const OptionalTensor& grad_grad_bias, const Tensor& grad_y, Tensor x,
-    const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& statistics,
-    const OptionalTensor& sums, double count, bool training, double eps, double negative_slope,
+    const Tensor& grad_grad_x, OptionalTensor grad_grad_weight, OptionalTensor grad_grad_bias,
+    const Tensor& grad_y, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor statistics,
+    OptionalTensor sums, double count, bool training, double eps, double negative_slope,
     bool activation_first, bool want_grad_grad_y, bool want_grad_x, bool want_grad_weight) {
   x = dense(x);
+  grad_grad_weight = packed(grad_grad_weight);
+  grad_grad_bias = packed(grad_grad_bias);
+  statistics = packed(statistics);
+  sums = packed(sums);
   BatchNormLeakyReLUDoubleBackward p;
   describe(p, x, weight, bias, eps, negative_slope, activation_first);
   const Tensor g = in_layout_of(grad_y, x);
@@ -132,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(
   p.compute_sums = !sums;
   const Tensor own_sums = empty({sums ? 0 : 5, p.c}, accumulation_type(x), x);
   p.sums = mutable_data(sums ? *sums : own_sums);
-  const Tensor grad_grad_y = want_grad_grad_y ? empty_with_strides_of(x)
-                                              : empty({0}, x.scalar_type(), x);
+  const Tensor grad_grad_y =
+      want_grad_grad_y ? empty_with_strides_of(x) : empty({0}, x.scalar_type(), x);
   const Tensor grad_x = want_grad_x ? empty_with_strides_of(x) : empty({0}, x.scalar_type(), x);
   const Tensor grad_weight = empty({want_grad_weight ? p.c : 0}, accumulation_type(x), x);
   if (want_grad_grad_y) p.grad_grad_y = mutable_data(grad_grad_y);
@@ -166,12 +172,15 @@ Tensor batch_norm_leaky_relu_double_backward_sums(Tensor grad_grad_x, Tensor gra
 void update_running_statistics(Tensor running_mean, Tensor running_var,
                                OptionalTensor num_batches_tracked, Tensor statistics,
                                std::optional<double> momentum, double count) {
+  // The kernel indexes neighbours, so running statistics that lie apart are updated in copies.
+  const Tensor mean = packed(running_mean), var = packed(running_var);
+  statistics = packed(statistics);
   UpdateRunningStatistics p;
   p.c = running_mean.numel();
   p.statistics = data(statistics);
   p.statistics_dtype = dtype_of(statistics);
-  p.running_mean = mutable_data(running_mean);
-  p.running_var = mutable_data(running_var);
+  p.running_mean = mutable_data(mean);
+  p.running_var = mutable_data(var);
   p.running_dtype = dtype_of(running_mean);
   if (num_batches_tracked) {
     p.num_batches_tracked = static_cast<int64_t*>(mutable_data(*num_batches_tracked));
@@ -181,11 +190,15 @@ void update_running_statistics(Tensor running_mean, Tensor running_var,
   p.count = count;
 #ifdef GK_WITH_CUDA
   if (running_mean.is_cuda()) {
-    return check_cuda(cuda::update_running_statistics(p, running_mean.get_device(),
-                                                      cuda_stream(running_mean)));
-  }
+    check_cuda(
+        cuda::update_running_statistics(p, running_mean.get_device(), cuda_stream(running_mean)));
+  } else
 #endif
-  cpu::update_running_statistics(p, cpu_threads());
+  {
+    cpu::update_running_statistics(p, cpu_threads());
+  }
+  if (!running_mean.is_contiguous()) torch::stable::copy_(running_mean, mean);
+  if (!running_var.is_contiguous()) torch::stable::copy_(running_var, var);
 }
 
 }  // namespace
@@ -221,23 +234,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) {
       "Tensor(c!)? num_batches_tracked, Tensor statistics, float? momentum, float count) -> ()");
 }
 
-#define GK_REGISTER(m)                                                         \
-  m.impl("batch_norm_leaky_relu", TORCH_BOX(&batch_norm_leaky_relu));          \
-  m.impl("batch_norm_leaky_relu_statistics",                                   \
-         TORCH_BOX(&batch_norm_leaky_relu_statistics));                        \
-  m.impl("batch_norm_leaky_relu_backward",                                     \
-         TORCH_BOX(&batch_norm_leaky_relu_backward));                          \
-  m.impl("batch_norm_leaky_relu_backward_sums",                                \
-         TORCH_BOX(&batch_norm_leaky_relu_backward_sums));                     \
-  m.impl("batch_norm_leaky_relu_double_backward",                              \
-         TORCH_BOX(&batch_norm_leaky_relu_double_backward));                   \
-  m.impl("batch_norm_leaky_relu_double_backward_sums",                         \
-         TORCH_BOX(&batch_norm_leaky_relu_double_backward_sums));              \
+#define GK_REGISTER(m)                                                                            \
+  m.impl("batch_norm_leaky_relu", TORCH_BOX(&batch_norm_leaky_relu));                             \
+  m.impl("batch_norm_leaky_relu_statistics", TORCH_BOX(&batch_norm_leaky_relu_statistics));       \
+  m.impl("batch_norm_leaky_relu_backward", TORCH_BOX(&batch_norm_leaky_relu_backward));           \
+  m.impl("batch_norm_leaky_relu_backward_sums", TORCH_BOX(&batch_norm_leaky_relu_backward_sums)); \
+  m.impl("batch_norm_leaky_relu_double_backward",                                                 \
+         TORCH_BOX(&batch_norm_leaky_relu_double_backward));                                      \
+  m.impl("batch_norm_leaky_relu_double_backward_sums",                                            \
+         TORCH_BOX(&batch_norm_leaky_relu_double_backward_sums));                                 \
   m.impl("update_running_statistics", TORCH_BOX(&update_running_statistics));
 
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m) { GK_REGISTER(m) }
+STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m){GK_REGISTER(m)}
 #ifdef GK_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CUDA, m) { GK_REGISTER(m) }
+STABLE_TORCH_LIBRARY_IMPL(gankernels, CUDA, m) {
+  GK_REGISTER(m)
+}
 #endif
 
 }  // namespace gankernels::ops

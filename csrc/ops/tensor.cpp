@@ -68,8 +68,16 @@ Tensor in_layout_of(const Tensor& tensor, const Tensor& model) {
   return copy;
 }
 
-static Tensor allocate(int64_t dims, const int64_t* sizes, const int64_t* strides,
-                       ScalarType dtype, const Tensor& model) {
+Tensor packed(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+OptionalTensor packed(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(packed(*tensor)) : tensor;
+}
+
+static Tensor allocate(int64_t dims, const int64_t* sizes, const int64_t* strides, ScalarType dtype,
+                       const Tensor& model) {
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(model.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(model.get(), &device_index));
@@ -99,8 +107,7 @@ void* mutable_data(const Tensor& tensor) { return tensor.data_ptr(); }
 CpuThreads cpu_threads() {
   uint32_t count = 1;
   TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
-  return {int64_t(count),
-          [](int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
+  return {int64_t(count), [](int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
             TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, body, context));
           }};
 }

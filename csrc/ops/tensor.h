@@ -1,4 +1,5 @@
-// What every op does around its kernel: memory layouts, element types, allocation, threads, streams.
+// What every op does around its kernel: memory layouts, element types, allocation, threads,
+// streams.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -29,8 +30,13 @@ Layout layout_of(const Tensor& tensor);
 // The tensor itself where it is dense in one of the two layouts, otherwise a contiguous copy.
 Tensor dense(const Tensor& tensor);
 
-// The tensor itself where it has the layout of `model`, of the same sizes, otherwise a copy that has.
+// The tensor itself where it has the layout of `model`, of the same sizes, otherwise a copy that
+// has.
 Tensor in_layout_of(const Tensor& tensor, const Tensor& model);
+
+// The per-channel tensor itself where its elements are neighbours, otherwise a copy where they are.
+Tensor packed(const Tensor& tensor);
+OptionalTensor packed(const OptionalTensor& tensor);
 
 // Uninitialised, on the device of `model`.
 Tensor empty(std::vector<int64_t> sizes, ScalarType dtype, const Tensor& model);
