@@ -58,7 +58,7 @@ class GuardedBuffer {
   }
 
  private:
-  static constexpr size_t kGuard = 128;
+  static constexpr size_t kGuard = 4096;  // more than a seeded defect oversteps it by
   struct Free {
     void operator()(unsigned char* memory) const { std::free(memory); }
   };

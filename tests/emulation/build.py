@@ -46,11 +46,10 @@ class Substitution:
 
 def _digest(flags: Sequence[str], substitutions: Sequence[Substitution]) -> str:
     digest = hashlib.sha256(repr((COMPILER, flags, substitutions, sys.version)).encode())
-    own = [p for p in HERE.rglob("*") if p.suffix in {".h", ".cpp", ".cu"}]
-    headers = [p for p in KERNELS.rglob("*") if p.suffix in {".h", ".cu"}]
-    for path in sorted(own + headers):
-        if BUILD not in path.parents:
-            digest.update(path.read_bytes())
+    for folder in (HERE, HERE / "include", KERNELS, KERNELS / "cuda"):
+        for path in sorted(folder.glob("*.*")):
+            if path.suffix in {".h", ".cpp", ".cu"}:
+                digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -99,7 +98,7 @@ def build(
 
 
 def _copy_with(substitutions: Sequence[Substitution], folder: Path) -> Path:
-    shutil.copytree(KERNELS, folder)
+    shutil.copytree(KERNELS, folder, ignore=shutil.ignore_patterns("cpu"))
     for s in substitutions:
         path = folder / s.file
         text = path.read_text()
@@ -120,7 +119,8 @@ def _run(command: Sequence[str | Path]) -> None:
 def load(folder: Path) -> ModuleType:
     """The module `emulated` of a variant."""
     (path,) = folder.glob("emulated*.so")
-    spec = importlib.util.spec_from_file_location("emulated", path)
+    # Under a name of its own: pybind11 hands out a module that it has seen by that name.
+    spec = importlib.util.spec_from_file_location(f"{folder.name}.emulated", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

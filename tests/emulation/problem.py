@@ -216,7 +216,8 @@ class Solution:
 def check(problem: Problem, name: str, got: torch.Tensor, want: torch.Tensor, scale=None) -> None:
     """Every element within one rounding of float64, apart from what float32 computes.
 
-    `scale` is what errors in the accumulation type are relative to: by default the root mean square.
+    `scale` is what errors in the accumulation type are relative to; by default the root mean
+    square.
     """
     assert got.shape == want.shape, (name, got.shape, want.shape)
     if want.numel() == 0:

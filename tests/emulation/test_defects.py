@@ -10,7 +10,7 @@ import pytest
 from . import build
 from .build import Substitution
 from .problem import Problem
-from .test_batch_norm_leaky_relu import check_all
+from .test_batch_norm_leaky_relu import SEEDS, check_all
 
 PROBLEMS = [
     Problem(3, 3, 16),
@@ -52,7 +52,7 @@ DEFECTS = [
     ),
     Defect(
         "idle_threads_leave_before_the_barrier",
-        DIVERGENCE,
+        r"lanes of mask 0xffffffff that never come with that mask in block",
         Substitution(
             KERNEL,
             "  Normalization<A> channel[kLanes] = {};\n",
@@ -62,23 +62,23 @@ DEFECTS = [
     Defect(
         "last_position_left_out",
         WRONG,
-        Substitution(KERNEL, "position_ >= end_;", "position_ >= end_ - 1;"),
+        Substitution(KERNEL, "return left_ <= 0;", "return left_ <= 1;"),
     ),
     Defect(
         "one_position_too_many",
         WRONG + "|write outside buffer",
-        Substitution(KERNEL, "position_ >= end_;", "position_ > end_;"),
+        Substitution(KERNEL, "return left_ <= 0;", "return left_ < 0;"),
     ),
     Defect(
-        "output_element_not_written",
-        r"y of .*: 1 of \d+ elements, first .*: nan instead of",
+        "output_vector_not_written",
+        r"y of .*: 4 of 144 elements, first \(0, 0, 4\): nan instead of",
         Substitution(
             KERNEL, "if (tensor != nullptr) store", "if (tensor && batch.offset[u] != V) store"
         ),
     ),
     Defect(
         "shuffle_mask_without_one_lane",
-        r"warp function called by a lane outside its mask, by thread \d*31|by thread",
+        r"warp function called by a lane outside its mask, by thread \d+ in block",
         Substitution(REDUCE, "kWholeWarp = 0xffffffffu", "kWholeWarp = 0x7fffffffu"),
     ),
     Defect(
@@ -117,6 +117,8 @@ DEFECTS = [
         Substitution(KERNEL, "distance * distance * a.value[0] * share", "A(0)"),
     ),
 ]
+# No defect: a limit so small that what it is for is seen.
+SMALL_LIMITS = Substitution(KERNEL, "kMaxPositions = int64_t{1} << 29", "kMaxPositions = 300")
 RACE = Substitution(
     KERNEL, "  __syncthreads();  // every thread has read the number of batches\n", ""
 )
@@ -125,7 +127,10 @@ RACE = Substitution(
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     build.build("plain")
-    todo = [(d.name, d.substitution) for d in DEFECTS] + [("number_of_batches_race", RACE)]
+    todo = [(d.name, d.substitution) for d in DEFECTS] + [
+        ("number_of_batches_race", RACE),
+        ("small_limits", SMALL_LIMITS),
+    ]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda d: build.build(d[0], substitutions=(d[1],)), todo))
 
@@ -165,6 +170,18 @@ def test_race_for_the_number_of_batches_is_caught():
 def test_without_a_defect_nothing_is_caught(emulated):
     for problem in PROBLEMS:
         check_all(emulated, problem)
+
+
+def test_runs_beyond_the_largest_part():
+    """As if there were 2^29 positions and more: runs and channels longer than a part may be."""
+    emulated = build.load(build.build("small_limits", substitutions=(SMALL_LIMITS,)))
+    for n, c, s, last in (
+        *[(1, 1, 2000, False), (3, 2, 301, False), (2, 2, 1213, False), (3, 2, 300, False)],
+        *[(100, 2, 7, False), (700, 3, 1, False), (90, 9, 7, True)],
+    ):
+        emulated.take_launches()
+        check_all(emulated, Problem(n, c, s, last, misalignment=1))
+        assert len(emulated.take_launches()) > 3 * len(SEEDS), "divided"
 
 
 def test_a_substitution_must_hit():
