@@ -14,34 +14,38 @@ GK_HOST_DEVICE static inline V leaky_relu(V v, A slope) {
   return v > 0 ? v : v * slope;
 }
 
-// As in PyTorch, the derivative at zero is the negative slope.
+// A gradient times lrelu'(v), by a choice and not by a product: one instruction less. As in PyTorch,
+// the derivative at zero is the negative slope.
 template <typename V, typename A>
-GK_HOST_DEVICE static inline V leaky_relu_derivative(V v, A slope) {
-  return v > 0 ? V{} + A(1) : V{} + slope;
+GK_HOST_DEVICE static inline V times_derivative(V gradient, V v, A slope) {
+  return v > 0 ? gradient : gradient * slope;
 }
 
-// One element's position in the chain x -> u -> z -> y: u is what is normalised, z what comes out
-// of the affine map. `scale` and `shift` are V with one channel per lane, or A for all lanes alike.
-template <typename V>
+// One element's way x -> u -> z -> y: u is what is normalised, z what comes out of the affine map.
+template <typename V, typename A>
 struct Chain {
-  V centred;  // u - mean
-  V du_dx, dy_dz;
-  V y;
+  V x, centred, z;  // centred is u - mean
+  A slope;
+  bool activation_first;
+
+  GK_HOST_DEVICE V y() const { return activation_first ? z : leaky_relu(z, slope); }
+  GK_HOST_DEVICE V times_dy_dz(V gradient) const {
+    return activation_first ? gradient : times_derivative(gradient, z, slope);
+  }
+  GK_HOST_DEVICE V times_du_dx(V gradient) const {
+    return activation_first ? times_derivative(gradient, x, slope) : gradient;
+  }
 };
 
+// The per-channel mean, scale and shift are P: V with one channel per lane, or A for all lanes.
 template <typename V, typename A, typename P>
-GK_HOST_DEVICE static inline Chain<V> chain(V x, P mean, P scale, P shift, A slope,
-                                            bool activation_first) {
-  Chain<V> e;
+GK_HOST_DEVICE static inline Chain<V, A> chain(V x, P mean, P scale, P shift, A slope,
+                                               bool activation_first) {
   const V u = activation_first ? leaky_relu(x, slope) : x;
-  e.du_dx = activation_first ? leaky_relu_derivative(x, slope) : V{} + A(1);
-  e.centred = u - mean;
+  const V centred = u - mean;
   // The backward passes recompute z to know the mask, so this expression stands here only: any
   // other way of rounding it could put an element on the other side of zero.
-  const V z = e.centred * scale + shift;
-  e.y = activation_first ? z : leaky_relu(z, slope);
-  e.dy_dz = activation_first ? V{} + A(1) : leaky_relu_derivative(z, slope);
-  return e;
+  return {x, centred, centred * scale + shift, slope, activation_first};
 }
 
 // Per channel: y from x.
@@ -50,14 +54,14 @@ struct ForwardCoefficients {
   A mean, scale, shift;
 };
 
-// Per channel: grad_x = du_dx * (g * g_ + centred * centred_ + constant).
+// Per channel: grad_x = du/dx * (g * g_ + centred * centred_ + constant).
 template <typename A>
 struct BackwardCoefficients {
   A g, centred, constant;
 };
 
-// Per channel: grad_grad_y = dy_dz * (v * y_v + centred * y_centred + y_constant) and
-//              grad_x = du_dx * (g * x_g + v * x_v + centred * x_centred + x_constant).
+// Per channel: grad_grad_y = dy/dz * (v * y_v + centred * y_centred + y_constant) and
+//              grad_x = du/dx * (g * x_g + v * x_v + centred * x_centred + x_constant).
 template <typename A>
 struct DoubleBackwardCoefficients {
   A y_v, y_centred, y_constant;

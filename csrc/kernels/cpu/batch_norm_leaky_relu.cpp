@@ -20,6 +20,8 @@ constexpr int64_t kChunk = 4096;
 constexpr int64_t kChunkChannelsLast = 16384;
 // Elements that a thread writes in one run where it can choose.
 constexpr int64_t kRun = 1024;
+// What a thread maps in memory order before it steps back to an earlier block.
+constexpr int64_t kBlockBytes = 256 << 10;
 // A thread's share of a cache: what one unit of work may touch if it is to be read from memory once.
 constexpr int64_t kCacheBytes = 768 << 10;
 // Below this many elements a second thread costs more than it saves.
@@ -75,7 +77,7 @@ struct ForwardElement {
   static constexpr int kInputs = 1, kOutputs = 1, kCoefficients = 3;
   template <typename V, typename P, typename A>
   GK_INLINE static void map(const V* in, const P* k, A slope, V* out) {
-    out[0] = chain(in[0], k[0], k[1], k[2], slope, kFirst).y;
+    out[0] = chain(in[0], k[0], k[1], k[2], slope, kFirst).y();
   }
 };
 
@@ -84,16 +86,16 @@ struct BackwardElement {
   static constexpr int kInputs = 2, kSums = 2, kOutputs = 1, kCoefficients = 6;
   template <typename V, typename P, typename A>
   GK_INLINE static void reduce(const V* in, const P* k, A slope, V* sums) {
-    const Chain<V> e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
-    const V g = in[1] * e.dy_dz;
+    const auto e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
+    const V g = e.times_dy_dz(in[1]);
     sums[0] += g;
     sums[1] += g * e.centred;
   }
   template <typename V, typename P, typename A>
   GK_INLINE static void map(const V* in, const P* k, A slope, V* out) {
-    const Chain<V> e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
-    const V g = in[1] * e.dy_dz;
-    out[0] = e.du_dx * (g * k[3] + (e.centred * k[4] + k[5]));
+    const auto e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
+    const V g = e.times_dy_dz(in[1]);
+    out[0] = e.times_du_dx(g * k[3] + (e.centred * k[4] + k[5]));
   }
 };
 
@@ -102,8 +104,8 @@ struct DoubleBackwardElement {
   static constexpr int kInputs = 3, kSums = 5, kOutputs = 2, kCoefficients = 10;
   template <typename V, typename P, typename A>
   GK_INLINE static void reduce(const V* in, const P* k, A slope, V* sums) {
-    const Chain<V> e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
-    const V g = in[1] * e.dy_dz, v = in[2] * e.du_dx;
+    const auto e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
+    const V g = e.times_dy_dz(in[1]), v = e.times_du_dx(in[2]);
     sums[0] += g;
     sums[1] += g * e.centred;
     sums[2] += v;
@@ -112,9 +114,9 @@ struct DoubleBackwardElement {
   }
   template <typename V, typename P, typename A>
   GK_INLINE static void map(const V* in, const P* k, A slope, V* out) {
-    const Chain<V> e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
-    const V g = in[1] * e.dy_dz, v = in[2] * e.du_dx;
-    out[0] = e.dy_dz * (v * k[3] + (e.centred * k[4] + k[5]));
+    const auto e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
+    const V g = e.times_dy_dz(in[1]), v = e.times_du_dx(in[2]);
+    out[0] = e.times_dy_dz(v * k[3] + (e.centred * k[4] + k[5]));
     out[1] = e.du_dx * (g * k[6] + (v * k[7] + (e.centred * k[8] + k[9])));
   }
 };
@@ -692,7 +694,12 @@ void run_channels_last(const Pass& pass, CpuThreads threads) {
   if (!pass.maps()) return;
   parallel(threads, parts, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      map(rows * part / parts, rows * (part + 1) / parts, 0, p.c, coefficients);
+      // The latest blocks first: they are still in a cache from the reduction.
+      const int64_t first = rows * part / parts;
+      const int64_t block = maximum<int64_t>(1, kBlockBytes / (p.c * int64_t(sizeof(T))));
+      for (int64_t last = rows * (part + 1) / parts; last > first; last -= block) {
+        map(maximum(last - block, first), last, 0, p.c, coefficients);
+      }
     }
   });
 }
@@ -708,16 +715,8 @@ void run(const Parameters& p, const CpuThreads& threads) {
 template <template <typename, bool> class Pass, typename Parameters>
 void run(const Parameters& p, const CpuThreads& threads) {
   if (p.c == 0) return;
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return run<Pass, float>(p, threads);
-    case DType::kFloat64:
-      return run<Pass, double>(p, threads);
-    case DType::kBFloat16:
-      return run<Pass, BFloat16>(p, threads);
-    case DType::kFloat16:
-      return run<Pass, Float16>(p, threads);
-  }
+  with_storage(p.dtype,
+               [&](auto storage) { run<Pass, typename decltype(storage)::type>(p, threads); });
 }
 
 }  // namespace

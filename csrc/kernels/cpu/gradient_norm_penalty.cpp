@@ -147,16 +147,8 @@ struct Kernel {
 
 template <typename Parameters, typename Body>
 void with_kernel(const Parameters& p, const CpuThreads& threads, const Body& body) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return body(Kernel<float>(p, threads));
-    case DType::kFloat64:
-      return body(Kernel<double>(p, threads));
-    case DType::kBFloat16:
-      return body(Kernel<BFloat16>(p, threads));
-    case DType::kFloat16:
-      return body(Kernel<Float16>(p, threads));
-  }
+  with_storage(p.dtype,
+               [&](auto storage) { body(Kernel<typename decltype(storage)::type>(p, threads)); });
 }
 
 }  // namespace

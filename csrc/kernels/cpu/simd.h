@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../common.h"
+
 // For what must melt into a loop; left to itself GCC calls some of it.
 #define GK_INLINE inline __attribute__((always_inline))
 
@@ -26,6 +28,12 @@ struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
+  uint16_t bits;
+};
+// BFloat16 on a CPU that rounds to it in one instruction (AVX512_BF16), which takes subnormal
+// numbers for zero. Worth a type of its own because half-precision kernels are bound by
+// instructions, not by memory, and rounding by hand takes eight of some sixteen.
+struct NativeBFloat16 {
   uint16_t bits;
 };
 
@@ -66,6 +74,19 @@ GK_INLINE HalfBits narrow(Vector<float> v, BFloat16*) {
   const FloatBits result = (FloatMask)(v == v) ? rounded : FloatBits{} + 0x7fc0;
   return __builtin_convertvector(result, HalfBits);
 }
+
+GK_INLINE Vector<float> widen(HalfBits v, NativeBFloat16*) { return widen(v, (BFloat16*)nullptr); }
+
+#if defined(__AVX512F__)
+inline bool has_native_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
+
+// In assembler, because the rest of this file must run on CPUs without the instruction.
+GK_INLINE HalfBits narrow(Vector<float> v, NativeBFloat16*) {
+  HalfBits result;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(result) : "v"(v));
+  return result;
+}
+#endif
 
 #if defined(__AVX512F__)
 // The masked forms, because GCC 12 warns of the undefined value inside the plain ones.
@@ -120,15 +141,11 @@ GK_INLINE Vector<double> load(const double* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
-GK_INLINE Vector<float> load(const BFloat16* p) {
+template <typename T>
+GK_INLINE Vector<float> load(const T* p) {
   HalfBits v;
   memcpy(&v, p, sizeof v);
-  return widen(v, (BFloat16*)nullptr);
-}
-GK_INLINE Vector<float> load(const Float16* p) {
-  HalfBits v;
-  memcpy(&v, p, sizeof v);
-  return widen(v, (Float16*)nullptr);
+  return widen(v, (T*)nullptr);
 }
 
 GK_INLINE void store(float* p, Vector<float> v) { memcpy(p, &v, sizeof v); }
@@ -222,6 +239,29 @@ GK_INLINE double sum_lanes(Vector<A> v) {
   double sum = 0;
   for (int i = 0; i < VectorOf<A>::width; ++i) sum += double(v[i]);
   return sum;
+}
+
+template <typename T>
+struct Storage {
+  using type = T;
+};
+
+// Calls body(Storage<T>()) with the type T that stores elements of this dtype.
+template <typename Body>
+void with_storage(gankernels::DType dtype, const Body& body) {
+  switch (dtype) {
+    case gankernels::DType::kFloat32:
+      return body(Storage<float>());
+    case gankernels::DType::kFloat64:
+      return body(Storage<double>());
+    case gankernels::DType::kFloat16:
+      return body(Storage<Float16>());
+    case gankernels::DType::kBFloat16:
+#if defined(__AVX512F__)
+      if (has_native_bfloat16()) return body(Storage<NativeBFloat16>());
+#endif
+      return body(Storage<BFloat16>());
+  }
 }
 
 template <typename I>

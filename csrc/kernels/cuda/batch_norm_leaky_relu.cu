@@ -30,6 +30,9 @@
 
 namespace gankernels::cuda {
 
+// Names like these recur in other files, and a class has to be the same wherever it is linked.
+namespace batch_norm_leaky_relu {
+
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kMaxSums = 5;
@@ -230,7 +233,7 @@ struct Forward {
                                const Params& p) {
     out[0] = element<T>(chain(accumulator(in[0]), k.mean, k.scale, k.shift,
                               static_cast<A>(p.negative_slope), kActivationFirst)
-                            .y);
+                            .y());
   }
 };
 
@@ -270,7 +273,7 @@ struct Backward {
         const Normalization<A>& k = channel[j % kLanes];
         const auto e = chain(accumulator(in[u][0].values[j]), k.mean, k.scale, k.shift,
                              static_cast<A>(p.negative_slope), kActivationFirst);
-        const A g = accumulator(in[u][1].values[j]) * e.dy_dz;
+        const A g = e.times_dy_dz(accumulator(in[u][1].values[j]));
         S& sum = sums[j % kLanes];
         sum.value[0] += g;
         sum.value[1] += g * e.centred;
@@ -295,9 +298,9 @@ struct Backward {
                                const Params& p) {
     const auto e = chain(accumulator(in[0]), k.channel.mean, k.channel.scale, k.channel.shift,
                          static_cast<A>(p.negative_slope), kActivationFirst);
-    const A g = accumulator(in[1]) * e.dy_dz;
+    const A g = e.times_dy_dz(accumulator(in[1]));
     const BackwardCoefficients<A>& b = k.backward;
-    out[0] = element<T>(e.du_dx * (g * b.g + e.centred * b.centred + b.constant));
+    out[0] = element<T>(e.times_du_dx(g * b.g + e.centred * b.centred + b.constant));
   }
 };
 
@@ -342,8 +345,8 @@ struct DoubleBackward {
         const Normalization<A>& k = channel[j % kLanes];
         const auto e = chain(accumulator(in[u][0].values[j]), k.mean, k.scale, k.shift,
                              static_cast<A>(p.negative_slope), kActivationFirst);
-        const A g = accumulator(in[u][1].values[j]) * e.dy_dz;
-        const A v = accumulator(in[u][2].values[j]) * e.du_dx;
+        const A g = e.times_dy_dz(accumulator(in[u][1].values[j]));
+        const A v = e.times_du_dx(accumulator(in[u][2].values[j]));
         S& sum = sums[j % kLanes];
         sum.value[0] += g;
         sum.value[1] += g * e.centred;
@@ -378,11 +381,11 @@ struct DoubleBackward {
                                const Params& p) {
     const auto e = chain(accumulator(in[0]), k.channel.mean, k.channel.scale, k.channel.shift,
                          static_cast<A>(p.negative_slope), kActivationFirst);
-    const A g = accumulator(in[1]) * e.dy_dz;
-    const A v = accumulator(in[2]) * e.du_dx;
+    const A g = e.times_dy_dz(accumulator(in[1]));
+    const A v = e.times_du_dx(accumulator(in[2]));
     const DoubleBackwardCoefficients<A>& b = k.backward;
-    out[0] = element<T>(e.dy_dz * (v * b.y_v + e.centred * b.y_centred + b.y_constant));
-    out[1] = element<T>(e.du_dx * (g * b.x_g + v * b.x_v + e.centred * b.x_centred + b.x_constant));
+    out[0] = element<T>(e.times_dy_dz(v * b.y_v + e.centred * b.y_centred + b.y_constant));
+    out[1] = element<T>(e.times_du_dx(g * b.x_g + v * b.x_v + e.centred * b.x_centred + b.x_constant));
   }
 };
 
@@ -451,8 +454,8 @@ __device__ inline void apply(const typename Op::Params& p, Walk<V, kChannelsLast
 // __launch_bounds__: two blocks to a multiprocessor leave a thread 128 registers, enough for all.
 template <typename Op, typename T, int V, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads, 2)
-    batch_norm_leaky_relu_kernel(const typename Op::Params p, const Tiling tiling,
-                                 typename Op::Accumulator* partials, const Stage stage) {
+    kernel(const typename Op::Params p, const Tiling tiling, typename Op::Accumulator* partials,
+           const Stage stage) {
   using A = typename Op::Accumulator;
   constexpr int kLanes = kChannelsLast ? V : 1;
   constexpr int kMaxColumns = kChannelsLast ? kWarp : 1;
@@ -585,11 +588,10 @@ Tiling make_tiling(const BatchNormLeakyReLU& p, int vector, int64_t multiprocess
 template <typename Op, typename T, int V, bool kChannelsLast>
 const char* run(const typename Op::Params& p, void* scratch, int device, cudaStream_t stream) {
   const Tiling tiling = make_tiling(p, V, multiprocessors(device));
-  const auto kernel = batch_norm_leaky_relu_kernel<Op, T, V, kChannelsLast>;
   auto* const partials = static_cast<typename Op::Accumulator*>(scratch);
   const auto start = [&](Stage stage, int parts) {
-    return launch(kernel, dim3(tiling.tiles * parts), dim3(tiling.threads), 0, stream, p, tiling,
-                  partials, stage);
+    return launch(kernel<Op, T, V, kChannelsLast>, dim3(tiling.tiles * parts), dim3(tiling.threads),
+                  0, stream, p, tiling, partials, stage);
   };
 
   if (Op::reduces(p) && tiling.parts == 1) return start(Stage::kReduceAndApply, 1);
@@ -649,7 +651,8 @@ const char* run_pass(const typename Pass<float>::Params& p, void* scratch, int d
 
 __global__ void update_running_statistics_kernel(const UpdateRunningStatistics p) {
   const int64_t tracked = p.num_batches_tracked ? *p.num_batches_tracked + 1 : 0;
-  const double momentum = p.cumulative ? 1.0 / static_cast<double>(tracked) : p.momentum;
+  const double momentum =
+      p.cumulative && tracked > 0 ? 1.0 / static_cast<double>(tracked) : p.momentum;
   const double unbias = p.count / (p.count - 1);
   for (int64_t c = threadIdx.x; c < p.c; c += blockDim.x) {
     const auto update = [&](void* running, double value) {
@@ -662,6 +665,10 @@ __global__ void update_running_statistics_kernel(const UpdateRunningStatistics p
   __syncthreads();  // every thread has read the number of batches
   if (threadIdx.x == 0 && p.num_batches_tracked) *p.num_batches_tracked = tracked;
 }
+
+}  // namespace batch_norm_leaky_relu
+
+using namespace batch_norm_leaky_relu;
 
 int64_t batch_norm_leaky_relu_scratch_bytes(const BatchNormLeakyReLU& p, int device) {
   if (p.c == 0) return 0;
