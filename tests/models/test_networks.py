@@ -67,11 +67,12 @@ def check_pair(generator, discriminator, latent_dim, shape, num_classes):
     for name, parameter in [*generator.named_parameters(), *discriminator.named_parameters()]:
         assert parameter.grad is not None, f"{name} takes no part"
     if num_classes:
-        generator.eval()
-        discriminator.eval()
+        # The same noise in a batch of its own: only the labels can make the images differ. (Not
+        # in eval mode, where so few ReLU units may all be dead before any training.)
         noise = torch.randn(1, latent_dim).expand(3, -1)
         images = generator(noise, labels)
         assert not torch.equal(images[0], images[1])
+        discriminator.eval()  # without dropout
         logits = discriminator(images[:1].expand(3, -1, -1, -1), labels)
         assert len(logits.unique()) == 3
 
