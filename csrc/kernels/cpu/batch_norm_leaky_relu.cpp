@@ -117,7 +117,7 @@ struct DoubleBackwardElement {
     const auto e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
     const V g = e.times_dy_dz(in[1]), v = e.times_du_dx(in[2]);
     out[0] = e.times_dy_dz(v * k[3] + (e.centred * k[4] + k[5]));
-    out[1] = e.du_dx * (g * k[6] + (v * k[7] + (e.centred * k[8] + k[9])));
+    out[1] = e.times_du_dx(g * k[6] + (v * k[7] + (e.centred * k[8] + k[9])));
   }
 };
 

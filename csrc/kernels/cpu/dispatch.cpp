@@ -5,6 +5,7 @@
 
 #include "../batch_norm_leaky_relu.h"
 #include "../gradient_norm_penalty.h"
+#include "../minibatch_discrimination.h"
 
 namespace gankernels::cpu {
 
@@ -45,18 +46,19 @@ const char* capability_name() {
 }  // namespace gankernels::cpu
 
 // cpu::NAME(parameters, threads) runs the best of baseline::, avx2:: and avx512::NAME.
-#define GK_DISPATCH(NAME, PARAMETERS)                                            \
+#define GK_DISPATCH(NAME, PARAMETERS) GK_DISPATCH_RETURNING(void, NAME, PARAMETERS)
+#define GK_DISPATCH_RETURNING(RESULT, NAME, PARAMETERS)                          \
   namespace gankernels {                                                         \
   namespace baseline {                                                           \
-  void NAME(const PARAMETERS&, const CpuThreads&);                               \
+  RESULT NAME(const PARAMETERS&, const CpuThreads&);                             \
   }                                                                              \
   namespace avx2 {                                                               \
-  void NAME(const PARAMETERS&, const CpuThreads&);                               \
+  RESULT NAME(const PARAMETERS&, const CpuThreads&);                             \
   }                                                                              \
   namespace avx512 {                                                             \
-  void NAME(const PARAMETERS&, const CpuThreads&);                               \
+  RESULT NAME(const PARAMETERS&, const CpuThreads&);                             \
   }                                                                              \
-  void cpu::NAME(const PARAMETERS& parameters, const CpuThreads& threads) {      \
+  RESULT cpu::NAME(const PARAMETERS& parameters, const CpuThreads& threads) {    \
     switch (capability()) {                                                      \
       case Capability::kAvx512:                                                  \
         return avx512::NAME(parameters, threads);                                \
@@ -75,3 +77,7 @@ GK_DISPATCH(update_running_statistics, UpdateRunningStatistics)
 GK_DISPATCH(gradient_norm_penalty_forward, GradientNormPenaltyForward)
 GK_DISPATCH(gradient_norm_penalty_backward, GradientNormPenaltyBackward)
 GK_DISPATCH(gradient_norm_penalty_double_backward, GradientNormPenaltyDoubleBackward)
+GK_DISPATCH_RETURNING(int64_t, minibatch_discrimination_scratch_bytes, MinibatchDiscrimination)
+GK_DISPATCH(minibatch_discrimination_forward, MinibatchDiscriminationForward)
+GK_DISPATCH(minibatch_discrimination_backward, MinibatchDiscriminationBackward)
+GK_DISPATCH(minibatch_discrimination_double_backward, MinibatchDiscriminationDoubleBackward)

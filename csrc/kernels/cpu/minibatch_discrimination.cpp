@@ -1,0 +1,557 @@
+// minibatch_discrimination on the CPU. Compiled once per instruction set, into the namespace GK_ISA.
+//
+// The kernels b are independent problems, so the lanes of a vector are neighbouring b: distances need
+// no horizontal sum, and per vector and pair i < j there are two additions and an absolute value for
+// every c. m is packed into panels of one vector's width of b, ordered [sample][c][lane]. A tile of
+// few samples by few samples keeps its distances in registers; blocks of samples keep a pair of them
+// in a core's L2 cache.
+//
+// Where fewer b are left than a vector has lanes, the panel puts several samples side by side, in
+// `slots` of the vector: a row of the panel is then a group of samples, and two groups meet once for
+// every rotation of one of them against the other.
+//
+// Both samples of a pair receive from it, so threads must not share a sample: in round r, block i
+// meets block (r - i) mod K. With K odd, every round pairs off all blocks, and the one left over
+// meets itself, so that K rounds see every pair once. That also fixes the order of all sums. Each
+// meeting sums into buffers of its own, at most kMostRows terms, before they are added to the totals,
+// which keeps the rounding errors of long sums small.
+#include "../minibatch_discrimination.h"
+
+#include <type_traits>
+
+#include "exp.h"
+#include "simd.h"
+
+#define GK_INLINE inline __attribute__((always_inline))
+
+namespace gankernels::GK_ISA {
+namespace {
+
+constexpr int64_t kBlockBytes = 192 << 10;  // of one block's inputs and results
+constexpr int64_t kFewestRows = 16, kMostRows = 128;  // of a block; multiples of every tile
+// Below this many element operations, pairs times c, a second thread costs more than it saves.
+constexpr int64_t kSerial = 1 << 17;
+
+template <typename Body>
+void parallel(const CpuThreads& threads, int64_t tasks, const Body& body) {
+  if (threads.count <= 1 || tasks <= 1) return body(int64_t(0), tasks);
+  auto call = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<const Body*>(context))(begin, end);
+  };
+  threads.run(tasks, call, const_cast<Body*>(&body));
+}
+
+// ---- one vector ------------------------------------------------------------------------------
+
+template <typename A, typename V = Vector<A>>
+GK_INLINE V magnitude(V d) {
+  typedef typename ExpConstants<A>::Bits Bits __attribute__((vector_size(kVectorBytes)));
+  return (V)((Bits)d & ~(Bits)-V{});
+}
+
+// -1, 0 or 1.
+template <typename A, typename V = Vector<A>>
+GK_INLINE V sign(V d) {
+  typedef typename ExpConstants<A>::Bits Bits __attribute__((vector_size(kVectorBytes)));
+  const V one = (V)(((Bits)d & (Bits)-V{}) | (Bits)(V{} + A(1)));
+  return d != 0 ? one : V{};
+}
+
+// ---- tiles -----------------------------------------------------------------------------------
+
+// Consecutive rows of a panel. x, v and grads are [row][c][lane], g and sums [row][lane].
+template <typename A>
+struct Rows {
+  const A *x, *v, *g;
+  A *sums;   // forward: of e; double backward: of -e s
+  A *grads;  // of the weighted signs
+};
+
+template <int kDerivative>
+constexpr int tile_rows() {
+#if defined(__AVX512F__)
+  return kDerivative == 2 ? 2 : 4;
+#else
+  return 2;
+#endif
+}
+template <int kDerivative>
+constexpr int tile_columns() {
+#if defined(__AVX512F__)
+  return 4;
+#else
+  return kDerivative == 0 ? 4 : 2;
+#endif
+}
+
+template <typename A>
+struct Kernel {
+  using V = Vector<A>;
+  static constexpr int W = VectorOf<A>::width;
+
+  int64_t c;
+  bool want_grads;
+
+  Rows<A> advance(const Rows<A>& rows, int64_t count) const {
+    const int64_t matrix = count * c * W;
+    return {rows.x + matrix, rows.v ? rows.v + matrix : nullptr,
+            rows.g ? rows.g + count * W : nullptr, rows.sums + count * W,
+            rows.grads ? rows.grads + matrix : nullptr};
+  }
+
+  // I rows meet J others.
+  template <int D, int I, int J>
+  GK_INLINE void tile(const Rows<A>& a, const Rows<A>& b) const {
+    const int64_t row = c * W;
+    V w[I][J] = {}, s[I][J] = {};  // distances, then weights
+    for (int64_t k = 0; k < row; k += W) {
+      V xb[J], vb[J];
+      for (int j = 0; j < J; ++j) {
+        xb[j] = load(b.x + j * row + k);
+        if (D == 2) vb[j] = load(b.v + j * row + k);
+      }
+      for (int i = 0; i < I; ++i) {
+        const V xa = load(a.x + i * row + k);
+        const V va = D == 2 ? load(a.v + i * row + k) : V{};
+        for (int j = 0; j < J; ++j) {
+          const V d = xa - xb[j];
+          w[i][j] += magnitude<A>(d);
+          if (D == 2) s[i][j] += sign<A>(d) * (va - vb[j]);
+        }
+      }
+    }
+    for (int i = 0; i < I; ++i) {
+      for (int j = 0; j < J; ++j) {
+        w[i][j] = exp_of_minus<A>(w[i][j]);
+        if (D == 2) w[i][j] = -w[i][j] * s[i][j];
+      }
+    }
+    if (D != 1) {
+      for (int i = 0; i < I; ++i) {
+        V sum = load(a.sums + i * W);
+        for (int j = 0; j < J; ++j) sum += w[i][j];
+        store(a.sums + i * W, sum);
+      }
+      for (int j = 0; j < J; ++j) {
+        V sum = load(b.sums + j * W);
+        for (int i = 0; i < I; ++i) sum += w[i][j];
+        store(b.sums + j * W, sum);
+      }
+    }
+    if (D == 0 || (D == 2 && !want_grads)) return;
+    for (int i = 0; i < I; ++i) {
+      for (int j = 0; j < J; ++j) w[i][j] *= load(a.g + i * W) + load(b.g + j * W);
+    }
+    for (int64_t k = 0; k < row; k += W) {
+      V xb[J], gb[J];
+      for (int j = 0; j < J; ++j) {
+        xb[j] = load(b.x + j * row + k);
+        gb[j] = load(b.grads + j * row + k);
+      }
+      for (int i = 0; i < I; ++i) {
+        const V xa = load(a.x + i * row + k);
+        V ga = load(a.grads + i * row + k);
+        for (int j = 0; j < J; ++j) {
+          const V direction = sign<A>(xa - xb[j]);
+          ga -= w[i][j] * direction;
+          gb[j] += w[i][j] * direction;
+        }
+        store(a.grads + i * row + k, ga);
+      }
+      for (int j = 0; j < J; ++j) store(b.grads + j * row + k, gb[j]);
+    }
+  }
+
+  // All of `a_count` rows meet all of `b_count` others.
+  template <int D>
+  void rectangle(Rows<A> a, int64_t a_count, const Rows<A>& b, int64_t b_count) const {
+    constexpr int I = tile_rows<D>(), J = tile_columns<D>();
+    const int64_t full = b_count / J * J;
+    for (; a_count >= I; a_count -= I, a = advance(a, I)) {
+      for (int64_t j = 0; j < full; j += J) tile<D, I, J>(a, advance(b, j));
+      for (int64_t j = full; j < b_count; ++j) tile<D, I, 1>(a, advance(b, j));
+    }
+    for (; a_count > 0; --a_count, a = advance(a, 1)) {
+      for (int64_t j = 0; j < full; j += J) tile<D, 1, J>(a, advance(b, j));
+      for (int64_t j = full; j < b_count; ++j) tile<D, 1, 1>(a, advance(b, j));
+    }
+  }
+
+  // Row i of `a` meets row j of `b` for all i < j < count.
+  template <int D>
+  void triangle(const Rows<A>& a, const Rows<A>& b, int64_t count) const {
+    constexpr int I = tile_rows<D>();
+    for (int64_t i = 0; i < count; i += I) {
+      const int64_t next = minimum(i + I, count);
+      for (int64_t p = i; p < next; ++p) {
+        for (int64_t q = p + 1; q < next; ++q) tile<D, 1, 1>(advance(a, p), advance(b, q));
+      }
+      rectangle<D>(advance(a, i), next - i, advance(b, next), count - next);
+    }
+  }
+};
+
+// ---- panels ----------------------------------------------------------------------------------
+
+// A tensor (N, B, C) or, with c = 1 and a stride of 0, (N, B).
+struct Strided {
+  const void* data;
+  int64_t n, b, c;  // strides
+};
+
+// `slots` samples side by side, `lanes` of b each; row r, slot s is the sample r * slots + s.
+struct Panel {
+  int64_t b0, lanes, slots, rows;
+  int64_t block_rows;
+};
+
+template <typename T>
+GK_INLINE Accumulate<T> read(const T* p) {
+  return load(p, 1)[0];
+}
+template <>
+GK_INLINE float read(const float* p) {
+  return *p;
+}
+template <>
+GK_INLINE double read(const double* p) {
+  return *p;
+}
+
+template <typename T>
+GK_INLINE void write(T* p, float value) {
+  store(p, Vector<float>{} + value, 1);
+}
+GK_INLINE void write(float* p, float value) { *p = value; }
+GK_INLINE void write(double* p, double value) { *p = value; }
+
+// Everything about one call. Buffers are those of a group of panels that are worked on together,
+// which bounds the workspace, and one set of block buffers per thread.
+template <typename T, int D>
+struct Problem {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+  static constexpr int W = VectorOf<A>::width;
+
+  int64_t n, b, c, threads;
+  Strided m, grad_o, grad_grad_m;
+  T *out_sums = nullptr, *out_grads = nullptr;
+  bool want_grads = D > 0;
+
+  int64_t panels, group;       // in all; worked on together
+  int64_t blocks, block_rows;  // of every panel; what a thread's buffers hold
+  A *x = nullptr, *v = nullptr, *g = nullptr, *sums = nullptr, *grads = nullptr, *own = nullptr;
+  int64_t bytes = 0;
+
+  Problem(const MinibatchDiscrimination& p, int64_t thread_count)
+      : n(p.n), b(p.b), c(p.c), threads(thread_count) {
+    m = {p.m, p.m_strides[0], p.m_strides[1], p.m_strides[2]};
+    if (n * (n - 1) / 2 * b * c < kSerial) threads = 1;
+    panels = divide_up(b, W);
+    // At most twice m's bytes, unless a single panel takes more already.
+    constexpr int64_t kTensors = D + 1;
+    group = 2 * panels * int64_t(sizeof(T)) / (kTensors * int64_t(sizeof(A)));
+    group = maximum<int64_t>(1, minimum(group, panels));
+
+    const int64_t row_bytes = maximum<int64_t>(1, c * W * int64_t(sizeof(A)) * kTensors);
+    const int64_t most = maximum(kFewestRows, minimum(kMostRows, kBlockBytes / row_bytes));
+    blocks = divide_up(n, most);
+    // Every thread has a panel or two blocks to itself, where there are enough samples for it.
+    if (threads > 1 && panels < 2 * threads) {
+      blocks = maximum(blocks, minimum(divide_up(4 * threads, group), n / kFewestRows));
+    }
+    blocks |= 1;
+    block_rows = rows_of_block(n);
+  }
+
+  Panel panel(int64_t index) const {
+    const int64_t b0 = index * W, lanes = minimum<int64_t>(W, b - b0), slots = W / lanes;
+    const int64_t rows = divide_up(n, slots);
+    return {b0, lanes, slots, rows, rows_of_block(rows)};
+  }
+
+  int64_t rows_of_block(int64_t rows) const { return divide_up(divide_up(rows, blocks), 4) * 4; }
+
+  // Divides the scratch memory.
+  void place(char* scratch) {
+    bytes = 0;
+    auto take = [&](A*& pointer, bool wanted, int64_t elements) {
+      if (!wanted) return;
+      pointer = reinterpret_cast<A*>(scratch + bytes);
+      bytes += divide_up(elements * int64_t(sizeof(A)), 64) * 64;
+    };
+    take(x, true, group * n * c * W);
+    take(v, D == 2, group * n * c * W);
+    take(g, D > 0, group * n * W);
+    take(sums, D != 1, group * n * W);
+    take(grads, D > 0, group * n * c * W);
+    take(own, true, threads * own_size());
+  }
+
+  // A thread's buffers: the results of both blocks, then what is rotated of one of them.
+  int64_t own_size() const {
+    const int64_t matrix = block_rows * c * W, vectors = block_rows * W;
+    return 2 * (vectors + (D > 0 ? matrix : 0)) + (D + 1) * matrix + vectors;
+  }
+
+  // ---- between tensors and panels
+
+  void pack(const Strided& from, int64_t width, const Panel& panel, int64_t row, A padding,
+            A* to) const {
+    for (int64_t slot = 0; slot < panel.slots; ++slot) {
+      const int64_t sample = row * panel.slots + slot;
+      for (int64_t lane = 0; lane < panel.lanes; ++lane) {
+        A* out = to + slot * panel.lanes + lane;
+        if (sample >= n) {
+          for (int64_t k = 0; k < width; ++k) out[k * W] = padding;
+          continue;
+        }
+        const T* in =
+            static_cast<const T*>(from.data) + sample * from.n + (panel.b0 + lane) * from.b;
+        for (int64_t k = 0; k < width; ++k) out[k * W] = read(in + k * from.c);
+      }
+    }
+    for (int64_t lane = panel.slots * panel.lanes; lane < W; ++lane) {
+      for (int64_t k = 0; k < width; ++k) to[k * W + lane] = 0;
+    }
+  }
+
+  void unpack(const A* from, int64_t width, const Panel& panel, int64_t row, T* to) const {
+    for (int64_t slot = 0; slot < panel.slots; ++slot) {
+      const int64_t sample = row * panel.slots + slot;
+      if (sample >= n) return;
+      for (int64_t lane = 0; lane < panel.lanes; ++lane) {
+        const A* in = from + slot * panel.lanes + lane;
+        T* out = to + (sample * b + panel.b0 + lane) * width;
+        for (int64_t k = 0; k < width; ++k) {
+          write(out + k, in[k * W]);
+        }
+      }
+    }
+  }
+
+  // ---- one meeting of two blocks of a panel
+
+  // Adds `count` vectors, their lanes rotated by `shift`, to others.
+  static void add_rotated(A* to, const A* from, int64_t count, int64_t shift, int64_t used) {
+    if (shift == 0) {
+      for (int64_t i = 0; i < count * W; i += W) store(to + i, load(to + i) + load(from + i));
+      return;
+    }
+    for (int64_t i = 0; i < count * W; i += W) {
+      for (int64_t l = 0; l < used; ++l) to[i + (l + shift) % used] += from[i + l];
+    }
+  }
+  static void rotate(A* to, const A* from, int64_t count, int64_t shift, int64_t used) {
+    for (int64_t i = 0; i < count * W; i += W) {
+      memcpy(to + i, from + i + shift, (used - shift) * sizeof(A));
+      memcpy(to + i + used - shift, from + i, shift * sizeof(A));
+      memcpy(to + i + used, from + i + used, (W - used) * sizeof(A));
+    }
+  }
+  static void clear(A* p, int64_t elements) { memset(p, 0, elements * sizeof(A)); }
+
+  void meet(const Panel& panel, int64_t slice, int64_t i, int64_t j, A* own_buffers) const {
+    const int64_t i0 = i * panel.block_rows, j0 = j * panel.block_rows;
+    const int64_t i_count = minimum(panel.block_rows, panel.rows - i0);
+    const int64_t j_count = minimum(panel.block_rows, panel.rows - j0);
+    if (i_count <= 0 || j_count <= 0) return;
+    const Kernel<A> kernel{c, want_grads};
+    const int64_t matrix = block_rows * c * W, vectors = block_rows * W;
+    const int64_t at = slice * n * W, used = panel.lanes * panel.slots;
+    auto block = [&](int64_t first, A* results) {
+      return Rows<A>{x + (at + first * W) * c, D == 2 ? v + (at + first * W) * c : nullptr,
+                     D > 0 ? g + at + first * W : nullptr, results, results + vectors};
+    };
+    const int64_t results = vectors + (D > 0 ? matrix : 0);
+    A* rotated = own_buffers + 2 * results;
+    const Rows<A> a = block(i0, own_buffers), straight = block(j0, own_buffers + results);
+    auto add = [&](const Rows<A>& rows, int64_t first, int64_t count, int64_t shift) {
+      if (D != 1) add_rotated(sums + at + first * W, rows.sums, count, shift, used);
+      if (want_grads) add_rotated(grads + (at + first * W) * c, rows.grads, count * c, shift, used);
+    };
+
+    clear(a.sums, results);
+    for (int64_t slot = 0; slot < panel.slots; ++slot) {
+      const int64_t shift = slot * panel.lanes;
+      Rows<A> other = straight;
+      if (slot > 0) {
+        rotate(rotated, straight.x, j_count * c, shift, used);
+        other.x = rotated;
+        if (D == 2) {
+          rotate(rotated + matrix, straight.v, j_count * c, shift, used);
+          other.v = rotated + matrix;
+        }
+        if (D > 0) {
+          rotate(rotated + D * matrix, straight.g, j_count, shift, used);
+          other.g = rotated + D * matrix;
+        }
+      }
+      clear(other.sums, results);
+      if (i != j) {
+        kernel.template rectangle<D>(a, i_count, other, j_count);
+      } else {
+        kernel.template triangle<D>(a, other, i_count);
+      }
+      add(other, j0, j_count, shift);
+      if (i == j && slot > 0) {
+        // Within a group, all rotations show every pair from both sides, so the results of `other`
+        // are left where they are.
+        for (int64_t row = 0; row < i_count; ++row) {
+          kernel.template tile<D, 1, 1>(kernel.advance(a, row), kernel.advance(other, row));
+        }
+      }
+    }
+    add(a, i0, i_count, 0);
+  }
+
+  // ---- all of it
+
+  void run(CpuThreads pool) const {
+    pool.count = threads;
+    for (int64_t first = 0; first < panels; first += group) {
+      const int64_t count = minimum(group, panels - first);
+      parallel(pool, count * n, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const Panel p = panel(first + task / n);
+          const int64_t row = task % n;
+          if (row < p.rows) prepare(p, row, task * W);
+        }
+      });
+      for (int64_t round = 0; round < blocks; ++round) {
+        parallel(pool, threads, [&](int64_t begin, int64_t end) {
+          for (int64_t thread = begin; thread < end; ++thread) play(first, count, round, thread);
+        });
+      }
+      parallel(pool, count * n, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const Panel p = panel(first + task / n);
+          const int64_t row = task % n;
+          if (row < p.rows) finish(p, row, task * W);
+        }
+      });
+    }
+  }
+
+  void prepare(const Panel& p, int64_t row, int64_t at) const {
+    // A sample that does not exist is too far away from any other to count.
+    constexpr A kFar = sizeof(A) == 8 ? A(0x1.fffffffffffffp1023) : A(0x1.fffffep127f);
+    pack(m, c, p, row, kFar, x + at * c);
+    if (D == 2) pack(grad_grad_m, c, p, row, 0, v + at * c);
+    if (D > 0) pack(grad_o, 1, p, row, 0, g + at);
+    if (D != 1) clear(sums + at, W);
+    if (want_grads) clear(grads + at * c, c * W);
+  }
+
+  void finish(const Panel& p, int64_t row, int64_t at) const {
+    if (out_sums) unpack(sums + at, 1, p, row, out_sums);
+    if (out_grads) unpack(grads + at * c, c, p, row, out_grads);
+  }
+
+  // A thread's share of a round, by weight: a meeting of two blocks counts twice one with itself.
+  void play(int64_t first, int64_t count, int64_t round, int64_t thread) const {
+    int64_t total = 0, seen = 0;
+    for (int64_t slice = 0; slice < count; ++slice) total += panel(first + slice).rows * blocks;
+    const int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
+    for (int64_t slice = 0; slice < count; ++slice) {
+      const Panel p = panel(first + slice);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t j = (round - i + blocks) % blocks;
+        if (i > j) continue;
+        if (seen >= begin && seen < end) meet(p, slice, i, j, own + thread * own_size());
+        seen += i == j ? p.rows : 2 * p.rows;
+      }
+    }
+  }
+};
+
+template <typename T>
+Problem<T, 0> problem(const MinibatchDiscriminationForward& p, int64_t threads) {
+  Problem<T, 0> problem(p, threads);
+  problem.out_sums = static_cast<T*>(p.o);
+  return problem;
+}
+
+template <typename T>
+Problem<T, 1> problem(const MinibatchDiscriminationBackward& p, int64_t threads) {
+  Problem<T, 1> problem(p, threads);
+  problem.grad_o = {p.grad_o, p.grad_o_strides[0], p.grad_o_strides[1], 0};
+  problem.out_grads = static_cast<T*>(p.grad_m);
+  return problem;
+}
+
+template <typename T>
+Problem<T, 2> problem(const MinibatchDiscriminationDoubleBackward& p, int64_t threads) {
+  Problem<T, 2> problem(p, threads);
+  problem.grad_o = {p.grad_o, p.grad_o_strides[0], p.grad_o_strides[1], 0};
+  problem.grad_grad_m = {p.grad_grad_m, p.grad_grad_m_strides[0], p.grad_grad_m_strides[1],
+                         p.grad_grad_m_strides[2]};
+  problem.out_sums = static_cast<T*>(p.grad_grad_o);
+  problem.out_grads = static_cast<T*>(p.grad_m);
+  problem.want_grads = p.grad_m;
+  return problem;
+}
+
+// Calls body with a null pointer to the storage type.
+template <typename Body>
+auto with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return body((double*)nullptr);
+    case DType::kBFloat16:
+      return body((BFloat16*)nullptr);
+    case DType::kFloat16:
+      return body((Float16*)nullptr);
+    default:
+      return body((float*)nullptr);
+  }
+}
+
+template <typename Parameters>
+void run(const Parameters& p, const CpuThreads& threads) {
+  if (p.n == 0 || p.b == 0) return;
+  with_type(p.dtype, [&](auto* type) {
+    auto all = problem<std::remove_pointer_t<decltype(type)>>(p, threads.count);
+    all.place(static_cast<char*>(p.scratch));
+    all.run(threads);
+  });
+}
+
+}  // namespace
+
+int64_t minibatch_discrimination_scratch_bytes(const MinibatchDiscrimination& p,
+                                               const CpuThreads& threads) {
+  if (p.n == 0 || p.b == 0) return 0;
+  return with_type(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    auto size = [&](auto problem) {
+      problem.place(nullptr);
+      return problem.bytes;
+    };
+    switch (p.derivative) {
+      case 0:
+        return size(Problem<T, 0>(p, threads.count));
+      case 1:
+        return size(Problem<T, 1>(p, threads.count));
+      default:
+        return size(Problem<T, 2>(p, threads.count));
+    }
+  });
+}
+
+void minibatch_discrimination_forward(const MinibatchDiscriminationForward& p,
+                                      const CpuThreads& threads) {
+  run(p, threads);
+}
+
+void minibatch_discrimination_backward(const MinibatchDiscriminationBackward& p,
+                                       const CpuThreads& threads) {
+  run(p, threads);
+}
+
+void minibatch_discrimination_double_backward(const MinibatchDiscriminationDoubleBackward& p,
+                                              const CpuThreads& threads) {
+  run(p, threads);
+}
+
+}  // namespace gankernels::GK_ISA
