@@ -16,8 +16,8 @@ namespace gankernels {
 struct BatchNormLeakyReLU {
   // x is (N, C, S), S being the product of the spatial sizes.
   int64_t n = 0, c = 0, s = 0;
-  bool channels_last = false;         // element order [n][s][c] instead of [n][c][s]
-  DType dtype = DType::kFloat32;      // of x and everything of its shape
+  bool channels_last = false;               // element order [n][s][c] instead of [n][c][s]
+  DType dtype = DType::kFloat32;            // of x and everything of its shape
   DType parameter_dtype = DType::kFloat32;  // of weight and bias
   bool activation_first = false;
   bool training = false;  // whether mean and var depend on x, in the derivatives
@@ -50,7 +50,8 @@ struct BatchNormLeakyReLUDoubleBackward : BatchNormLeakyReLU {
   const void* grad_grad_weight = nullptr;  // (C), accumulation type, or null: 0
   const void* grad_grad_bias = nullptr;    // (C), accumulation type, or null: 0
   bool compute_sums = false;
-  // (5, C), sums over a channel of g, g * xhat, v, v * xhat and v * g, where v = grad_grad_x * du/dx.
+  // (5, C), sums over a channel of g, g * xhat, v, v * xhat and v * g, where v = grad_grad_x *
+  // du/dx.
   void* sums = nullptr;
   void* grad_grad_y = nullptr;  // of x's shape, or null: not wanted
   void* grad_x = nullptr;       // of x's shape, or null: not wanted
@@ -60,7 +61,7 @@ struct BatchNormLeakyReLUDoubleBackward : BatchNormLeakyReLU {
 // running = (1 - momentum) * running + momentum * statistics, the variance made unbiased.
 struct UpdateRunningStatistics {
   int64_t c = 0;
-  const void* statistics = nullptr;         // (2, C), accumulation type
+  const void* statistics = nullptr;  // (2, C), accumulation type
   DType statistics_dtype = DType::kFloat32;
   void* running_mean = nullptr;  // (C)
   void* running_var = nullptr;   // (C)

@@ -14,8 +14,8 @@ GK_HOST_DEVICE static inline V leaky_relu(V v, A slope) {
   return v > 0 ? v : v * slope;
 }
 
-// A gradient times lrelu'(v), by a choice and not by a product: one instruction less. As in PyTorch,
-// the derivative at zero is the negative slope.
+// A gradient times lrelu'(v), by a choice and not by a product: one instruction less. As in
+// PyTorch, the derivative at zero is the negative slope.
 template <typename V, typename A>
 GK_HOST_DEVICE static inline V times_derivative(V gradient, V v, A slope) {
   return v > 0 ? gradient : gradient * slope;
@@ -69,8 +69,9 @@ struct DoubleBackwardCoefficients {
 };
 
 template <typename A>
-GK_HOST_DEVICE static inline BackwardCoefficients<A> backward_coefficients(
-    A weight, A invstd, A sum_g, A sum_g_xhat, A count, bool training) {
+GK_HOST_DEVICE static inline BackwardCoefficients<A> backward_coefficients(A weight, A invstd,
+                                                                           A sum_g, A sum_g_xhat,
+                                                                           A count, bool training) {
   const A scale = weight * invstd;
   if (!training) return {scale, A(0), A(0)};
   return {scale, -scale * invstd * (sum_g_xhat / count), -scale * (sum_g / count)};
@@ -100,12 +101,8 @@ GK_HOST_DEVICE static inline DoubleBackwardCoefficients<A> double_backward_coeff
   const A h_g = ggw - scale * m_v_xhat, h_v = -scale * m_g_xhat;
   const A m_h = m_g * h_g + m_v * h_v;
   const A m_h_xhat = m_g_xhat * h_g + m_v_xhat * h_v;
-  return {scale,
-          h_g * invstd,
-          ggb - scale * m_v,
-          invstd * h_g,
-          invstd * h_v,
-          -invstd * invstd * (m_h_xhat + scale * (q / count)),
+  return {scale,        h_g * invstd, ggb - scale * m_v,
+          invstd * h_g, invstd * h_v, -invstd * invstd * (m_h_xhat + scale * (q / count)),
           -invstd * m_h};
 }
 

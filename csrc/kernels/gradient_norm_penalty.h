@@ -5,8 +5,8 @@
 //   kOneSided:  phi = max(0, sqrt(s) - center)^2    wgan-lp
 //   kSquared:   phi = s                             r1, r2
 //
-// grad is (N, D): whatever the order of the elements within a sample, each sample is dense. Sums and
-// per-sample values are of the accumulation type: float64 for float64, else float32.
+// grad is (N, D): whatever the order of the elements within a sample, each sample is dense. Sums
+// and per-sample values are of the accumulation type: float64 for float64, else float32.
 #pragma once
 
 #include "common.h"
@@ -20,7 +20,7 @@ struct GradientNormPenalty {
   DType dtype = DType::kFloat32;
   Penalty kind = Penalty::kTwoSided;
   double center = 1;
-  const void* grad = nullptr;    // (N, D)
+  const void* grad = nullptr;     // (N, D)
   void* squared_norms = nullptr;  // (N): written by forward, read by the others
 };
 
@@ -34,10 +34,10 @@ struct GradientNormPenaltyBackward : GradientNormPenalty {
 };
 
 struct GradientNormPenaltyDoubleBackward : GradientNormPenalty {
-  const void* grad_penalty = nullptr;    // (1)
-  const void* tangent = nullptr;         // (N, D), of the backward's grad_grad
-  void* grad_grad_penalty = nullptr;     // (1)
-  void* grad_grad = nullptr;             // (N, D): with respect to the backward's grad
+  const void* grad_penalty = nullptr;  // (1)
+  const void* tangent = nullptr;       // (N, D), of the backward's grad_grad
+  void* grad_grad_penalty = nullptr;   // (1)
+  void* grad_grad = nullptr;           // (N, D): with respect to the backward's grad
 };
 
 // phi and its first two derivatives with respect to s.

@@ -65,8 +65,8 @@ Tensor gradient_norm_penalty_backward(Tensor grad_penalty, Tensor grad, Tensor s
 
 std::tuple<Tensor, Tensor> gradient_norm_penalty_double_backward(Tensor tangent,
                                                                  Tensor grad_penalty, Tensor grad,
-                                                                 Tensor squared_norms,
-                                                                 int64_t kind, double center) {
+                                                                 Tensor squared_norms, int64_t kind,
+                                                                 double center) {
   grad = with_dense_samples(grad);
   tangent = in_layout_of(tangent, grad);
   const Tensor grad_grad_penalty = empty({}, accumulation_type(grad), grad);

@@ -1,7 +1,7 @@
 // The raw kernels as functions of numpy arrays, on the emulated device.
 //
-// Every array is copied to a buffer of exactly its size between guards. Outputs start as NaNs. After
-// the call, guards and inputs must be untouched, and outputs are copied back.
+// Every array is copied to a buffer of exactly its size between guards. Outputs start as NaNs.
+// After the call, guards and inputs must be untouched, and outputs are copied back.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -70,7 +70,8 @@ class GuardedBuffer {
 // The arrays of one call, on the "device".
 class Call {
  public:
-  Call(const py::dict& inputs, const py::dict& outputs, int64_t misalignment, size_t scratch_bytes) {
+  Call(const py::dict& inputs, const py::dict& outputs, int64_t misalignment,
+       size_t scratch_bytes) {
     for (const auto& [key, value] : inputs) add(key, value, misalignment, true);
     for (const auto& [key, value] : outputs) add(key, value, misalignment, false);
     if (scratch_bytes > 0) {
@@ -111,8 +112,8 @@ class Call {
     const auto name = py::cast<std::string>(key);
     const auto array = py::reinterpret_borrow<py::array>(value);
     if (!(array.flags() & py::array::c_style)) throw std::invalid_argument(name + ": strided");
-    auto buffer = std::make_unique<GuardedBuffer>(name, array.nbytes(),
-                                                  misalignment * array.itemsize());
+    auto buffer =
+        std::make_unique<GuardedBuffer>(name, array.nbytes(), misalignment * array.itemsize());
     // Running statistics are both read and written: outputs bring their values along.
     std::memcpy(buffer->data(), array.data(), array.nbytes());
     entries_[name] = Entry{array, std::move(buffer), is_input};
@@ -193,8 +194,8 @@ void double_backward(const py::dict& inputs, const py::dict& outputs, const py::
   p.grad_grad_y = call["grad_grad_y"];
   p.grad_x = call["grad_x"];
   p.grad_weight = call["grad_weight"];
-  call.finish(cuda::batch_norm_leaky_relu_double_backward(p, call.scratch(),
-                                                          get<int>(o, "device"), nullptr));
+  call.finish(cuda::batch_norm_leaky_relu_double_backward(p, call.scratch(), get<int>(o, "device"),
+                                                          nullptr));
 }
 
 void update_running_statistics(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {

@@ -5,6 +5,7 @@ module `emulated` (the bindings). The kernels are a library of their own because
 variables of it are shared memory to the emulation. Several variants can live in one process.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -53,10 +54,25 @@ def _digest(flags: Sequence[str], substitutions: Sequence[Substitution]) -> str:
     return digest.hexdigest()
 
 
+_built: dict[str, Path] = {}
+
+
 def build(
     variant: str, *, sanitize: bool = False, substitutions: Sequence[Substitution] = ()
 ) -> Path:
-    """The variant's folder, compiled if anything it is made of has changed."""
+    """The variant's folder, compiled if anything it is made of has changed since the last time.
+
+    Looks for changes once per process, so that they do not hurt while tests run.
+    """
+    if variant not in _built:
+        BUILD.mkdir(exist_ok=True)
+        with open(BUILD / f"{variant}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _built[variant] = _build(variant, sanitize, substitutions)
+    return _built[variant]
+
+
+def _build(variant: str, sanitize: bool, substitutions: Sequence[Substitution]) -> Path:
     # Defective copies run a few small problems only: quick to compile beats quick to run.
     flags = [*FLAGS, "-O0" if substitutions else "-O1", *(SANITIZE if sanitize else [])]
     folder = BUILD / variant

@@ -1,7 +1,7 @@
-// Runs a launch block by block; the threads of a block are fibres (ucontext) of one operating system
-// thread. A fibre runs until it waits at a barrier or in a warp function, or returns; then the next
-// is drawn at random from those that can run. A value that is read before the thread that writes it
-// has run, for want of a barrier, is therefore a NaN or changes with the seed.
+// Runs a launch block by block; the threads of a block are fibres (ucontext) of one operating
+// system thread. A fibre runs until it waits at a barrier or in a warp function, or returns; then
+// the next is drawn at random from those that can run. A value that is read before the thread that
+// writes it has run, for want of a barrier, is therefore a NaN or changes with the seed.
 //
 // Built with AddressSanitizer, every switch between fibres is announced to it.
 #include "emulation.h"
@@ -276,8 +276,7 @@ const uint64_t* exchange(WarpFunction function, unsigned int mask, uint64_t valu
     if (!member(i)) continue;
     if (first + i >= machine.threads) fail("warp function's mask names lanes beyond the block,");
     const Fibre& other = *machine.fibres[first + i];
-    if (other.state != State::kInWarpFunction || other.function != function ||
-        other.mask != mask) {
+    if (other.state != State::kInWarpFunction || other.function != function || other.mask != mask) {
       switch_to_scheduler();  // until the last of them comes
       return self.gathered;
     }

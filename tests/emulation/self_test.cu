@@ -1,10 +1,9 @@
 // Kernels that prove the emulation itself: what it must compute and the errors it must find.
-#include "self_test.h"
-
 #include <cuda_runtime.h>
 #include <string.h>
 
 #include "cuda/launch.h"
+#include "self_test.h"
 
 namespace gankernels::cuda {
 

@@ -124,7 +124,7 @@ def test_every_kernel_was_meant(emulated):
     symbols = subprocess.run(
         ["nm", "-C", "--defined-only", library], capture_output=True, text=True, check=True
     ).stdout
-    pattern = r"[0-9a-f]+ [A-Za-z] (void gankernels::cuda::batch_norm_leaky_relu_kernel<.*\))\n"
+    pattern = r"[0-9a-f]+ [A-Za-z] (void gankernels::cuda::batch_norm_leaky_relu::kernel<.*\))\n"
     built = {m[1] for m in re.finditer(pattern, symbols)}
     assert built == launched
     assert len(built) == 54

@@ -39,7 +39,8 @@ def environment():
 def test_kernels_are_clean(environment):
     tests = build.HERE / "test_batch_norm_leaky_relu.py"
     # -s: or a sanitizer's report is lost with the process.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
+    command += ["--confcutdir", build.HERE, tests]  # what is above concerns the whole package
     result = subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True)
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-8000:]

@@ -2,12 +2,11 @@
 //
 // Each derivative is a pass of two halves: `reduce` takes sums over every channel, `map` writes the
 // elementwise results from per-channel coefficients. What makes it fast is where the tensors are
-// when `map` reads them again: wherever one channel (channels first) or a block of columns (channels
-// last) fits in a core's L2 cache, one thread reduces and maps it in one go, so that memory is read
-// once; otherwise the threads share the rows, and `map` walks them backwards, to meet first what
-// `reduce` left in the caches last.
+// when `map` reads them again: wherever one channel (channels first) or a block of columns
+// (channels last) fits in a core's L2 cache, one thread reduces and maps it in one go, so that
+// memory is read once; otherwise the threads share the rows, and `map` walks them backwards, to
+// meet first what `reduce` left in the caches last.
 #include "../batch_norm_leaky_relu_math.h"
-
 #include "parallel.h"
 #include "simd.h"
 
@@ -22,7 +21,8 @@ constexpr int64_t kChunkChannelsLast = 16384;
 constexpr int64_t kRun = 1024;
 // What a thread maps in memory order before it steps back to an earlier block.
 constexpr int64_t kBlockBytes = 256 << 10;
-// A thread's share of a cache: what one unit of work may touch if it is to be read from memory once.
+// A thread's share of a cache: what one unit of work may touch if it is to be read from memory
+// once.
 constexpr int64_t kCacheBytes = 768 << 10;
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kSerial = 16384;
@@ -51,7 +51,8 @@ double load_parameter(const void* p, DType dtype, int64_t i, double missing) {
   }
 }
 
-// ---- what is done to one element: V lanes of it, P the coefficients of one channel or one per lane
+// ---- what is done to one element: V lanes of it, P the coefficients of one channel or one per
+// lane
 
 template <bool kFirst>
 struct Sum {
@@ -127,8 +128,7 @@ struct DoubleBackwardElement {
 // additions. The same place in the next row is prefetched, since that is no address a CPU expects.
 template <typename Element, typename T, typename V>
 GK_INLINE void reduce_run(const T* const* inputs, int64_t offset, int64_t length, int64_t next_row,
-                          const Accumulate<T>* coefficients, Accumulate<T> slope, V* even,
-                          V* odd) {
+                          const Accumulate<T>* coefficients, Accumulate<T> slope, V* even, V* odd) {
   using A = Accumulate<T>;
   constexpr int W = VectorOf<A>::width, K = Element::kSums, I = Element::kInputs;
   const T* in[I];
@@ -322,8 +322,8 @@ void map_columns(const BatchNormLeakyReLU& p, const T* const* inputs, T* const* 
 //
 // A pass offers, for both layouts, `reduce` into partial results of kPartials doubles per channel,
 // `merge` of two of them, and `finish`, which turns the merged one into the per-channel results and
-// the coefficients of `map`. `prepare` sets the coefficients that `reduce` itself needs. Coefficient
-// i of a channel stands at coefficients[i * pitch].
+// the coefficients of `map`. `prepare` sets the coefficients that `reduce` itself needs.
+// Coefficient i of a channel stands at coefficients[i * pitch].
 
 template <typename T, bool kFirst>
 struct PassBase {
@@ -393,8 +393,7 @@ struct ForwardPass : PassBase<T, kFirst> {
       const double rows = double(stop - r0), total = seen + rows;
       reduce_columns<Sum<kFirst>>(p, in, r0, stop, c0, c1, mean, pitch, sums);
       for (int64_t c = c0; c < c1; ++c) mean[c] = A(sums[c] / rows);
-      reduce_columns<SquaredDeviation<kFirst>>(p, in, r0, stop, c0, c1, mean, pitch,
-                                               sums + pitch);
+      reduce_columns<SquaredDeviation<kFirst>>(p, in, r0, stop, c0, c1, mean, pitch, sums + pitch);
       const double share = rows / total, weight = seen * share;
       for (int64_t c = c0; c < c1; ++c) {
         const double delta = sums[c] / rows - means[c];
@@ -438,8 +437,7 @@ struct SumPass : PassBase<T, kFirst> {
     this->prepare_chain(p, c, coefficients, pitch);
   }
 
-  void reduce(int64_t c, int64_t begin, int64_t end, const A* coefficients,
-              double* partial) const {
+  void reduce(int64_t c, int64_t begin, int64_t end, const A* coefficients, double* partial) const {
     for (int k = 0; k < kPartials; ++k) partial[k] = 0;
     for (; begin < end; begin += kChunk) {
       double chunk[kPartials];
@@ -479,8 +477,7 @@ struct SumPass : PassBase<T, kFirst> {
 };
 
 template <typename T, bool kFirst>
-struct BackwardPass
-    : SumPass<T, kFirst, BackwardElement<kFirst>, BatchNormLeakyReLUBackward> {
+struct BackwardPass : SumPass<T, kFirst, BackwardElement<kFirst>, BatchNormLeakyReLUBackward> {
   using A = Accumulate<T>;
   explicit BackwardPass(const BatchNormLeakyReLUBackward& parameters)
       : BackwardPass::SumPass(parameters) {
@@ -624,11 +621,11 @@ void run_channels_last(const Pass& pass, CpuThreads threads) {
   const int64_t work_size = (kMaxPartials + kMaxCoefficients) * pitch;
 
   // Streamed vectors must be whole and aligned in every row.
-  const bool aligned = p.c % VectorOf<A>::width == 0 &&
-                       misalignment<Element::kOutputs>(pass.out, 0) == 0;
+  const bool aligned =
+      p.c % VectorOf<A>::width == 0 && misalignment<Element::kOutputs>(pass.out, 0) == 0;
   auto map = [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const A* coefficients) {
-    const auto run = streams<T>(p) && aligned ? map_columns<Element, true, T>
-                                              : map_columns<Element, false, T>;
+    const auto run =
+        streams<T>(p) && aligned ? map_columns<Element, true, T> : map_columns<Element, false, T>;
     run(p, pass.in, pass.out, r0, r1, c0, c1, coefficients, pitch);
   };
 

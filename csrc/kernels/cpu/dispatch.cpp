@@ -47,27 +47,27 @@ const char* capability_name() {
 
 // cpu::NAME(parameters, threads) runs the best of baseline::, avx2:: and avx512::NAME.
 #define GK_DISPATCH(NAME, PARAMETERS) GK_DISPATCH_RETURNING(void, NAME, PARAMETERS)
-#define GK_DISPATCH_RETURNING(RESULT, NAME, PARAMETERS)                          \
-  namespace gankernels {                                                         \
-  namespace baseline {                                                           \
-  RESULT NAME(const PARAMETERS&, const CpuThreads&);                             \
-  }                                                                              \
-  namespace avx2 {                                                               \
-  RESULT NAME(const PARAMETERS&, const CpuThreads&);                             \
-  }                                                                              \
-  namespace avx512 {                                                             \
-  RESULT NAME(const PARAMETERS&, const CpuThreads&);                             \
-  }                                                                              \
-  RESULT cpu::NAME(const PARAMETERS& parameters, const CpuThreads& threads) {    \
-    switch (capability()) {                                                      \
-      case Capability::kAvx512:                                                  \
-        return avx512::NAME(parameters, threads);                                \
-      case Capability::kAvx2:                                                    \
-        return avx2::NAME(parameters, threads);                                  \
-      default:                                                                   \
-        return baseline::NAME(parameters, threads);                              \
-    }                                                                            \
-  }                                                                              \
+#define GK_DISPATCH_RETURNING(RESULT, NAME, PARAMETERS)                       \
+  namespace gankernels {                                                      \
+  namespace baseline {                                                        \
+  RESULT NAME(const PARAMETERS&, const CpuThreads&);                          \
+  }                                                                           \
+  namespace avx2 {                                                            \
+  RESULT NAME(const PARAMETERS&, const CpuThreads&);                          \
+  }                                                                           \
+  namespace avx512 {                                                          \
+  RESULT NAME(const PARAMETERS&, const CpuThreads&);                          \
+  }                                                                           \
+  RESULT cpu::NAME(const PARAMETERS& parameters, const CpuThreads& threads) { \
+    switch (capability()) {                                                   \
+      case Capability::kAvx512:                                               \
+        return avx512::NAME(parameters, threads);                             \
+      case Capability::kAvx2:                                                 \
+        return avx2::NAME(parameters, threads);                               \
+      default:                                                                \
+        return baseline::NAME(parameters, threads);                           \
+    }                                                                         \
+  }                                                                           \
   }
 
 GK_DISPATCH(batch_norm_leaky_relu_forward, BatchNormLeakyReLUForward)

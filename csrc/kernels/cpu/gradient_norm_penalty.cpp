@@ -1,7 +1,7 @@
 // gradient_norm_penalty on the CPU. Compiled once per instruction set, into the namespace GK_ISA.
 //
-// Bytes: forward reads the gradient once; backward reads it once and writes as much; double backward
-// reads gradient and tangent twice, the second time mostly from a cache, and writes once.
+// Bytes: forward reads the gradient once; backward reads it once and writes as much; double
+// backward reads gradient and tangent twice, the second time mostly from a cache, and writes once.
 #include "../gradient_norm_penalty.h"
 
 #include "parallel.h"
@@ -10,8 +10,8 @@
 namespace gankernels::GK_ISA {
 namespace {
 
-constexpr int64_t kChunk = 4096;         // elements summed in A before going on in double
-constexpr int64_t kSerial = 16384;       // fewer elements are not worth a second thread
+constexpr int64_t kChunk = 4096;            // elements summed in A before going on in double
+constexpr int64_t kSerial = 16384;          // fewer elements are not worth a second thread
 constexpr int64_t kStreamBytes = 16 << 20;  // larger results are stored past the caches
 
 // The sum over [0, length) of a[i] * b[i].
@@ -38,9 +38,7 @@ double dot(const T* a, const T* b, int64_t length) {
 template <bool kStream, typename T, typename A>
 void combine(const T* a, A p, const T* b, A q, T* out, int64_t length) {
   constexpr int W = VectorOf<A>::width;
-  auto value = [&](int64_t i) {
-    return b ? load(a + i) * p + load(b + i) * q : load(a + i) * p;
-  };
+  auto value = [&](int64_t i) { return b ? load(a + i) * p + load(b + i) * q : load(a + i) * p; };
   auto some = [&](int64_t i, int lanes) {
     const Vector<A> scaled = load(a + i, lanes) * p;
     store(out + i, b ? scaled + load(b + i, lanes) * q : scaled, lanes);

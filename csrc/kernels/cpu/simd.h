@@ -1,5 +1,6 @@
-// Vectors of one register's width for the instruction set this file is compiled for, on GCC's vector
-// extensions. Everything is in an anonymous namespace: see the note in batch_norm_leaky_relu_math.h.
+// Vectors of one register's width for the instruction set this file is compiled for, on GCC's
+// vector extensions. Everything is in an anonymous namespace: see the note in
+// batch_norm_leaky_relu_math.h.
 #pragma once
 
 #if defined(__AVX2__)
@@ -119,8 +120,7 @@ GK_INLINE HalfBits narrow(Vector<float> v, Float16*) {
   const FloatBits magnitude = bits & 0x7fffffff;
   const FloatBits normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   // A subnormal half is a multiple of 2^-24: adding 0.5 lets the adder round to that multiple.
-  const FloatBits subnormal =
-      (FloatBits)((Vector<float>)magnitude + 0.5f) - 0x3f000000u;
+  const FloatBits subnormal = (FloatBits)((Vector<float>)magnitude + 0.5f) - 0x3f000000u;
   FloatBits half = (FloatBits)((FloatMask)magnitude < 0x38800000) & subnormal;
   half |= ~(FloatBits)((FloatMask)magnitude < 0x38800000) & normal;
   half = (FloatMask)magnitude >= 0x477ff000 ? FloatBits{} + 0x7c00 : half;  // rounds to infinity

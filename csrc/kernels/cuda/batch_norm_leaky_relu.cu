@@ -385,7 +385,8 @@ struct DoubleBackward {
     const A v = e.times_du_dx(accumulator(in[2]));
     const DoubleBackwardCoefficients<A>& b = k.backward;
     out[0] = element<T>(e.times_dy_dz(v * b.y_v + e.centred * b.y_centred + b.y_constant));
-    out[1] = element<T>(e.times_du_dx(g * b.x_g + v * b.x_v + e.centred * b.x_centred + b.x_constant));
+    out[1] =
+        element<T>(e.times_du_dx(g * b.x_g + v * b.x_v + e.centred * b.x_centred + b.x_constant));
   }
 };
 

@@ -24,9 +24,9 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-// thread_local makes a variable of a function static, needs no further word and can follow `extern`,
-// all as __shared__ does. The emulation is one operating system thread, so a variable exists once,
-// and lies in this library's thread-local storage, where it can be found and poisoned.
+// thread_local makes a variable of a function static, needs no further word and can follow
+// `extern`, all as __shared__ does. The emulation is one operating system thread, so a variable
+// exists once, and lies in this library's thread-local storage, where it can be found and poisoned.
 #define __shared__ thread_local
 
 // Dynamic shared memory: kernels declare `extern __shared__ unsigned char dynamic_shared[];`.
@@ -105,8 +105,7 @@ inline void __syncwarp(unsigned int mask = 0xffffffffu, int line = __builtin_LIN
 }
 
 template <typename T>
-T __shfl_sync(unsigned int mask, T value, int source, int width = 32,
-              int line = __builtin_LINE()) {
+T __shfl_sync(unsigned int mask, T value, int source, int width = 32, int line = __builtin_LINE()) {
   emulation::check_width(width);
   const int first = static_cast<int>(emulation::lane()) / width * width;
   return emulation::shuffle_value(mask, value, first + (source & (width - 1)), line);

@@ -1,0 +1,38 @@
+# make demo    train a conditional GAN on real handwritten digits and leave a picture
+# make test    set everything up and run all tests
+# make bench   the kernels against eager PyTorch and torch.compile
+# make lint    formatting and static checks
+#
+# Each sets up what it needs: see .ci/prepare.py. TORCH is what pip installs where there is no
+# suitable torch; PyPI's Linux build brings CUDA with it, pytorch.org says how to get another.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+RUN ?= runs/demo
+
+ready = $$($(PYTHON) .ci/prepare.py --torch "$(TORCH)" $(1))
+
+.PHONY: demo test bench lint clean
+
+demo:
+	@python=$(call ready,train) && \
+	$$python -m gankernels train cdcgan --data digits --steps 2000 --set width=16 \
+	  --set lr=1e-3 --set d_lr=1e-3 --out $(RUN) --resume && \
+	$$python -m gankernels evaluate $(RUN) && \
+	echo "samples: $(RUN)/samples.png"
+
+test:
+	@python=$(call ready,train test) && $$python -m pytest
+
+bench:
+	@python=$(call ready,test) && $$python benchmarks/batch_norm_leaky_relu.py --compiled
+
+lint:
+	@python=$(call ready,test) && \
+	$$python -m ruff check . && $$python -m ruff format --check . && \
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | \
+	xargs $$python -c "import clang_format; clang_format.clang_format()" --dry-run --Werror
+
+clean:
+	rm -rf build dist *.egg-info gankernels/libgankernels.so gankernels/_build.json \
+	  tests/emulation/build
