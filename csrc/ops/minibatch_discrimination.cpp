@@ -27,15 +27,15 @@ void describe(MinibatchDiscrimination& p, const Tensor& m) {
 }
 
 #ifdef GK_WITH_CUDA_KERNEL
-#define GK_RUN(NAME, p, x)                                                                   \
-  if (x.is_cuda()) {                                                                         \
-    const int device = x.get_device();                                                       \
-    const Tensor scratch =                                                                   \
+#define GK_RUN(NAME, p, x)                                                                     \
+  if (x.is_cuda()) {                                                                           \
+    const int device = x.get_device();                                                         \
+    const Tensor scratch =                                                                     \
         empty({cuda::minibatch_discrimination_scratch_bytes(p, device)}, ScalarType::Byte, x); \
-    p.scratch = mutable_data(scratch);                                                       \
-    check_cuda(cuda::NAME(p, device, cuda_stream(x)));                                       \
-  } else {                                                                                   \
-    run_on_cpu(cpu::NAME, p, x);                                                             \
+    p.scratch = mutable_data(scratch);                                                         \
+    check_cuda(cuda::NAME(p, device, cuda_stream(x)));                                         \
+  } else {                                                                                     \
+    run_on_cpu(cpu::NAME, p, x);                                                               \
   }
 #else
 #define GK_RUN(NAME, p, x) run_on_cpu(cpu::NAME, p, x);
@@ -99,15 +99,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) {
       "bool want_grad_m) -> (Tensor grad_grad_o, Tensor grad_m)");
 }
 
-#define GK_REGISTER(m)                                                                         \
-  m.impl("minibatch_discrimination", TORCH_BOX(&minibatch_discrimination));                    \
-  m.impl("minibatch_discrimination_backward", TORCH_BOX(&minibatch_discrimination_backward));  \
-  m.impl("minibatch_discrimination_double_backward",                                           \
+#define GK_REGISTER(m)                                                                        \
+  m.impl("minibatch_discrimination", TORCH_BOX(&minibatch_discrimination));                   \
+  m.impl("minibatch_discrimination_backward", TORCH_BOX(&minibatch_discrimination_backward)); \
+  m.impl("minibatch_discrimination_double_backward",                                          \
          TORCH_BOX(&minibatch_discrimination_double_backward));
 
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m) { GK_REGISTER(m) }
+STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m){GK_REGISTER(m)}
 #ifdef GK_WITH_CUDA_KERNEL
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CUDA, m) { GK_REGISTER(m) }
+STABLE_TORCH_LIBRARY_IMPL(gankernels, CUDA, m) {
+  GK_REGISTER(m)
+}
 #endif
 
 }  // namespace gankernels::ops

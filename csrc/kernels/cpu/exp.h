@@ -13,8 +13,8 @@ template <typename A>
 struct ExpConstants;
 
 // exp(-d) = 2^n exp(r), with n = -d / ln 2 rounded and r = -d - n ln 2. `ln2_high` has so few bits
-// that n * ln2_high is exact. The polynomial is exp(r) = 1 + r + r^2 q(r), and q interpolates at the
-// Chebyshev points of |r| <= ln 2 / 2.
+// that n * ln2_high is exact. The polynomial is exp(r) = 1 + r + r^2 q(r), and q interpolates at
+// the Chebyshev points of |r| <= ln 2 / 2.
 template <>
 struct ExpConstants<float> {
   using Bits = int32_t;

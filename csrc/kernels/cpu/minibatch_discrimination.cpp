@@ -1,20 +1,21 @@
-// minibatch_discrimination on the CPU. Compiled once per instruction set, into the namespace GK_ISA.
+// minibatch_discrimination on the CPU. Compiled once per instruction set, into the namespace
+// GK_ISA.
 //
-// The kernels b are independent problems, so the lanes of a vector are neighbouring b: distances need
-// no horizontal sum, and per vector and pair i < j there are two additions and an absolute value for
-// every c. m is packed into panels of one vector's width of b, ordered [sample][c][lane]. A tile of
-// few samples by few samples keeps its distances in registers; blocks of samples keep a pair of them
-// in a core's L2 cache.
+// The kernels b are independent problems, so the lanes of a vector are neighbouring b: distances
+// need no horizontal sum, and per vector and pair i < j there are two additions and an absolute
+// value for every c. m is packed into panels of one vector's width of b, ordered [sample][c][lane].
+// A tile of few samples by few samples keeps its distances in registers; blocks of samples keep a
+// pair of them in a core's L2 cache.
 //
 // Where fewer b are left than a vector has lanes, the panel puts several samples side by side, in
-// `slots` of the vector: a row of the panel is then a group of samples, and two groups meet once for
-// every rotation of one of them against the other.
+// `slots` of the vector: a row of the panel is then a group of samples, and two groups meet once
+// for every rotation of one of them against the other.
 //
 // Both samples of a pair receive from it, so threads must not share a sample: in round r, block i
 // meets block (r - i) mod K. With K odd, every round pairs off all blocks, and the one left over
 // meets itself, so that K rounds see every pair once. That also fixes the order of all sums. Each
-// meeting sums into buffers of its own, at most kMostRows terms, before they are added to the totals,
-// which keeps the rounding errors of long sums small.
+// meeting sums into buffers of its own, at most kMostRows terms, before they are added to the
+// totals, which keeps the rounding errors of long sums small.
 #include "../minibatch_discrimination.h"
 
 #include <type_traits>
@@ -27,7 +28,7 @@
 namespace gankernels::GK_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 192 << 10;  // of one block's inputs and results
+constexpr int64_t kBlockBytes = 192 << 10;            // of one block's inputs and results
 constexpr int64_t kFewestRows = 16, kMostRows = 128;  // of a block; multiples of every tile
 // Below this many element operations, pairs times c, a second thread costs more than it saves.
 constexpr int64_t kSerial = 1 << 17;
@@ -63,8 +64,8 @@ GK_INLINE V sign(V d) {
 template <typename A>
 struct Rows {
   const A *x, *v, *g;
-  A *sums;   // forward: of e; double backward: of -e s
-  A *grads;  // of the weighted signs
+  A* sums;   // forward: of e; double backward: of -e s
+  A* grads;  // of the weighted signs
 };
 
 template <int kDerivative>
