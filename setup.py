@@ -1,7 +1,7 @@
-"""Builds `gankernels/libgankernels.so`: PyTorch's stable ABI, no Python symbols, CUDA where nvcc is.
+"""Builds `gankernels/libgankernels.so`: PyTorch's stable ABI, no Python symbols, CUDA with nvcc.
 
-torch's own CUDAExtension is not used, since it refuses CUDA sources beside a CPU-only torch and ties
-the result to one Python and one torch. Here g++ compiles everything that sees torch, nvcc never
+torch's own CUDAExtension is not used: it refuses CUDA sources beside a CPU-only torch and ties the
+result to one Python and one torch. Here g++ compiles everything that sees torch, nvcc never
 does, and ninja orders the work. Environment variables:
 
 GANKERNELS_CUDA       auto (default): build CUDA kernels where nvcc is found; 1: fail without nvcc;
@@ -212,7 +212,9 @@ class BuildLibrary(build_ext):
         return [str(folder / LIBRARY), str(folder / RECORD)]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {output: str(ROOT / "gankernels" / Path(output).name) for output in self.get_outputs()}
+        return {
+            output: str(ROOT / "gankernels" / Path(output).name) for output in self.get_outputs()
+        }
 
 
 class AnyPythonWheel(bdist_wheel):

@@ -19,7 +19,8 @@ _BACKENDS = ("auto", "reference")
 _backend = "auto"
 _load_error: str | None = None
 _record: dict = {}
-_warned: set[str] = set()
+_served: set[tuple[str, str]] = set()  # (kind of device, op)
+_warned: set[tuple[str, str]] = set()
 
 
 def _load() -> None:
@@ -35,7 +36,9 @@ def _load() -> None:
         torch.ops.load_library(str(library))
         _record = json.loads((_FOLDER / "_build.json").read_text())
     except OSError as error:
-        _load_error = f"the compiled kernels cannot be loaded into torch {torch.__version__}: {error}"
+        _load_error = (
+            f"the compiled kernels cannot be loaded into torch {torch.__version__}: {error}"
+        )
 
 
 _load()
@@ -70,17 +73,27 @@ class use_backend(AbstractContextManager):  # noqa: N801  (reads as a function, 
         _backend = self._previous
 
 
-def has_kernel(x: Tensor) -> bool:
-    """Whether the compiled kernels serve this tensor; warns once where that may come unexpected."""
+def has_kernel(x: Tensor, op: str) -> bool:
+    """Whether a compiled kernel of this op serves this tensor; warns once where none does."""
     if _backend == "reference":
         return False
     kind = x.device.type
-    if LOADED and (kind in ("cpu", "meta") or (kind == "cuda" and _record["cuda"])):
+    if (kind, op) in _served:
         return True
-    if kind not in _warned:
-        _warned.add(kind)
-        warnings.warn(f"gankernels runs as plain PyTorch on {kind}: {why_not(kind)}", stacklevel=4)
+    if LOADED and (kind == "meta" or _registered(op, kind)):
+        _served.add((kind, op))
+        return True
+    if (kind, op) not in _warned:
+        _warned.add((kind, op))
+        reason = why_not(kind) or f"{op} has no kernel for {kind} yet"
+        warnings.warn(f"{op} runs as plain PyTorch on {kind}: {reason}", stacklevel=4)
     return False
+
+
+def _registered(op: str, kind: str) -> bool:
+    return kind in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"gankernels::{op}", kind.upper()
+    )
 
 
 def why_not(kind: str) -> str | None:

@@ -24,4 +24,4 @@ def tune_allocator() -> bool:
     if not hasattr(libc, "gnu_get_libc_version") or not hasattr(libc, "mallopt"):
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 256 << 20))
-    return all([libc.mallopt(parameter, value) == 1 for parameter, value in settings])
+    return sum(libc.mallopt(parameter, value) for parameter, value in settings) == len(settings)

@@ -111,7 +111,7 @@ def _batch_norm(
     if momentum is None and averaging and num_batches_tracked is None:
         raise TypeError("momentum is None; a float is needed")
     # Which empty batches are accepted, and what becomes of them, is PyTorch's to decide.
-    if x.dim() < 2 or x.numel() == 0 or not has_kernel(x):
+    if x.dim() < 2 or x.numel() == 0 or not has_kernel(x, "batch_norm_leaky_relu"):
         if averaging and num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         if momentum is None:
@@ -235,7 +235,7 @@ def gradient_norm_penalty(grad: Tensor, kind: str = "wgan-gp", center: float = 1
         raise ValueError("grad is a scalar; a batch (N, ...) is needed")
     if kind not in _gnp.KINDS:
         raise ValueError(f"kind is {kind!r}; accepted are {', '.join(map(repr, _gnp.KINDS))}")
-    if not has_kernel(grad):
+    if not has_kernel(grad, "gradient_norm_penalty"):
         return _gnp.reference(grad, _gnp.KINDS[kind], center)
     return _gnp.gradient_norm_penalty(grad, _gnp.KINDS[kind], center)[0]
 

@@ -22,7 +22,7 @@ def differentiable(
     without, a quarter of a small layer's time, so it serves under a transform only.
     """
 
-    def forward(ctx, *inputs):  # noqa: ANN001, ANN202
+    def forward(ctx, *inputs):
         outputs = compute(*inputs)
         setup_context(ctx, inputs, outputs)
         return outputs
@@ -40,7 +40,7 @@ def differentiable(
         },
     )
 
-    def apply(*inputs):  # noqa: ANN202
+    def apply(*inputs):
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*inputs)
         if not torch.is_grad_enabled():
@@ -53,7 +53,7 @@ def differentiable(
 def no_third_derivative(name: str) -> Callable:
     """Returns a backward that says so: silence would be taken for a gradient of zero."""
 
-    def backward(ctx, *_):  # noqa: ANN001, ANN202
+    def backward(ctx, *_):
         raise RuntimeError(f"{name} is differentiable twice, but a third derivative was asked for")
 
     return backward
