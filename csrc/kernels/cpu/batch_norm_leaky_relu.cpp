@@ -63,13 +63,15 @@ struct Sum {
   }
 };
 
+// Of a rounded mean, whose error the sum of the deviations themselves tells.
 template <bool kFirst>
-struct SquaredDeviation {
-  static constexpr int kInputs = 1, kSums = 1;
+struct Deviation {
+  static constexpr int kInputs = 1, kSums = 2;
   template <typename V, typename P, typename A>
   GK_INLINE static void reduce(const V* in, const P* coefficients, A slope, V* sums) {
     const V d = (kFirst ? leaky_relu(in[0], slope) : in[0]) - coefficients[0];
-    sums[0] += d * d;
+    sums[0] += d;
+    sums[1] += d * d;
   }
 };
 
@@ -359,6 +361,14 @@ struct ForwardPass : PassBase<T, kFirst> {
   bool maps() const { return p.y; }
   void prepare(int64_t, A*, int64_t) const {}
 
+  // The exact mean and sum of squared deviations from it, of `count` elements whose deviations from
+  // `mean` are `sum` and, squared, `squares`: the corrected two-pass algorithm of the same authors.
+  static void correct(double count, double mean, double sum, double squares, double* exact) {
+    exact[0] = count;
+    exact[1] = mean + sum / count;
+    exact[2] = maximum(0.0, squares - sum * (sum / count));
+  }
+
   // Chan, Golub & LeVeque 1979: two samples' statistics make those of their union.
   static void merge(double* into, const double* from) {
     if (from[0] == 0) return;
@@ -372,11 +382,12 @@ struct ForwardPass : PassBase<T, kFirst> {
     partial[0] = partial[1] = partial[2] = 0;
     for (; begin < end; begin += kChunk) {
       const int64_t stop = minimum(begin + kChunk, end);
-      double chunk[3] = {double(stop - begin)}, sum;
-      reduce_runs<Sum<kFirst>>(p, in, c, begin, stop, (const A*)nullptr, &sum);
-      const A mean = A(sum / chunk[0]);
-      reduce_runs<SquaredDeviation<kFirst>>(p, in, c, begin, stop, &mean, &chunk[2]);
-      chunk[1] = sum / chunk[0];
+      double sums[2], chunk[3];
+      reduce_runs<Sum<kFirst>>(p, in, c, begin, stop, (const A*)nullptr, sums);
+      const double count = double(stop - begin);
+      const A mean = A(sums[0] / count);
+      reduce_runs<Deviation<kFirst>>(p, in, c, begin, stop, &mean, sums);
+      correct(count, mean, sums[0], sums[1], chunk);
       merge(partial, chunk);
     }
   }
@@ -393,12 +404,14 @@ struct ForwardPass : PassBase<T, kFirst> {
       const double rows = double(stop - r0), total = seen + rows;
       reduce_columns<Sum<kFirst>>(p, in, r0, stop, c0, c1, mean, pitch, sums);
       for (int64_t c = c0; c < c1; ++c) mean[c] = A(sums[c] / rows);
-      reduce_columns<SquaredDeviation<kFirst>>(p, in, r0, stop, c0, c1, mean, pitch, sums + pitch);
+      reduce_columns<Deviation<kFirst>>(p, in, r0, stop, c0, c1, mean, pitch, sums);
       const double share = rows / total, weight = seen * share;
       for (int64_t c = c0; c < c1; ++c) {
-        const double delta = sums[c] / rows - means[c];
+        double chunk[3];
+        correct(rows, mean[c], sums[c], sums[pitch + c], chunk);
+        const double delta = chunk[1] - means[c];
         means[c] += delta * share;
-        deviations[c] += double(sums[pitch + c]) + delta * delta * weight;
+        deviations[c] += chunk[2] + delta * delta * weight;
       }
       seen = total;
     }
