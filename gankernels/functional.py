@@ -9,7 +9,13 @@ from gankernels._library import has_kernel
 from gankernels.ops import batch_norm_leaky_relu as _bn
 from gankernels.ops import gradient_norm_penalty as _gnp
 
-__all__ = ["batch_norm_leaky_relu", "gradient_norm_penalty", "leaky_relu_batch_norm"]
+__all__ = [
+    "batch_norm_leaky_relu",
+    "gradient_norm_penalty",
+    "gradient_penalty",
+    "interpolate",
+    "leaky_relu_batch_norm",
+]
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -240,9 +246,45 @@ def gradient_norm_penalty(grad: Tensor, kind: str = "wgan-gp", center: float = 1
     return _gnp.gradient_norm_penalty(grad, _gnp.KINDS[kind], center)[0]
 
 
+def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+    r"""Points between pairs of samples: :math:`\alpha_n x_n + (1 - \alpha_n) \tilde x_n`.
+
+    Args:
+        real: ``(N, ...)``, floating-point.
+        fake: of the same shape and dtype.
+        alpha: ``(N,)``, one weight per sample.
+
+    Returns:
+        A tensor of ``real``'s shape and dtype.
+
+    Raises:
+        TypeError: where an argument is no floating-point tensor.
+        ValueError: where the shapes do not fit.
+
+    Derivatives: of any order, since this is one of PyTorch's own kernels (``torch.lerp``), which
+    already reads each tensor once. Reference: Gulrajani et al., 2017, arXiv:1704.00028.
+    """
+    for name, tensor in (("real", real), ("fake", fake), ("alpha", alpha)):
+        _check_floating(name, tensor)
+    if fake.shape != real.shape:
+        raise ValueError(
+            f"fake has shape {tuple(fake.shape)}, but real has {tuple(real.shape)}: "
+            "they must be the same"
+        )
+    if real.dim() == 0 or alpha.shape != real.shape[:1]:
+        raise ValueError(
+            f"alpha has shape {tuple(alpha.shape)}; one weight per sample of real, which has shape "
+            f"{tuple(real.shape)}, is needed"
+        )
+    return torch.lerp(fake, real, alpha.to(real.dtype).view(-1, *(1,) * (real.dim() - 1)))
+
+
 def _check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; a Tensor is needed")
     if tensor.dtype not in _FLOATING:
         accepted = ", ".join(map(str, _FLOATING))
         raise TypeError(f"{name} has dtype {tensor.dtype}; accepted are {accepted}")
+
+
+from gankernels.penalty import gradient_penalty  # noqa: E402  (it is built on the ops above)
