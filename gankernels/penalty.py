@@ -32,15 +32,15 @@ def gradient_penalty(
 ) -> Tensor:
     r"""The penalty on the norm of a critic's gradient with respect to its input.
 
-    ===========  ==============================================  ====================================
-    kind         gradient taken at                               penalty, averaged over the batch
-    ===========  ==============================================  ====================================
-    ``wgan-gp``  :math:`\alpha x + (1 - \alpha) \tilde x`        :math:`(\lVert g \rVert - c)^2`
-    ``wgan-lp``  the same                                        :math:`\max(0, \lVert g \rVert - c)^2`
-    ``dragan``   :math:`x + \tfrac12 \mathrm{std}(x)\, U(0, 1)`  :math:`(\lVert g \rVert - c)^2`
-    ``r1``       :math:`x`                                       :math:`\lVert g \rVert^2`
-    ``r2``       :math:`\tilde x`                                :math:`\lVert g \rVert^2`
-    ===========  ==============================================  ====================================
+    ===========  ==============================================  ================================
+    kind         gradient g taken at                             penalty, averaged over the batch
+    ===========  ==============================================  ================================
+    ``wgan-gp``  :math:`\alpha x + (1 - \alpha) \tilde x`        :math:`(|g| - c)^2`
+    ``wgan-lp``  the same                                        :math:`\max(0, |g| - c)^2`
+    ``dragan``   :math:`x + \tfrac12 \mathrm{std}(x)\, U(0, 1)`  :math:`(|g| - c)^2`
+    ``r1``       :math:`x`                                       :math:`|g|^2`
+    ``r2``       :math:`\tilde x`                                :math:`|g|^2`
+    ===========  ==============================================  ================================
 
     with real samples :math:`x`, generated ones :math:`\tilde x`, :math:`\alpha \sim U(0, 1)` drawn
     once per sample, and the norm over all dimensions of a sample. Multiply the result by the usual
