@@ -12,12 +12,15 @@ namespace {
 template <typename A>
 struct ExpConstants;
 
+template <typename A>
+using ExpBits = typename ExpConstants<A>::Bits;
+
 // exp(-d) = 2^n exp(r), with n = -d / ln 2 rounded and r = -d - n ln 2. `ln2_high` has so few bits
 // that n * ln2_high is exact. The polynomial is exp(r) = 1 + r + r^2 q(r), and q interpolates at
 // the Chebyshev points of |r| <= ln 2 / 2.
 template <>
 struct ExpConstants<float> {
-  using Bits = int32_t;
+  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
   static constexpr int mantissa = 23;
   static constexpr float rounder = 0x1.8p23f, log2e = 0x1.715476p0f;
   static constexpr float ln2_high = 0x1.63p-1f, ln2_low = -2.12194440e-4f;
@@ -28,7 +31,7 @@ struct ExpConstants<float> {
 };
 template <>
 struct ExpConstants<double> {
-  using Bits = int64_t;
+  typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
   static constexpr int mantissa = 52;
   static constexpr double rounder = 0x1.8p52, log2e = 0x1.71547652b82fep0;
   static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 1.90821492927058770002e-10;
@@ -49,15 +52,14 @@ struct ExpConstants<double> {
 template <typename A, typename V = Vector<A>>
 __attribute__((always_inline)) inline V exp_of_minus(V d) {
   using K = ExpConstants<A>;
-  typedef typename K::Bits Bits __attribute__((vector_size(kVectorBytes)));
   // Adding `rounder` leaves n as the low bits of the sum, in two's complement.
   const V shifted = d * -K::log2e + K::rounder;
   const V n = shifted - K::rounder;
   const V r = (-d - n * K::ln2_high) - n * K::ln2_low;
-  V q = V{} + K::q[K::terms - 1];
-  for (int i = K::terms - 2; i >= 0; --i) q = q * r + K::q[i];
-  const V p = (q * r) * r + r + A(1);
-  const V scaled = (V)((Bits)p + ((Bits)shifted << K::mantissa));
+  V p = V{} + K::q[K::terms - 1];
+  for (int i = K::terms - 2; i >= 0; --i) p = p * r + K::q[i];
+  p = (p * r + A(1)) * r + A(1);
+  const V scaled = (V)((ExpBits<A>)p + ((ExpBits<A>)shifted << K::mantissa));
   return d > K::largest ? V{} : scaled;
 }
 

@@ -46,16 +46,36 @@ void parallel(const CpuThreads& threads, int64_t tasks, const Body& body) {
 
 template <typename A, typename V = Vector<A>>
 GK_INLINE V magnitude(V d) {
-  typedef typename ExpConstants<A>::Bits Bits __attribute__((vector_size(kVectorBytes)));
-  return (V)((Bits)d & ~(Bits)-V{});
+  return (V)((ExpBits<A>)d & ~(ExpBits<A>)-V{});
 }
 
-// -1, 0 or 1.
+// 1, but the compiler does not know: a * one - b becomes a fused multiply-add, on CPUs that run these
+// beside additions (AMD's do). On others it costs no more than the subtraction.
+template <typename A>
+GK_INLINE Vector<A> opaque_one() {
+  Vector<A> one = Vector<A>{} + A(1);
+  asm("" : "+x"(one));
+  return one;
+}
+
+// w where d > 0, -w where d < 0, 0 where d = 0.
 template <typename A, typename V = Vector<A>>
-GK_INLINE V sign(V d) {
-  typedef typename ExpConstants<A>::Bits Bits __attribute__((vector_size(kVectorBytes)));
-  const V one = (V)(((Bits)d & (Bits)-V{}) | (Bits)(V{} + A(1)));
-  return d != 0 ? one : V{};
+GK_INLINE V with_sign_of(V d, V w) {
+#if defined(__AVX512F__)
+  constexpr int kXorAnd = 0x78;  // w ^ (d & minus)
+  const ExpBits<A> minus = (ExpBits<A>)-V{};
+  if (sizeof(A) == 4) {
+    return (V)_mm512_maskz_ternarylogic_epi32(
+        _mm512_cmp_ps_mask((__m512)d, (__m512)V{}, _CMP_NEQ_UQ), (__m512i)w, (__m512i)d,
+        (__m512i)minus, kXorAnd);
+  }
+  return (V)_mm512_maskz_ternarylogic_epi64(
+      _mm512_cmp_pd_mask((__m512d)d, (__m512d)V{}, _CMP_NEQ_UQ), (__m512i)w, (__m512i)d,
+      (__m512i)minus, kXorAnd);
+#else
+  const V signed_w = (V)((ExpBits<A>)w ^ ((ExpBits<A>)d & (ExpBits<A>)-V{}));
+  return d != 0 ? signed_w : V{};
+#endif
 }
 
 // ---- tiles -----------------------------------------------------------------------------------
@@ -104,7 +124,11 @@ struct Kernel {
   template <int D, int I, int J>
   GK_INLINE void tile(const Rows<A>& a, const Rows<A>& b) const {
     const int64_t row = c * W;
-    V w[I][J] = {}, s[I][J] = {};  // distances, then weights
+    const V one = opaque_one<A>();
+    V w[I][J], s[I][J];  // distances, then weights
+    for (int i = 0; i < I; ++i) {
+      for (int j = 0; j < J; ++j) w[i][j] = s[i][j] = V{};
+    }
     for (int64_t k = 0; k < row; k += W) {
       V xb[J], vb[J];
       for (int j = 0; j < J; ++j) {
@@ -115,9 +139,9 @@ struct Kernel {
         const V xa = load(a.x + i * row + k);
         const V va = D == 2 ? load(a.v + i * row + k) : V{};
         for (int j = 0; j < J; ++j) {
-          const V d = xa - xb[j];
+          const V d = xa * one - xb[j];
           w[i][j] += magnitude<A>(d);
-          if (D == 2) s[i][j] += sign<A>(d) * (va - vb[j]);
+          if (D == 2) s[i][j] += with_sign_of<A>(d, va - vb[j]);
         }
       }
     }
@@ -153,9 +177,9 @@ struct Kernel {
         const V xa = load(a.x + i * row + k);
         V ga = load(a.grads + i * row + k);
         for (int j = 0; j < J; ++j) {
-          const V direction = sign<A>(xa - xb[j]);
-          ga -= w[i][j] * direction;
-          gb[j] += w[i][j] * direction;
+          const V t = with_sign_of<A>(xa - xb[j], w[i][j]);
+          ga -= t;
+          gb[j] = t * one + gb[j];
         }
         store(a.grads + i * row + k, ga);
       }
@@ -206,25 +230,38 @@ struct Panel {
   int64_t block_rows;
 };
 
-template <typename T>
-GK_INLINE Accumulate<T> read(const T* p) {
-  return load(p, 1)[0];
-}
-template <>
-GK_INLINE float read(const float* p) {
-  return *p;
-}
-template <>
-GK_INLINE double read(const double* p) {
-  return *p;
+// Transposes a square of W vectors: exchanges its off-diagonal quarters, then those of its quarters.
+template <typename A, int kHalf = VectorOf<A>::width / 2>
+GK_INLINE void transpose(Vector<A>* rows) {
+  constexpr int W = VectorOf<A>::width;
+  ExpBits<A> upper, lower;
+  for (int l = 0; l < W; ++l) {
+    upper[l] = l & kHalf ? W + l - kHalf : l;
+    lower[l] = l & kHalf ? W + l : l + kHalf;
+  }
+  for (int i = 0; i < W; ++i) {
+    if (i & kHalf) continue;
+    const Vector<A> a = rows[i], b = rows[i + kHalf];
+    rows[i] = __builtin_shuffle(a, b, upper);
+    rows[i + kHalf] = __builtin_shuffle(a, b, lower);
+  }
+  if constexpr (kHalf > 1) transpose<A, kHalf / 2>(rows);
 }
 
+// From 1 to W elements; lanes beyond them are zero or left alone.
 template <typename T>
-GK_INLINE void write(T* p, float value) {
-  store(p, Vector<float>{} + value, 1);
+GK_INLINE Vector<Accumulate<T>> load_some(const T* p, int64_t stride, int64_t count) {
+  constexpr int64_t W = VectorOf<Accumulate<T>>::width;
+  if (stride == 1) return count < W ? load(p, int(count)) : load(p);
+  Vector<Accumulate<T>> v{};
+  for (int64_t i = 0; i < minimum(count, W); ++i) v[i] = load(p + i * stride, 1)[0];
+  return v;
 }
-GK_INLINE void write(float* p, float value) { *p = value; }
-GK_INLINE void write(double* p, double value) { *p = value; }
+template <typename T>
+GK_INLINE void store_some(T* p, Vector<Accumulate<T>> v, int64_t count) {
+  constexpr int64_t W = VectorOf<Accumulate<T>>::width;
+  count < W ? store(p, v, int(count)) : store(p, v);
+}
 
 // Everything about one call. Buffers are those of a group of panels that are worked on together,
 // which bounds the workspace, and one set of block buffers per thread.
@@ -297,35 +334,56 @@ struct Problem {
 
   // ---- between tensors and panels
 
+  // The samples' elements (b0 ... b0 + lanes, all c) of one row of a panel. Where c is 1, or has no
+  // part as in grad_o, the lanes lie in one vector; else every one of them lies in vectors of c.
   void pack(const Strided& from, int64_t width, const Panel& panel, int64_t row, A padding,
             A* to) const {
-    for (int64_t slot = 0; slot < panel.slots; ++slot) {
-      const int64_t sample = row * panel.slots + slot;
-      for (int64_t lane = 0; lane < panel.lanes; ++lane) {
-        A* out = to + slot * panel.lanes + lane;
-        if (sample >= n) {
-          for (int64_t k = 0; k < width; ++k) out[k * W] = padding;
-          continue;
+    const int64_t samples = minimum(panel.slots, n - row * panel.slots);
+    const T* in =
+        static_cast<const T*>(from.data) + row * panel.slots * from.n + panel.b0 * from.b;
+    if (width == 1) {
+      V v = load_some(in, from.b, panel.lanes);
+      if (panel.slots > 1) {
+        v = V{} + padding;
+        for (int64_t l = 0; l < samples * panel.lanes; ++l) {
+          v[l] = load(in + l / panel.lanes * from.n + l % panel.lanes * from.b, 1)[0];
         }
-        const T* in =
-            static_cast<const T*>(from.data) + sample * from.n + (panel.b0 + lane) * from.b;
-        for (int64_t k = 0; k < width; ++k) out[k * W] = read(in + k * from.c);
       }
+      return store(to, v);
     }
-    for (int64_t lane = panel.slots * panel.lanes; lane < W; ++lane) {
-      for (int64_t k = 0; k < width; ++k) to[k * W + lane] = 0;
+    for (int64_t k0 = 0; k0 < width; k0 += W) {
+      const int64_t count = minimum<int64_t>(W, width - k0);
+      V rows[W];
+      for (int l = 0; l < W; ++l) rows[l] = V{} + padding;
+      for (int64_t slot = 0, l = 0; slot < samples; ++slot) {
+        for (int64_t lane = 0; lane < panel.lanes; ++lane, ++l) {
+          rows[l] = load_some(in + slot * from.n + lane * from.b + k0 * from.c, from.c, count);
+        }
+      }
+      transpose<A>(rows);
+      for (int64_t k = 0; k < count; ++k) store(to + (k0 + k) * W, rows[k]);
     }
   }
 
   void unpack(const A* from, int64_t width, const Panel& panel, int64_t row, T* to) const {
-    for (int64_t slot = 0; slot < panel.slots; ++slot) {
-      const int64_t sample = row * panel.slots + slot;
-      if (sample >= n) return;
-      for (int64_t lane = 0; lane < panel.lanes; ++lane) {
-        const A* in = from + slot * panel.lanes + lane;
-        T* out = to + (sample * b + panel.b0 + lane) * width;
-        for (int64_t k = 0; k < width; ++k) {
-          write(out + k, in[k * W]);
+    const int64_t samples = minimum(panel.slots, n - row * panel.slots);
+    T* out = to + (row * panel.slots * b + panel.b0) * width;
+    if (width == 1) {
+      const V v = load(from);
+      if (panel.slots == 1) return store_some(out, v, panel.lanes);
+      for (int64_t l = 0; l < samples * panel.lanes; ++l) {
+        store(out + l / panel.lanes * b + l % panel.lanes, V{} + v[l], 1);
+      }
+      return;
+    }
+    for (int64_t k0 = 0; k0 < width; k0 += W) {
+      const int64_t count = minimum<int64_t>(W, width - k0);
+      V rows[W];
+      for (int k = 0; k < W; ++k) rows[k] = k < count ? load(from + (k0 + k) * W) : V{};
+      transpose<A>(rows);
+      for (int64_t slot = 0, l = 0; slot < samples; ++slot) {
+        for (int64_t lane = 0; lane < panel.lanes; ++lane, ++l) {
+          store_some(out + (slot * b + lane) * width + k0, rows[l], count);
         }
       }
     }
