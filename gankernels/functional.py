@@ -8,6 +8,8 @@ from torch import Tensor
 from gankernels._library import has_kernel
 from gankernels.ops import batch_norm_leaky_relu as _bn
 from gankernels.ops import gradient_norm_penalty as _gnp
+from gankernels.ops import minibatch_discrimination as _mbd
+from gankernels.ops import minibatch_stddev as _stddev
 
 __all__ = [
     "batch_norm_leaky_relu",
@@ -15,6 +17,8 @@ __all__ = [
     "gradient_penalty",
     "interpolate",
     "leaky_relu_batch_norm",
+    "minibatch_discrimination",
+    "minibatch_stddev",
 ]
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -277,6 +281,79 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
             f"{tuple(real.shape)}, is needed"
         )
     return torch.lerp(fake, real, alpha.to(real.dtype).view(-1, *(1,) * (real.dim() - 1)))
+
+
+def minibatch_discrimination(m: Tensor) -> Tensor:
+    r"""How close every sample is to the others of its batch, seen by several kernels.
+
+    .. math:: o_{n,b} = \sum_{j \ne n} \exp\Bigl(-\sum_c |m_{n,b,c} - m_{j,b,c}|\Bigr)
+
+    Neither this nor its derivatives hold anything of N x N elements: the workspace is at most twice
+    the bytes of ``m`` plus some blocks that stay in the caches (or, where B is so small that it
+    fills a vector only once, two copies of ``m`` in the accumulation type for the first derivative
+    and three for the second). Saved for backward is ``m`` alone.
+
+    Args:
+        m: ``(N, B, C)``, samples by kernels by dimensions of a kernel, of float32, float64,
+            bfloat16 or float16, with any strides.
+
+    Returns:
+        ``(N, B)``, in ``m``'s dtype. Zero for a batch of one.
+
+    Raises:
+        TypeError: where ``m`` is no floating-point tensor of these dtypes.
+        ValueError: where ``m`` has not three dimensions.
+
+    Derivatives: the first and the second, each with a kernel of its own; a third raises. The
+    derivative of ``|x|`` at zero is zero, so samples that are the same (mode collapse) have finite
+    gradients; its second derivative is zero, so the second derivative acts through exp alone.
+    Half-precision inputs are compared and summed in float32, under autocast too. Similarities below
+    the smallest normal number of the accumulation type (distances above 87.3 in float32) count as
+    zero.
+
+    Reference: Salimans et al., 2016, arXiv:1606.03498, section 3.2.
+    """
+    _check_floating("m", m)
+    if m.dim() != 3:
+        raise ValueError(f"m has shape {tuple(m.shape)}; three dimensions (N, B, C) are needed")
+    if not has_kernel(m, "minibatch_discrimination"):
+        return _mbd.reference(m)
+    return _mbd.minibatch_discrimination(m)
+
+
+def minibatch_stddev(x: Tensor, group_size: int = 4, num_channels: int = 1) -> Tensor:
+    """The feature maps of :class:`gankernels.nn.MinibatchStdDev`, which says how they are computed.
+
+    Args:
+        x: ``(N, C)`` or ``(N, C, ...)``, of float32, float64, bfloat16 or float16.
+        group_size: samples per group, at most.
+        num_channels: the number of maps; C must be divisible by it.
+
+    Returns:
+        ``(N, num_channels)`` or ``(N, num_channels, ...)``, in ``x``'s dtype, constant over space
+        (an expanded tensor).
+
+    Raises:
+        TypeError: where ``x`` is no floating-point tensor of these dtypes.
+        ValueError: where ``x`` has no channels to divide by ``num_channels``, or where a number is
+            below one.
+
+    Derivatives: of any order. Computed in float32 for half-precision inputs, with 1e-8 added to the
+    variance.
+
+    Reference: Karras et al., 2018, arXiv:1710.10196, section 3.
+    """
+    _check_floating("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; at least two dimensions are needed")
+    for name, value in (("group_size", group_size), ("num_channels", num_channels)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if x.shape[1] == 0 or x.shape[1] % num_channels:
+        raise ValueError(
+            f"x has {x.shape[1]} channels, which num_channels={num_channels} does not divide"
+        )
+    return _stddev.minibatch_stddev(x, group_size, num_channels)
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

@@ -8,6 +8,8 @@ from gankernels.nn.batch_norm_leaky_relu import (
     LeakyReLUBatchNorm2d,
     LeakyReLUBatchNorm3d,
 )
+from gankernels.nn.minibatch_discrimination import MinibatchDiscrimination
+from gankernels.nn.minibatch_stddev import MinibatchStdDev
 
 __all__ = [
     "BatchNormLeakyReLU1d",
@@ -16,4 +18,6 @@ __all__ = [
     "LeakyReLUBatchNorm1d",
     "LeakyReLUBatchNorm2d",
     "LeakyReLUBatchNorm3d",
+    "MinibatchDiscrimination",
+    "MinibatchStdDev",
 ]

@@ -1,0 +1,88 @@
+"""Minibatch discrimination as a layer of a discriminator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gankernels.functional import minibatch_discrimination
+
+
+class MinibatchDiscrimination(nn.Module):
+    r"""Lets a discriminator see how close a sample is to the others of its batch.
+
+    Each sample's features :math:`x_n` are multiplied with a tensor, :math:`M_n = x_n W` of shape
+    ``(num_kernels, kernel_dim)``, and
+
+    .. math:: o_{n,b} = \sum_{j \ne n} \exp\Bigl(-\sum_c |M_{n,b,c} - M_{j,b,c}|\Bigr)
+
+    is appended to them. A generator that collapses to few modes gives itself away by large
+    :math:`o`. As in the authors' own code (improved-gan), a sample is not compared with itself.
+
+    That code also gives every column of W unit norm times a learnt scale, initialised from a batch,
+    and :math:`o` a bias. Here W is a plain parameter, drawn from a normal distribution with mean 0
+    and variance ``1 / in_features``, so that its columns start with a norm of about 1; the bias is
+    left to the layer that follows.
+
+    Args:
+        in_features: size of a sample's features.
+        num_kernels: numbers appended to them (B in the paper; improved-gan: 100 for MNIST).
+        kernel_dim: dimensions in which a kernel compares samples (C in the paper; 5).
+        device: of the parameter.
+        dtype: of the parameter.
+
+    Shape:
+        - Input: ``(N, in_features)``
+        - Output: ``(N, in_features + num_kernels)``
+
+    Attributes:
+        weight: ``(in_features, num_kernels, kernel_dim)``, W above.
+
+    Every sample of a batch takes part: real and generated ones should come in batches of their own,
+    and results depend on the batch size. Under autocast the product is computed in half precision,
+    the sums over distances in float32. Differentiable twice; details and errors:
+    :func:`gankernels.functional.minibatch_discrimination`.
+
+    Reference: Salimans et al., 2016, arXiv:1606.03498, section 3.2.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_kernels: int,
+        kernel_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_features", in_features),
+            ("num_kernels", num_kernels),
+            ("kernel_dim", kernel_dim),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, but got {value}")
+        self.in_features = in_features
+        self.num_kernels = num_kernels
+        self.kernel_dim = kernel_dim
+        self.weight = nn.Parameter(
+            torch.empty(in_features, num_kernels, kernel_dim, device=device, dtype=dtype)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 2:
+            raise ValueError(f"expected 2D input (got {x.dim()}D input)")
+        if x.shape[1] != self.in_features:
+            raise RuntimeError(
+                f"expected input with {self.in_features} features (in_features), "
+                f"got {x.shape[1]} in input of shape {tuple(x.shape)}"
+            )
+        m = (x @ self.weight.flatten(1)).unflatten(1, (self.num_kernels, self.kernel_dim))
+        return torch.cat((x, minibatch_discrimination(m)), 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, num_kernels={self.num_kernels}, kernel_dim={self.kernel_dim}"
