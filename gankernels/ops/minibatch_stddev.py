@@ -34,7 +34,8 @@ def minibatch_stddev(x: Tensor, group_size: int, num_channels: int) -> Tensor:
         deviation = (y - y.sum(0) / count) * there
         variance = deviation.square().sum(0) / count
     else:
-        variance = y.var(0, correction=0)
+        # Not y.var(0), which takes ten times as long on a CPU.
+        variance = (y - y.mean(0)).square().mean(0)
     stddev = (variance + EPS).sqrt().mean(-1)  # (groups, num_channels)
     features = stddev.repeat(members, 1)[:samples].to(x.dtype)
     space = x.shape[2:]
