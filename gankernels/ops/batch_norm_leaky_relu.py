@@ -69,7 +69,12 @@ def _forward_backward(ctx, grad_y, _):
         grad_y, x, weight, bias, statistics, *ctx.options, need_weight or need_bias
     )
     grad_bias, grad_weight = sums.unbind(0) if need_weight or need_bias else (None, None)
-    return grad_x if need_x else None, grad_weight, grad_bias, None, None, None, None
+    return (
+        grad_x if need_x else None,
+        grad_weight if need_weight else None,
+        grad_bias if need_bias else None,  # there may be a weight and no bias
+        *(None,) * 4,
+    )
 
 
 batch_norm_leaky_relu = differentiable(

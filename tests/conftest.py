@@ -1,0 +1,65 @@
+"""What tests of every folder share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gankernels as gk
+
+ROOT = Path(__file__).parent.parent
+CAPABILITIES = ("default", "avx2", "avx512")
+
+
+@pytest.fixture(autouse=True)
+def _restore_global_state():
+    """A test may change threads, backend or random state without looking after the next one."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    gk.use_backend("auto")
+
+
+@pytest.fixture
+def python():
+    """`python(*arguments, env={}, cwd=ROOT)` runs an interpreter of its own; stdout and stderr."""
+
+    def run(*arguments, env=None, cwd=ROOT, check=True):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        result = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            capture_output=True, text=True, cwd=cwd, env=environment,
+        )  # fmt: skip
+        if check:
+            assert result.returncode == 0, result.stdout + result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture
+def rerun_with_capability(python):
+    """`rerun_with_capability(capability, file, selection)` runs tests, selected as by -k, with
+    kernels of an instruction set other than the best."""
+
+    def rerun(capability, file, selection):
+        best = CAPABILITIES.index(gk.build_info()["cpu_capability"])
+        used = CAPABILITIES[min(CAPABILITIES.index(capability), best)]
+        result = python(
+            "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", selection,
+            env={"ATEN_CPU_CAPABILITY": capability, "GANKERNELS_TEST_CAPABILITY": used},
+            check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+    return rerun
+
+
+def pytest_configure():
+    wanted = os.environ.get("GANKERNELS_TEST_CAPABILITY")
+    used = gk.build_info()["cpu_capability"]
+    if wanted and used != wanted:
+        raise pytest.UsageError(f"the kernels in use are {used}, not {wanted}")
