@@ -90,6 +90,37 @@ def add_train(commands: Any) -> None:
     )
     parser.add_argument("--precision", help="fp32 or bf16")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    discriminator = parser.add_argument_group(
+        "remedies for an unstable game, in any model with a discriminator"
+    )
+    discriminator.add_argument(
+        "--minibatch-discrimination",
+        metavar="K,C",
+        help="the discriminator compares the samples of a batch, by K kernels of dimension C "
+        "(100,5 in the paper)",
+    )
+    discriminator.add_argument(
+        "--minibatch-stddev",
+        action="store_const",
+        const=True,
+        help="the discriminator sees the standard deviation over groups of 4 samples",
+    )
+    discriminator.add_argument(
+        "--penalty",
+        metavar="KIND",
+        help="on the gradient of the discriminator: dragan, r1, r2, wgan-gp, wgan-lp or none",
+    )
+    discriminator.add_argument(
+        "--penalty-weight",
+        metavar="W",
+        help="factor of the penalty, the mean over the batch (gamma / 2 for r1 and r2)",
+    )
+    discriminator.add_argument(
+        "--penalty-every",
+        metavar="N",
+        help="lazy regularisation: the penalty counts on every N-th step of the discriminator "
+        "only, and N-fold there",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -104,7 +135,8 @@ def run_train(args: argparse.Namespace) -> int:
     from gankernels import train
     from gankernels.train.config import parse_assignments
 
-    flags = ("data", "steps", "batch_size", "out", "precision", "device")
+    # Every flag is a setting of the same name, except what says how to start.
+    flags = vars(args).keys() - {"command", "run", "model", "resume", "set"}
     given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
     with user_errors():
         settings = given | parse_assignments(args.set)
@@ -135,8 +167,11 @@ def describe_settings() -> str:
         lines.append(f"  {name:<16} {game.__doc__.splitlines()[0]}")
     lines += ["", "settings of every run (--set KEY=VALUE):"]
     lines += [_setting(*row) for row in describe(Config)]
+    common = describe(games.AdversarialOptions)
+    lines += ["", "settings of every model with a discriminator:"]
+    lines += [_setting(*row) for row in common]
     for name, game in classes.items():
-        rows = {row[0]: row for row in describe(game.Options)}
+        rows = {row[0]: row for row in describe(game.Options) if row not in common}
         for key, value in game.defaults.items():
             rows[key] = (key, str(value), "(instead of the default above)")
         lines += ["", f"settings of {name}:", *(_setting(*row) for row in rows.values())]
@@ -144,7 +179,7 @@ def describe_settings() -> str:
 
 
 def _setting(name: str, default: str, help: str) -> str:
-    return f"  {name + '=' + default:<28} {help}"
+    return f"  {name + '=' + default:<30} {help}"
 
 
 def add_sample(commands: Any) -> None:

@@ -127,7 +127,7 @@ def _points(
     if kind == "r2":
         return fake
     alpha = torch.rand(real.shape[:1], dtype=real.dtype, device=real.device, generator=generator)
-    return interpolate(real, fake, alpha)
+    return interpolate(real, fake.to(real.dtype), alpha)
 
 
 def _gradient(

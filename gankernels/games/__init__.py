@@ -11,9 +11,21 @@ import difflib
 import importlib
 import pkgutil
 
+from gankernels.games._adversarial import Adversarial, AdversarialOptions
 from gankernels.games._game import Batch, DataSpec, Game, Options, Player, option
 
-__all__ = ["Batch", "DataSpec", "Game", "Options", "Player", "get", "names", "option"]
+__all__ = [
+    "Adversarial",
+    "AdversarialOptions",
+    "Batch",
+    "DataSpec",
+    "Game",
+    "Options",
+    "Player",
+    "get",
+    "names",
+    "option",
+]
 
 
 def names() -> list[str]:

@@ -44,6 +44,10 @@ class Player:
         optimizer: makes an optimiser from parameters, such as `partial(torch.optim.Adam, lr=2e-4)`.
         steps: optimiser steps per iteration, each on a fresh batch.
         after_step: called without gradient after every optimiser step, such as weight clipping.
+        lazy_loss: what it minimises instead of `loss` on the first of every `lazy_every` steps:
+            the same terms and one too dear for every step (lazy regularisation, Karras et al.
+            2020, arXiv:1912.04958).
+        lazy_every: see `lazy_loss`.
     """
 
     name: str
@@ -52,10 +56,19 @@ class Player:
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     steps: int = 1
     after_step: Callable[[], None] | None = None
+    lazy_loss: Callable[[Batch, torch.Generator], dict[str, Tensor]] | None = None
+    lazy_every: int = 1
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"player {self.name!r} must make at least 1 step, got {self.steps}")
+        if self.lazy_every < 1:
+            raise ValueError(f"lazy_every of player {self.name!r} must be at least 1")
+
+    def loss_of(self, step: int) -> Callable[[Batch, torch.Generator], dict[str, Tensor]]:
+        """What the player minimises in its own step number `step`, counted from 0."""
+        lazy = self.lazy_loss is not None and step % self.lazy_every == 0
+        return self.lazy_loss if lazy else self.loss
 
 
 def option(default: Any, help: str) -> Any:

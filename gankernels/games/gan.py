@@ -10,26 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gankernels import models
-from gankernels.games import Batch, Game, Options, Player, option
+from gankernels.games import Adversarial, AdversarialOptions, Player, option
 
 
 @dataclass(frozen=True)
-class GANOptions(Options):
+class GANOptions(AdversarialOptions):
     lr: float = option(2e-4, "learning rate of the generator")
     d_lr: float = option(2e-4, "learning rate of the discriminator")
     beta1: float = option(0.5, "Adam's decay rate of the gradient's mean")
     beta2: float = option(0.999, "Adam's decay rate of the gradient's square")
 
 
-class GAN(Game):
+class GAN(Adversarial):
     """Dense GAN, binary cross entropy, discriminator and generator in turn."""
 
     Options = GANOptions
-
-    def __init__(self, spec, options=None) -> None:
-        super().__init__(spec, options)
-        self.generator = self.make_generator()
-        self.discriminator = self.make_discriminator()
 
     def make_generator(self) -> nn.Module:
         return models.MLPGenerator(self.options.latent_dim, self.spec.image_shape)
@@ -40,31 +35,14 @@ class GAN(Game):
     def players(self) -> list[Player]:
         adam = partial(torch.optim.Adam, betas=(self.options.beta1, self.options.beta2))
         return [
-            Player(
-                "discriminator",
-                self.discriminator,
-                self.discriminator_loss,
-                partial(adam, lr=self.options.d_lr),
-            ),
-            Player(
-                "generator",
-                self.generator,
-                self.generator_loss,
-                partial(adam, lr=self.options.lr),
-            ),
+            self.discriminator_player(partial(adam, lr=self.options.d_lr)),
+            self.generator_player(partial(adam, lr=self.options.lr)),
         ]
 
-    def discriminator_loss(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        labels = self.condition(batch.labels)
-        real = self.discriminator(batch.images, labels)
-        fake = self.discriminator(self.fake(batch.labels, rng), labels)
-        # Binary cross entropy straight from logits: -log sigmoid(x) is softplus(-x).
-        return {
-            "real": F.softplus(-real.float()).mean(),
-            "fake": F.softplus(fake.float()).mean(),
-        }
+    # Binary cross entropy straight from logits: -log sigmoid(x) is softplus(-x).
 
-    def generator_loss(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        fake = self.fake(batch.labels, rng)
-        logits = self.discriminator(fake, self.condition(batch.labels))
-        return {"adversarial": F.softplus(-logits.float()).mean()}
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        return {"real": F.softplus(-real).mean(), "fake": F.softplus(fake).mean()}
+
+    def generator_loss(self, fake: Tensor) -> dict[str, Tensor]:
+        return {"adversarial": F.softplus(-fake).mean()}

@@ -6,57 +6,49 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gankernels import models
-from gankernels.games import Batch, Game, Options, Player, option
+from gankernels.games import Adversarial, AdversarialOptions, Player, option
 
 
 @dataclass(frozen=True)
-class WGANOptions(Options):
+class WGANOptions(AdversarialOptions):
     lr: float = option(5e-5, "learning rate of the generator")
     d_lr: float = option(5e-5, "learning rate of the critic")
     n_critic: int = option(5, "critic steps per generator step")
     clip: float = option(0.01, "the critic's weights stay in [-clip, clip]")
 
 
-class WGAN(Game):
+class WGAN(Adversarial):
     """Dense Wasserstein GAN: weight clipping, RMSprop, several critic steps per generator step."""
 
     Options = WGANOptions
 
-    def __init__(self, spec, options=None) -> None:
-        super().__init__(spec, options)
-        self.generator = models.MLPGenerator(self.options.latent_dim, spec.image_shape)
-        self.critic = models.MLPDiscriminator(spec.image_shape)
+    def make_generator(self) -> nn.Module:
+        return models.MLPGenerator(self.options.latent_dim, self.spec.image_shape)
+
+    def make_discriminator(self) -> nn.Module:
+        return models.MLPDiscriminator(self.spec.image_shape)
 
     def players(self) -> list[Player]:
         return [
-            Player(
-                "critic",
-                self.critic,
-                self.critic_loss,
+            self.discriminator_player(
                 partial(torch.optim.RMSprop, lr=self.options.d_lr),
+                name="critic",
                 steps=self.options.n_critic,
                 after_step=self.clip_critic,
             ),
-            Player(
-                "generator",
-                self.generator,
-                self.generator_loss,
-                partial(torch.optim.RMSprop, lr=self.options.lr),
-            ),
+            self.generator_player(partial(torch.optim.RMSprop, lr=self.options.lr)),
         ]
 
-    def critic_loss(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        real = self.critic(batch.images)
-        fake = self.critic(self.fake(batch.labels, rng))
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         # Minus the estimated Wasserstein distance, up to the critic's Lipschitz constant.
-        return {"wasserstein": fake.float().mean() - real.float().mean()}
+        return {"wasserstein": fake.mean() - real.mean()}
 
-    def generator_loss(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        return {"adversarial": -self.critic(self.fake(batch.labels, rng)).float().mean()}
+    def generator_loss(self, fake: Tensor) -> dict[str, Tensor]:
+        return {"adversarial": -fake.mean()}
 
     def clip_critic(self) -> None:
-        for weight in self.critic.parameters():
+        for weight in self.discriminator.parameters():
             weight.clamp_(-self.options.clip, self.options.clip)

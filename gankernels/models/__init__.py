@@ -5,6 +5,7 @@ discriminators map such images to logits `(N,)`. All of them take labels `(N,)` 
 argument, which the unconditional ones refuse.
 """
 
+from gankernels.models._batch_statistics import with_batch_statistics
 from gankernels.models.dcgan import (
     DCGANDiscriminator,
     DCGANGenerator,
@@ -17,14 +18,18 @@ from gankernels.models.mlp import (
     MLPDiscriminator,
     MLPGenerator,
 )
+from gankernels.models.wgan_gp import ConvCritic, DeconvGenerator
 
 __all__ = [
+    "ConvCritic",
     "DCGANDiscriminator",
     "DCGANGenerator",
+    "DeconvGenerator",
     "DenseConvDiscriminator",
     "DenseConvGenerator",
     "EmbeddingMLPDiscriminator",
     "EmbeddingMLPGenerator",
     "MLPDiscriminator",
     "MLPGenerator",
+    "with_batch_statistics",
 ]

@@ -119,14 +119,14 @@ class Trainer:
     def iterate(self) -> None:
         """One iteration: every player makes its steps, then the average follows."""
         for player in self.players:
-            for _ in range(player.steps):
-                self.move(player)
+            for i in range(player.steps):
+                self.move(player, self.step * player.steps + i)
         if self.average is not None:
             self.follow()
         self.step += 1
 
-    def move(self, player: Player) -> None:
-        """One optimiser step of one player on a fresh batch, everything else frozen."""
+    def move(self, player: Player, step: int) -> None:
+        """Optimiser step number `step` of one player, on a fresh batch, all others frozen."""
         self.game.requires_grad_(False)
         for parameter in self.parameters[player.name]:
             parameter.requires_grad_(True)
@@ -134,7 +134,7 @@ class Trainer:
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
         ):
-            terms = player.loss(batch, self.rng)
+            terms = player.loss_of(step)(batch, self.rng)
         optimizer = self.optimizers[player.name]
         sum(terms.values()).backward()
         optimizer.step()

@@ -23,6 +23,8 @@ MNIST = (1, 28, 28)
         (lambda: models.MLPDiscriminator(MNIST), 533_505),
         (lambda: models.DenseConvGenerator(100, 1, 28), 2_305_472),
         (lambda: models.DenseConvDiscriminator(1, 28), 212_865),
+        (lambda: models.DeconvGenerator(128, 1, 28), 1_554_177),
+        (lambda: models.ConvCritic(1, 28), 1_030_145),
         (lambda: models.DCGANGenerator(100, 3, 64), 3_576_704),
         (lambda: models.DCGANDiscriminator(3, 64), 2_765_568),
     ],
@@ -46,6 +48,14 @@ def test_dcgan_shapes(size, num_classes):
     generator = models.DCGANGenerator(6, 3, size, num_classes, width=4)
     discriminator = models.DCGANDiscriminator(3, size, num_classes, width=4)
     check_pair(generator, discriminator, 6, (3, size, size), num_classes)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [4, 12, 28, 32])
+def test_wgan_gp_shapes(channels, size):
+    generator = models.DeconvGenerator(6, channels, size, width=4)
+    critic = models.ConvCritic(channels, size, width=4)
+    check_pair(generator, critic, 6, (channels, size, size), 0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -113,6 +123,10 @@ def test_sizes_that_do_not_fit():
         models.DenseConvGenerator(100, 1, 30)
     with pytest.raises(ValueError, match="divisible by 4, got 30"):
         models.DenseConvDiscriminator(1, 30)
+    with pytest.raises(ValueError, match="divisible by 4, got 30"):
+        models.DeconvGenerator(100, 1, 30)
+    with pytest.raises(ValueError, match="divisible by 4, got 30"):
+        models.ConvCritic(1, 30)
     for network in (
         lambda: models.DCGANGenerator(100, 1, 48),
         lambda: models.DCGANDiscriminator(1, 48),
@@ -135,8 +149,8 @@ def test_norms_are_fused_and_configured_as_the_sources_mean_them():
     }
     family = norms(models.DCGANGenerator(100, 3, 64), BatchNormLeakyReLU2d)
     assert [norm.negative_slope for norm in family] == [0.0] * 4
-    critic = models.MLPDiscriminator(MNIST)
-    assert not norms(critic, (BatchNormLeakyReLU1d, torch.nn.modules.batchnorm._BatchNorm))
+    for critic in (models.MLPDiscriminator(MNIST), models.ConvCritic(1, 28)):
+        assert not norms(critic, torch.nn.modules.batchnorm._NormBase)
 
 
 def test_dcgan_init():
@@ -146,3 +160,67 @@ def test_dcgan_init():
     scale = network.layers[1].weight.detach()
     assert scale.mean().item() == pytest.approx(1, abs=0.01)
     assert scale.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+# ---- statistics of the batch ---------------------------------------------------------------------
+
+DISCRIMINATORS = [
+    lambda: models.MLPDiscriminator((1, 16, 16)),
+    lambda: models.EmbeddingMLPDiscriminator((1, 16, 16), 3),
+    lambda: models.DenseConvDiscriminator(1, 16, width=4),
+    lambda: models.DCGANDiscriminator(1, 16, width=4),
+    lambda: models.ConvCritic(1, 16, width=4),
+]
+
+
+def judge(discriminator, images):
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    conditional = getattr(discriminator, "num_classes", 0)
+    return discriminator.eval()(images, labels if conditional else None)
+
+
+@pytest.mark.parametrize("make", DISCRIMINATORS)
+@pytest.mark.parametrize(
+    ("stddev", "kernels", "more"), [(True, None, 1), (False, (7, 3), 7), (True, (7, 3), 8)]
+)
+def test_batch_statistics_join_the_features(make, stddev, kernels, more):
+    plain, joined = make(), make()
+    joined.load_state_dict(plain.state_dict())
+    assert models.with_batch_statistics(joined, stddev, kernels) is joined
+    images = torch.rand(8, 1, 16, 16) * 2 - 1
+    inside = []
+    joined.head[-1].register_forward_hook(lambda m, inputs, o: inside.append(inputs[0]))
+    together = judge(joined, images)
+    features = plain.head.weight[0].numel()
+    assert inside[0].shape == (8, features + more)
+    torch.testing.assert_close(joined.head[-1].weight[:, :features], plain.head.weight.flatten(1))
+    # Without what was joined the output is the old one, and that alone looks at other samples.
+    torch.testing.assert_close(judge(plain, images[:4]), judge(plain, images)[:4])
+    assert not torch.allclose(judge(joined, images[:4]), together[:4])
+    with torch.no_grad():
+        joined.head[-1].weight[:, features:] = 0
+    torch.testing.assert_close(judge(joined, images), judge(plain, images))
+
+
+def test_batch_statistics_give_a_collapse_away():
+    discriminator = models.with_batch_statistics(models.MLPDiscriminator((1, 8, 8)), True, (5, 3))
+    seen = []
+    discriminator.head[-1].register_forward_hook(lambda m, inputs, o: seen.append(inputs[0]))
+    discriminator(10 * torch.randn(8, 1, 8, 8))
+    discriminator(torch.randn(1, 1, 8, 8).expand(8, -1, -1, -1))
+    varied, collapsed = seen
+    assert (collapsed[:, -6] < varied[:, -6]).all()  # the deviation
+    torch.testing.assert_close(collapsed[:, -5:], torch.full((8, 5), 7.0))  # 7 others, all alike
+    assert (varied[:, -5:] < 7).all()
+
+
+def test_no_statistics_leave_the_discriminator_alone():
+    discriminator = models.MLPDiscriminator(MNIST)
+    head = discriminator.head
+    assert models.with_batch_statistics(discriminator).head is head
+
+
+@pytest.mark.parametrize("choice", [{"stddev": True}, {"kernels": (3, 2)}])
+def test_statistics_need_a_head(choice):
+    with pytest.raises(ValueError, match="Sequential has no linear or convolutional head"):
+        models.with_batch_statistics(torch.nn.Sequential(torch.nn.Linear(3, 1)), **choice)

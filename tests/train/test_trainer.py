@@ -157,7 +157,7 @@ def test_a_discriminator_left_alone_learns_to_tell(run):
     trainer = run("gan")
     (discriminator, _) = trainer.players
     for _ in range(60):
-        trainer.move(discriminator)
+        trainer.move(discriminator, 0)
     first, last = trainer.losses.history[:2], trainer.losses.history[-2:]
     assert sum(loss for *_, loss in first) > 1.2
     assert sum(loss for *_, loss in last) < 0.2

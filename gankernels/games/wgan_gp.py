@@ -1,0 +1,65 @@
+"""Wasserstein GAN with gradient penalty (Gulrajani et al. 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from gankernels import models
+from gankernels.games import AdversarialOptions, Player, option
+from gankernels.games.wgan import WGAN
+
+NETWORKS = ("dense", "conv")
+
+
+@dataclass(frozen=True)
+class WGANGPOptions(AdversarialOptions):
+    lr: float = option(1e-4, "learning rate of the generator")
+    d_lr: float = option(1e-4, "learning rate of the critic")
+    beta1: float = option(0.5, "Adam's decay rate of the gradient's mean")
+    beta2: float = option(0.9, "Adam's decay rate of the gradient's square")
+    n_critic: int = option(5, "critic steps per generator step")
+    penalty: str | None = option("wgan-gp", "on the critic's gradient")
+    networks: str = option("dense", "dense as in wgan, or conv, those of the paper for MNIST")
+    width: int = option(64, "channels at half the image size, of conv networks")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.networks not in NETWORKS:
+            raise ValueError(f"networks must be {' or '.join(NETWORKS)}, got {self.networks!r}")
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, got {self.width}")
+
+
+class WGANGP(WGAN):
+    """Wasserstein GAN with gradient penalty, dense or convolutional; no norm in the critic."""
+
+    Options = WGANGPOptions
+
+    @property
+    def channels_last(self) -> bool:
+        return self.options.networks == "conv"
+
+    def make_generator(self) -> nn.Module:
+        if self.options.networks == "dense":
+            return super().make_generator()
+        return models.DeconvGenerator(
+            self.options.latent_dim, self.spec.channels, self.spec.size, self.options.width
+        )
+
+    def make_discriminator(self) -> nn.Module:
+        if self.options.networks == "dense":
+            return super().make_discriminator()
+        return models.ConvCritic(self.spec.channels, self.spec.size, self.options.width)
+
+    def players(self) -> list[Player]:
+        adam = partial(torch.optim.Adam, betas=(self.options.beta1, self.options.beta2))
+        return [
+            self.discriminator_player(
+                partial(adam, lr=self.options.d_lr), name="critic", steps=self.options.n_critic
+            ),
+            self.generator_player(partial(adam, lr=self.options.lr)),
+        ]
