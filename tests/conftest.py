@@ -18,6 +18,7 @@ CAPABILITIES = ("default", "avx2", "avx512")
 def _restore_global_state():
     """A test may change threads, backend or random state without looking after the next one."""
     threads = torch.get_num_threads()
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
     gk.use_backend("auto")

@@ -64,6 +64,17 @@ def test_gradients_of_some_inputs_only(activation_first, training, needing):
     assert gradgradcheck(function, tensors)
 
 
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation_first", [False, True])
+def test_weight_without_bias_and_the_reverse(activation_first, training, missing):
+    problem = Problem(DOUBLE.but(activation_first=activation_first, training=training))
+    setattr(problem, missing, None)
+    function, tensors = arguments(problem)
+    assert gradcheck(function, tensors)
+    assert gradgradcheck(function, tensors)
+
+
 @pytest.mark.parametrize("through", ["x", "weight", "bias"])
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias", "grad_y"])
 @pytest.mark.parametrize("training", [True, False])
@@ -292,7 +303,7 @@ def test_opcheck_covers_the_family():
 
 
 def test_partial_sums_make_the_whole():
-    """Statistics and sums taken in one call and used in another, as synchronised batch norm does."""
+    """Sums taken in one call and used in another, as synchronised batch norm does."""
     problem = Problem(DOUBLE)
     x, weight, bias, g = problem.x, problem.weight, problem.bias, problem.grad_y
     v, last = problem.tangent_x, (1e-5, 0.2, False)
