@@ -11,6 +11,7 @@ CXX, NVCC             the compilers
 MAX_JOBS              how many run at a time
 """
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -123,6 +124,8 @@ class BuildLibrary(build_ext):
 
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        lock = (build / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends
         (build / "build.ninja").write_text(self.ninja(torch, cxx, nvcc, architectures))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([*find_ninja(), "-C", str(build), *jobs]).returncode:

@@ -127,9 +127,9 @@ struct DoubleBackwardElement {
 // ---- channels first: lanes are neighbours in space ---------------------------------------------
 
 // Adds the run of elements [offset, offset + length) to two chains of sums, to hide the latency of
-// additions. The same place in the next row is prefetched, since that is no address a CPU expects.
+// additions. The same place in a later row, `ahead` elements on, is prefetched.
 template <typename Element, typename T, typename V>
-GK_INLINE void reduce_run(const T* const* inputs, int64_t offset, int64_t length, int64_t next_row,
+GK_INLINE void reduce_run(const T* const* inputs, int64_t offset, int64_t length, int64_t ahead,
                           const Accumulate<T>* coefficients, Accumulate<T> slope, V* even, V* odd) {
   using A = Accumulate<T>;
   constexpr int W = VectorOf<A>::width, K = Element::kSums, I = Element::kInputs;
@@ -140,8 +140,8 @@ GK_INLINE void reduce_run(const T* const* inputs, int64_t offset, int64_t length
   int64_t i = 0;
   for (; i + 2 * W <= length; i += 2 * W) {
     for (int j = 0; j < I; ++j) {
-      __builtin_prefetch(in[j] + i + next_row);
-      if (sizeof(T) * W >= 64) __builtin_prefetch(in[j] + i + W + next_row);
+      prefetch(in[j] + i + ahead);
+      if (sizeof(T) * W >= 64) prefetch(in[j] + i + W + ahead);
       a[j] = load(in[j] + i);
       b[j] = load(in[j] + i + W);
     }
@@ -157,7 +157,7 @@ GK_INLINE void reduce_run(const T* const* inputs, int64_t offset, int64_t length
     const int lanes = int(length - i);
     V tail[K] = {};
     for (int j = 0; j < I; ++j) {
-      __builtin_prefetch(in[j] + i + next_row);
+      prefetch(in[j] + i + ahead);
       a[j] = load(in[j] + i, lanes);
     }
     Element::reduce(a, coefficients, slope, tail);
@@ -174,7 +174,7 @@ void reduce_runs(const BatchNormLeakyReLU& p, const T* const* in, int64_t c, int
   int64_t n = begin / p.s, s = begin % p.s;
   for (; begin < end; ++n, s = 0) {
     const int64_t length = minimum(p.s - s, end - begin);
-    reduce_run<Element>(in, (n * p.c + c) * p.s + s, length, p.c * p.s, coefficients,
+    reduce_run<Element>(in, (n * p.c + c) * p.s + s, length, 4 * p.c * p.s, coefficients,
                         A(p.negative_slope), even, odd);
     begin += length;
   }
@@ -258,9 +258,9 @@ void reduce_columns(const BatchNormLeakyReLU& p, const T* const* inputs, int64_t
     for (int64_t c = c0; c < c1; c += W) store(sums + k * pitch + c, V{});
   }
   const int64_t row = p.c, full = c0 + (c1 - c0) / W * W;
+  const int64_t ahead = maximum<int64_t>(R, 2 * kAheadBytes / (row * int64_t(sizeof(T))));
   const T* in[I];
   for (int j = 0; j < I; ++j) in[j] = inputs[j] + r0 * row;
-  // The prefetchers do not follow several rows at once well, so the next ones are asked for here.
   auto rows = [&](auto count, int64_t c, auto get) {
     V k[P], s[K];
     for (int j = 0; j < P; ++j) k[j] = load(coefficients + j * pitch + c);
@@ -268,7 +268,7 @@ void reduce_columns(const BatchNormLeakyReLU& p, const T* const* inputs, int64_t
     for (int q = 0; q < count(); ++q) {
       V a[I];
       for (int j = 0; j < I; ++j) {
-        __builtin_prefetch(in[j] + (q + R) * row + c);
+        prefetch(in[j] + (q + ahead) * row + c);
         a[j] = get(in[j] + q * row + c);
       }
       Element::reduce(a, k, slope, s);
@@ -305,7 +305,10 @@ void map_columns(const BatchNormLeakyReLU& p, const T* const* inputs, T* const* 
     V a[I], k[K], o[O];
     for (int64_t c = c0; c < full; c += W) {
       for (int j = 0; j < K; ++j) k[j] = load(coefficients + j * pitch + c);
-      for (int j = 0; j < I; ++j) a[j] = load(in[j] + c);
+      for (int j = 0; j < I; ++j) {
+        prefetch(in[j] + c + kAheadBytes / int64_t(sizeof(T)));
+        a[j] = load(in[j] + c);
+      }
       Element::map(a, k, slope, o);
       write<kStream, O>(out, c, o);
     }

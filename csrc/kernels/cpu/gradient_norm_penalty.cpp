@@ -19,13 +19,18 @@ template <typename T>
 double dot(const T* a, const T* b, int64_t length) {
   using V = Vector<Accumulate<T>>;
   constexpr int W = VectorOf<Accumulate<T>>::width;
+  constexpr int64_t ahead = kAheadBytes / int64_t(sizeof(T));
   double total = 0;
   for (int64_t begin = 0; begin < length; begin += kChunk) {
     const int64_t end = minimum(begin + kChunk, length);
     V sums[4] = {};
     int64_t i = begin;
     for (; i + 4 * W <= end; i += 4 * W) {
-      for (int k = 0; k < 4; ++k) sums[k] += load(a + i + k * W) * load(b + i + k * W);
+      for (int k = 0; k < 4; ++k) {
+        prefetch(a + i + k * W + ahead);
+        if (a != b) prefetch(b + i + k * W + ahead);
+        sums[k] += load(a + i + k * W) * load(b + i + k * W);
+      }
     }
     for (; i + W <= end; i += W) sums[0] += load(a + i) * load(b + i);
     if (i < end) sums[1] += load(a + i, int(end - i)) * load(b + i, int(end - i));
@@ -38,6 +43,7 @@ double dot(const T* a, const T* b, int64_t length) {
 template <bool kStream, typename T, typename A>
 void combine(const T* a, A p, const T* b, A q, T* out, int64_t length) {
   constexpr int W = VectorOf<A>::width;
+  constexpr int64_t ahead = kAheadBytes / int64_t(sizeof(T));
   auto value = [&](int64_t i) { return b ? load(a + i) * p + load(b + i) * q : load(a + i) * p; };
   auto some = [&](int64_t i, int lanes) {
     const Vector<A> scaled = load(a + i, lanes) * p;
@@ -49,6 +55,8 @@ void combine(const T* a, A p, const T* b, A q, T* out, int64_t length) {
     if (i) some(0, int(i));
   }
   for (; i + W <= length; i += W) {
+    prefetch(a + i + ahead);
+    if (b) prefetch(b + i + ahead);
     kStream ? stream(out + i, value(i)) : store(out + i, value(i));
   }
   if (i < length) some(i, int(length - i));
