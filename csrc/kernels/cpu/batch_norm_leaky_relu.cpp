@@ -17,8 +17,6 @@ namespace {
 // of the statistics finds them still in the L1 cache (channels first) or L2 (channels last).
 constexpr int64_t kChunk = 4096;
 constexpr int64_t kChunkChannelsLast = 16384;
-// Elements that a thread writes in one run where it can choose.
-constexpr int64_t kRun = 1024;
 // What a thread maps in memory order before it steps back to an earlier block.
 constexpr int64_t kBlockBytes = 256 << 10;
 // A thread's share of a cache: what one unit of work may touch if it is to be read from memory
@@ -565,25 +563,21 @@ void run_channels_first(const Pass& pass, CpuThreads threads) {
   Buffer<A> coefficients(p.c * kMaxCoefficients);
   auto of_channel = [&](int64_t c) { return coefficients.data + c * kMaxCoefficients; };
 
-  const int64_t channel_bytes = maximum<int64_t>(1, size * int64_t(sizeof(T)) * Element::kInputs);
-  const int64_t fit = kCacheBytes / channel_bytes;  // channels that stay in a core's cache
+  // What fits in the cores' caches as a whole is reduced and mapped channel by channel, in one go.
+  // Larger tensors gain nothing from that, though a channel of them would fit: written channel by
+  // channel, short runs far apart, the results cost more than reading the input a second time.
+  const bool cached =
+      size * p.c * int64_t(sizeof(T)) * Element::kInputs <= kCacheBytes * threads.count;
   const bool balanced = p.c % threads.count == 0 || p.c >= 8 * threads.count;
-  if (pass.reduces() && pass.maps() && fit >= 1 && balanced) {
+  if (pass.reduces() && pass.maps() && cached && balanced) {
     return parallel(threads, p.c, [&](int64_t begin, int64_t end) {
-      // Neighbouring channels are written together, so that short rows still make long runs.
-      const int64_t group = minimum(fit, divide_up(kRun, p.s));
-      for (int64_t c0 = begin; c0 < end; c0 += group) {
-        const int64_t c1 = minimum(c0 + group, end);
-        for (int64_t c = c0; c < c1; ++c) {
-          double partial[K];
-          pass.prepare(c, of_channel(c), 1);
-          pass.reduce(c, 0, size, of_channel(c), partial);
-          pass.finish(c, partial, of_channel(c), 1);
-        }
+      for (int64_t c = begin; c < end; ++c) {
+        double partial[K];
+        pass.prepare(c, of_channel(c), 1);
+        pass.reduce(c, 0, size, of_channel(c), partial);
+        pass.finish(c, partial, of_channel(c), 1);
         for (int64_t n = 0; n < p.n; ++n) {
-          for (int64_t c = c0; c < c1; ++c) {
-            map(pass.in, pass.out, (n * p.c + c) * p.s, p.s, of_channel(c), slope);
-          }
+          map(pass.in, pass.out, (n * p.c + c) * p.s, p.s, of_channel(c), slope);
         }
       }
     });
