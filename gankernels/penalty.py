@@ -82,8 +82,11 @@ def gradient_penalty(
             layer that cannot be differentiated twice; the message names the layer. (A module's
             first penalty is differentiated on the spot to find out.)
 
-    Under autocast the critic runs as autocast says and the norm is taken in float32. Frozen
-    parameters stay without gradients. A gradient of zero contributes a derivative of zero.
+    Under autocast the critic runs as autocast says and the norm is taken in float32. Finite
+    differences leave autocast for their two evaluations, and are of no use with a critic that is of
+    half precision itself: the differences drown in its rounding. Frozen parameters stay without
+    gradients. Under torch.no_grad() there is the value alone, without a second-order graph. A
+    gradient of zero contributes a derivative of zero.
 
     References: Gulrajani et al., 2017, arXiv:1704.00028 (wgan-gp); Petzka et al., 2018,
     arXiv:1709.08894 (wgan-lp); Kodali et al., 2017, arXiv:1705.07215 (dragan); Mescheder et al.,
@@ -94,12 +97,14 @@ def gradient_penalty(
     if method not in _METHODS:
         raise ValueError(f"method is {method!r}; accepted are {', '.join(map(repr, _METHODS))}")
     x = _points(real, fake, kind, generator).detach().requires_grad_()
+    wanted = torch.is_grad_enabled()  # or the value alone?
     with torch.enable_grad():
-        if method == "finite-difference":
+        if wanted and method == "finite-difference":
             return _finite_difference(critic, x, kind, center, critic_args)
-        gradient = _gradient(critic, x, critic_args, create_graph=True)
+        unproven = wanted and isinstance(critic, nn.Module) and critic not in _proven
+        gradient = _gradient(critic, x, critic_args, create_graph=wanted, thorough=unproven)
         penalty = gradient_norm_penalty(gradient, kind, center)
-        if isinstance(critic, nn.Module) and critic not in _proven:
+        if unproven:
             _prove(critic, penalty, x, critic_args)
     return penalty
 
@@ -124,24 +129,32 @@ def _points(
             f"fake has shape {tuple(fake.shape)}, but real has {tuple(real.shape)}: "
             "they must be the same"
         )
+    fake = fake.to(real.dtype)  # under autocast a generator's output may be of half precision
     if kind == "r2":
         return fake
     alpha = torch.rand(real.shape[:1], dtype=real.dtype, device=real.device, generator=generator)
-    return interpolate(real, fake.to(real.dtype), alpha)
+    return interpolate(real, fake, alpha)
 
 
 def _gradient(
-    critic: Callable[..., Tensor], x: Tensor, critic_args: Sequence[object], create_graph: bool
+    critic: Callable[..., Tensor],
+    x: Tensor,
+    critic_args: Sequence[object],
+    *,
+    create_graph: bool = False,
+    thorough: bool = False,
 ) -> Tensor:
+    """The critic's gradient. A ``thorough`` one records every layer's part in it, even those that
+    keep it to themselves where no gradient of their output is asked for (once_differentiable)."""
     out = critic(x, *critic_args)
     if not isinstance(out, Tensor):
         raise TypeError(f"critic returned a {type(out).__name__}; a Tensor is needed")
     gradient = None
     if out.requires_grad:
-        # The sum in float32 or wider: a half-precision one could overflow.
-        total = out.sum(dtype=torch.promote_types(out.dtype, torch.float32))
+        # That of the sum, without the sum.
+        ones = torch.ones_like(out, requires_grad=thorough)
         (gradient,) = torch.autograd.grad(
-            total, x, create_graph=create_graph, retain_graph=create_graph, allow_unused=True
+            out, x, ones, create_graph=create_graph, allow_unused=True
         )
     if gradient is None:
         raise RuntimeError(
@@ -168,24 +181,29 @@ def _finite_difference(
     / 2h: a first derivative of two evaluations.
     """
     with _repeatable_randomness(x.device) as again:
-        gradient = _gradient(critic, x, critic_args, create_graph=False)
-        gradient.requires_grad_()
+        gradient = _gradient(critic, x, critic_args).requires_grad_()
         penalty = gradient_norm_penalty(gradient, kind, center)
         (direction,) = torch.autograd.grad(penalty, gradient)
         with torch.no_grad():
             # A unit of h moves the furthest sample by the batch's typical norm.
             wide = torch.promote_types(x.dtype, torch.float32)
-            reach = direction.to(wide).flatten(1).norm(dim=1).max()
-            size = x.detach().to(wide).flatten(1).norm(dim=1).mean().clamp(min=1.0)
+            reach = _norms(direction.to(wide)).max()
+            size = _norms(x.to(wide)).mean().clamp(min=1.0)
             h = torch.finfo(x.dtype).eps ** (1 / 3) * size / reach.clamp(min=1e-30)
             step = direction.to(wide) * h
             ahead, behind = (x + step).to(x.dtype), (x - step).to(x.dtype)
-        again()
-        forward = critic(ahead, *critic_args).to(wide).sum()
-        again()
-        backward = critic(behind, *critic_args).to(wide).sum()
+        with torch.autocast(x.device.type, enabled=False):
+            again()
+            forward = critic(ahead, *critic_args).to(wide).sum()
+            again()
+            backward = critic(behind, *critic_args).to(wide).sum()
     surrogate = torch.where(reach > 0, (forward - backward) / (2 * h), 0.0)
     return penalty.detach() + (surrogate - surrogate.detach())
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Of every sample."""
+    return x.flatten(1).norm(dim=1) if x.dim() > 1 else x.abs()
 
 
 @contextmanager
@@ -208,26 +226,45 @@ def _repeatable_randomness(device: torch.device) -> Iterator[Callable[[], None]]
 
 def _prove(critic: nn.Module, penalty: Tensor, x: Tensor, critic_args: Sequence[object]) -> None:
     """Differentiates a critic's first penalty, to name the layer if that cannot be done."""
-    parameters = [p for p in critic.parameters() if p.requires_grad]
-    if penalty.requires_grad:
-        try:
-            torch.autograd.grad(penalty, [x, *parameters], retain_graph=True, allow_unused=True)
-        except (RuntimeError, NotImplementedError) as error:
-            raise RuntimeError(
-                f"the critic cannot be differentiated twice: {_blame(critic, x, critic_args)}. "
-                'Replace the layer, or use method="finite-difference". '
-                f"PyTorch says: {error}"
-            ) from error
+    try:
+        _differentiate(penalty)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the critic cannot be differentiated twice: {_blame(critic, x, critic_args)}. "
+            'Replace the layer, or use method="finite-difference". '
+            f"PyTorch says: {error}"
+        ) from error
     _proven.add(critic)
+
+
+def _differentiate(result: Tensor) -> None:
+    """Goes back through all of the graph, keeps it, and leaves every ``.grad`` as it is.
+
+    once_differentiable puts its error in front of a leaf of its own, so that a derivative with
+    respect to parameters alone would pass by it and be silently wrong.
+    """
+    leaves, seen, pending = [], {None}, [result.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch._C._functions.AccumulateGrad):
+            leaves.append(node.variable)
+        pending += [following for following, _ in node.next_functions]
+    torch.autograd.grad(result, leaves, retain_graph=True, allow_unused=True)
 
 
 def _blame(critic: nn.Module, x: Tensor, critic_args: Sequence[object]) -> str:
     """Describes the first layer that has no second derivative."""
-    if isinstance(critic, torch._dynamo.OptimizedModule):
-        return (
-            "it is a module compiled by torch.compile (compile the whole step with torch.func.grad "
-            "in it instead)"
-        )
+    for name, module in critic.named_modules():
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl:
+            return (
+                f"{f'layer {name!r}' if name else 'it'} is a module compiled by torch.compile "
+                "(compile the whole step, with torch.func.grad in it, instead)"
+            )
     culprits: list[str] = []
 
     def try_alone(name: str) -> Callable[..., None]:
@@ -261,11 +298,11 @@ def _twice_differentiable(module: nn.Module, inputs: tuple[object, ...]) -> bool
         return True
     output = alone(*own)
     output = output[0] if isinstance(output, tuple) else output
+    one = torch.ones_like(output, requires_grad=True)
     try:
-        first = torch.autograd.grad(output.sum(), wanted[0], create_graph=True, allow_unused=True)
-        if first[0] is not None and first[0].requires_grad:
-            leaves = [*wanted, *(p for p in alone.parameters() if p.requires_grad)]
-            torch.autograd.grad(first[0].square().sum(), leaves, allow_unused=True)
-    except (RuntimeError, NotImplementedError):
+        (first,) = torch.autograd.grad(output, wanted[0], one, create_graph=True, allow_unused=True)
+        if first is not None and first.requires_grad:
+            _differentiate(first.square().sum())
+    except RuntimeError:
         return False
     return True
