@@ -40,6 +40,20 @@ void describe(GradientNormPenalty& p, const Tensor& grad, int64_t kind, double c
   p.squared_norms = mutable_data(squared_norms);
 }
 
+#ifdef GK_WITH_CUDA
+#define GK_RUN(NAME, p, x)                                                                  \
+  if (x.is_cuda()) {                                                                        \
+    const int device = x.get_device();                                                      \
+    const Tensor scratch =                                                                  \
+        empty({cuda::gradient_norm_penalty_scratch_bytes(p, device)}, ScalarType::Byte, x); \
+    check_cuda(cuda::NAME(p, mutable_data(scratch), device, cuda_stream(x)));               \
+  } else {                                                                                  \
+    cpu::NAME(p, cpu_threads());                                                            \
+  }
+#else
+#define GK_RUN(NAME, p, x) cpu::NAME(p, cpu_threads());
+#endif
+
 std::tuple<Tensor, Tensor> gradient_norm_penalty(Tensor grad, int64_t kind, double center) {
   grad = with_dense_samples(grad);
   const Tensor penalty = empty({}, accumulation_type(grad), grad);
@@ -47,7 +61,7 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty(Tensor grad, int64_t kind, doub
   GradientNormPenaltyForward p;
   describe(p, grad, kind, center, squared_norms);
   p.penalty = mutable_data(penalty);
-  cpu::gradient_norm_penalty_forward(p, cpu_threads());
+  GK_RUN(gradient_norm_penalty_forward, p, grad);
   return {penalty, squared_norms};
 }
 
@@ -59,7 +73,7 @@ Tensor gradient_norm_penalty_backward(Tensor grad_penalty, Tensor grad, Tensor s
   describe(p, grad, kind, center, squared_norms);
   p.grad_penalty = data(grad_penalty);
   p.grad_grad = mutable_data(grad_grad);
-  cpu::gradient_norm_penalty_backward(p, cpu_threads());
+  GK_RUN(gradient_norm_penalty_backward, p, grad);
   return grad_grad;
 }
 
@@ -77,7 +91,7 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_double_backward(Tensor tangent,
   p.tangent = data(tangent);
   p.grad_grad_penalty = mutable_data(grad_grad_penalty);
   p.grad_grad = mutable_data(grad_grad);
-  cpu::gradient_norm_penalty_double_backward(p, cpu_threads());
+  GK_RUN(gradient_norm_penalty_double_backward, p, grad);
   return {grad_grad_penalty, grad_grad};
 }
 
@@ -97,11 +111,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) {
       "-> (Tensor grad_grad_penalty, Tensor grad_grad)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m) {
-  m.impl("gradient_norm_penalty", TORCH_BOX(&gradient_norm_penalty));
-  m.impl("gradient_norm_penalty_backward", TORCH_BOX(&gradient_norm_penalty_backward));
-  m.impl("gradient_norm_penalty_double_backward",
+#define GK_REGISTER(m)                                                                  \
+  m.impl("gradient_norm_penalty", TORCH_BOX(&gradient_norm_penalty));                   \
+  m.impl("gradient_norm_penalty_backward", TORCH_BOX(&gradient_norm_penalty_backward)); \
+  m.impl("gradient_norm_penalty_double_backward",                                       \
          TORCH_BOX(&gradient_norm_penalty_double_backward));
+
+STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m){GK_REGISTER(m)}
+#ifdef GK_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(gankernels, CUDA, m) {
+  GK_REGISTER(m)
 }
+#endif
 
 }  // namespace gankernels::ops

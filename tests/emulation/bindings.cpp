@@ -15,6 +15,7 @@
 
 #include "batch_norm_leaky_relu.h"
 #include "emulation.h"
+#include "gradient_norm_penalty.h"
 #include "self_test.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -71,9 +72,9 @@ class GuardedBuffer {
 class Call {
  public:
   Call(const py::dict& inputs, const py::dict& outputs, int64_t misalignment,
-       size_t scratch_bytes) {
+       int64_t output_misalignment, size_t scratch_bytes) {
     for (const auto& [key, value] : inputs) add(key, value, misalignment, true);
-    for (const auto& [key, value] : outputs) add(key, value, misalignment, false);
+    for (const auto& [key, value] : outputs) add(key, value, output_misalignment, false);
     if (scratch_bytes > 0) {
       scratch_ = std::make_unique<GuardedBuffer>("scratch", scratch_bytes, 0);
     }
@@ -154,7 +155,8 @@ Call make_call(BatchNormLeakyReLU& p, const py::dict& inputs, const py::dict& ou
                const py::dict& o) {
   describe(p, o);
   const int64_t scratch = cuda::batch_norm_leaky_relu_scratch_bytes(p, get<int>(o, "device"));
-  Call call(inputs, outputs, get<int64_t>(o, "misalignment"), scratch);
+  const auto misalignment = get<int64_t>(o, "misalignment");
+  Call call(inputs, outputs, misalignment, misalignment, scratch);
   p.x = call["x"];
   p.weight = call["weight"];
   p.bias = call["bias"];
@@ -199,7 +201,7 @@ void double_backward(const py::dict& inputs, const py::dict& outputs, const py::
 }
 
 void update_running_statistics(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  Call call(inputs, outputs, 0, 0);
+  Call call(inputs, outputs, 0, 0, 0);
   UpdateRunningStatistics p;
   p.c = get<int64_t>(o, "c");
   p.statistics = call["statistics"];
@@ -214,9 +216,52 @@ void update_running_statistics(const py::dict& inputs, const py::dict& outputs, 
   call.finish(cuda::update_running_statistics(p, get<int>(o, "device"), nullptr));
 }
 
+Call make_call(GradientNormPenalty& p, const py::dict& inputs, const py::dict& outputs,
+               const py::dict& o) {
+  p.n = get<int64_t>(o, "n");
+  p.d = get<int64_t>(o, "d");
+  p.dtype = dtype_of(get<std::string>(o, "dtype"));
+  p.kind = static_cast<Penalty>(get<int>(o, "kind"));
+  p.center = get<double>(o, "center");
+  Call call(inputs, outputs, get<int64_t>(o, "misalignment"),
+            get<int64_t>(o, "output_misalignment"),
+            cuda::gradient_norm_penalty_scratch_bytes(p, get<int>(o, "device")));
+  p.grad = call["grad"];
+  p.squared_norms = call["squared_norms"];
+  return call;
+}
+
+void penalty_forward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  GradientNormPenaltyForward p;
+  Call call = make_call(p, inputs, outputs, o);
+  p.penalty = call["penalty"];
+  call.finish(
+      cuda::gradient_norm_penalty_forward(p, call.scratch(), get<int>(o, "device"), nullptr));
+}
+
+void penalty_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  GradientNormPenaltyBackward p;
+  Call call = make_call(p, inputs, outputs, o);
+  p.grad_penalty = call["grad_penalty"];
+  p.grad_grad = call["grad_grad"];
+  call.finish(
+      cuda::gradient_norm_penalty_backward(p, call.scratch(), get<int>(o, "device"), nullptr));
+}
+
+void penalty_double_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  GradientNormPenaltyDoubleBackward p;
+  Call call = make_call(p, inputs, outputs, o);
+  p.grad_penalty = call["grad_penalty"];
+  p.tangent = call["tangent"];
+  p.grad_grad_penalty = call["grad_grad_penalty"];
+  p.grad_grad = call["grad_grad"];
+  call.finish(cuda::gradient_norm_penalty_double_backward(p, call.scratch(), get<int>(o, "device"),
+                                                          nullptr));
+}
+
 void self_test(const std::string& name, const py::dict& inputs, const py::dict& outputs,
                unsigned int blocks, unsigned int threads, size_t shared_bytes) {
-  Call call(inputs, outputs, 0, 0);
+  Call call(inputs, outputs, 0, 0, 0);
   const float* const in = static_cast<const float*>(call["in"]);
   call.finish(run_self_test(name.c_str(), in, static_cast<float*>(call["out"]), blocks, threads,
                             shared_bytes));
@@ -234,6 +279,9 @@ PYBIND11_MODULE(emulated, m) {
     describe(p, options);
     return cuda::batch_norm_leaky_relu_scratch_bytes(p, device);
   });
+  m.def("penalty_forward", &penalty_forward);
+  m.def("penalty_backward", &penalty_backward);
+  m.def("penalty_double_backward", &penalty_double_backward);
   m.def("self_test", &self_test, py::arg("name"), py::arg("inputs"), py::arg("outputs"),
         py::arg("blocks") = 1, py::arg("threads") = 32, py::arg("shared_bytes") = 0);
   m.def("set_seed", &emulation::set_seed);

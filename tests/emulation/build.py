@@ -38,11 +38,15 @@ SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 @dataclass(frozen=True)
 class Substitution:
-    """A change to a .cu or .h file under csrc/kernels, for a copy with a seeded defect."""
+    """A change to a .cu or .h file under csrc/kernels, for a copy with a seeded defect.
+
+    Only one .cu file is compiled anew: the changed one, or for a header the one named by `unit`.
+    """
 
     file: str
     old: str
     new: str
+    unit: str = ""
 
 
 def _digest(flags: Sequence[str], substitutions: Sequence[Substitution]) -> str:
@@ -85,9 +89,12 @@ def _build(variant: str, sanitize: bool, substitutions: Sequence[Substitution]) 
     kernels = _copy_with(substitutions, folder / "kernels") if substitutions else KERNELS
 
     cuda = ["-x", "c++", "-I", kernels]
+    units = sorted((kernels / "cuda").glob("*.cu"))
+    changed = {s.unit or s.file for s in substitutions}
     commands = {
         folder / f"{unit.stem}.o": [*COMPILER, *flags, *cuda, "-c", unit]
-        for unit in sorted((kernels / "cuda").glob("*.cu"))
+        for unit in units
+        if not changed or f"cuda/{unit.name}" in changed
     }
     # The rest of a defective copy sees nothing of what is changed.
     rest = build("plain") if substitutions else folder
@@ -101,7 +108,8 @@ def _build(variant: str, sanitize: bool, substitutions: Sequence[Substitution]) 
             emulation[0]: [*COMPILER, *flags, "-c", HERE / "emulation.cpp"],
             emulation[1]: [*COMPILER, *flags, *cuda, "-c", HERE / "self_test.cu"],
         }
-    objects = [o for o in commands if o not in (bindings, *emulation)] + emulation
+    kernel_objects = [folder / f"{unit.stem}.o" for unit in units]
+    objects = [o if o in commands else rest / o.name for o in kernel_objects] + emulation
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, ([*command, "-o", o] for o, command in commands.items())))
     link = [*COMPILER, *flags, "-shared"]

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from . import build
+from . import build, test_gradient_norm_penalty
 from .build import Substitution
 from .problem import Problem
 from .test_batch_norm_leaky_relu import SEEDS, check_all
 
+KERNEL, REDUCE = "cuda/batch_norm_leaky_relu.cu", "cuda/reduce.h"
+PENALTY = "cuda/gradient_norm_penalty.cu"
 PROBLEMS = [
     Problem(3, 3, 16),
     Problem(9, 6, 3, True),
@@ -19,7 +21,17 @@ PROBLEMS = [
     Problem(150, 2, 128, device=0),
     Problem(600, 40, 1, device=0),
 ]
-KERNEL, REDUCE = "cuda/batch_norm_leaky_relu.cu", "cuda/reduce.h"
+PENALTY_PROBLEMS = [
+    test_gradient_norm_penalty.Problem(3, 43),
+    test_gradient_norm_penalty.Problem(3, 43, output_misalignment=1, misalignment=1),
+    test_gradient_norm_penalty.Problem(40, 40, "bfloat16", output_misalignment=1),
+    test_gradient_norm_penalty.Problem(2, 5001, device=0),
+]
+# By the .cu file: the problems that must show its defects, and what runs one.
+SHOWN_BY = {
+    KERNEL: (PROBLEMS, check_all),
+    PENALTY: (PENALTY_PROBLEMS, test_gradient_norm_penalty.check_all),
+}
 # Wrong values, NaNs and results that differ between seeds alike.
 WRONG = r"elements, first|depends on the order"
 DIVERGENCE = (
@@ -33,23 +45,30 @@ class Defect:
     caught_as: str
     substitution: Substitution
 
+    @property
+    def unit(self) -> str:
+        return self.substitution.unit or self.substitution.file
+
 
 DEFECTS = [
     Defect(
         "barrier_before_warps_are_merged_removed",
         WRONG,
-        Substitution(REDUCE, "  __syncthreads();\n  for (", "  for ("),
+        Substitution(REDUCE, "  __syncthreads();\n  for (", "  for (", KERNEL),
     ),
     Defect(
         "barrier_before_total_is_read_removed",
         WRONG,
-        Substitution(REDUCE, "  __syncthreads();\n#pragma unroll\n", "#pragma unroll\n"),
+        Substitution(REDUCE, "  __syncthreads();\n#pragma unroll\n", "#pragma unroll\n", KERNEL),
     ),
     Defect(
         "barrier_in_a_branch",
         DIVERGENCE,
         Substitution(
-            REDUCE, "  __syncthreads();\n  for (", "  if (lane < columns) __syncthreads();\n  for ("
+            REDUCE,
+            "  __syncthreads();\n  for (",
+            "  if (lane < columns) __syncthreads();\n  for (",
+            KERNEL,
         ),
     ),
     Defect(
@@ -81,7 +100,7 @@ DEFECTS = [
     Defect(
         "shuffle_mask_without_one_lane",
         r"warp function called by a lane outside its mask, by thread \d+ in block",
-        Substitution(REDUCE, "kWholeWarp = 0xffffffffu", "kWholeWarp = 0x7fffffffu"),
+        Substitution(REDUCE, "kWholeWarp = 0xffffffffu", "kWholeWarp = 0x7fffffffu", KERNEL),
     ),
     Defect(
         "shuffle_in_a_branch",
@@ -91,12 +110,13 @@ DEFECTS = [
             "for (int l = 0; l < kLanes; ++l) sums[l] = Op::merge(sums[l], shuffle_down",
             "for (int l = 0; l < kLanes && lane < lanes; ++l)\n"
             "      sums[l] = Op::merge(sums[l], shuffle_down",
+            KERNEL,
         ),
     ),
     Defect(
         "half_of_the_warp_not_merged",
         WRONG,
-        Substitution(REDUCE, "int lanes = kWarp / 2;", "int lanes = kWarp / 4;"),
+        Substitution(REDUCE, "int lanes = kWarp / 2;", "int lanes = kWarp / 4;", KERNEL),
     ),
     Defect(
         "last_part_not_merged",
@@ -117,6 +137,50 @@ DEFECTS = [
         "no_correction_between_means",
         r"statistics of .*" + WRONG,
         Substitution(KERNEL, "distance * distance * a.value[0] * share", "A(0)"),
+    ),
+    Defect(
+        "penalty_head_left_out",
+        WRONG,
+        Substitution(PENALTY, "sum += dot<1, kSquare>(a, b, s.begin, s.vectors);", ""),
+    ),
+    Defect(
+        "penalty_tail_not_written",
+        r"grad_grad of .*" + WRONG,
+        Substitution(PENALTY, "tangent, g, out, s.vectors_end, s.end)", "tangent, g, out, 0, 0)"),
+    ),
+    Defect(
+        "penalty_head_before_the_boundary",
+        r"misaligned store|" + WRONG,
+        Substitution(PENALTY, "(-(address / sizeof(T)) % V)", "(address / sizeof(T) % V)"),
+    ),
+    Defect(
+        "penalty_lanes_not_merged",
+        WRONG,
+        Substitution(PENALTY, "    sum = warp_sum(sum);\n", ""),
+    ),
+    Defect(
+        "penalty_half_of_the_warp_not_merged",
+        WRONG,
+        Substitution(PENALTY, "int lanes = kWarp / 2;", "int lanes = kWarp / 4;"),
+    ),
+    Defect(
+        "penalty_last_part_not_merged",
+        r"grad_grad of .*" + WRONG,
+        Substitution(PENALTY, "part < tiling.parts; part += kWarp", "part < 2; part += kWarp"),
+    ),
+    Defect(
+        "penalty_alignment_ignored",
+        r"misaligned store",
+        Substitution(PENALTY, "distance % 16 == 0", "distance % 2 == 0"),
+    ),
+    Defect(
+        "penalty_shuffle_in_a_branch",
+        r"waits for lanes of mask 0xffffffff that never come|barrier divergence",
+        Substitution(
+            PENALTY,
+            "for (int l = lanes / 2; l > 0;",
+            "if (n < p.n) for (int l = lanes / 2; l > 0;",
+        ),
     ),
 ]
 # No defect: a limit so small that what it is for is seen.
@@ -141,9 +205,10 @@ def compiled():
 def test_defect_is_caught(defect):
     emulated = build.load(build.build(defect.name, substitutions=(defect.substitution,)))
     caught = None
-    for problem in PROBLEMS:
+    problems, check = SHOWN_BY[defect.unit]
+    for problem in problems:
         try:
-            check_all(emulated, problem)
+            check(emulated, problem)
         except (AssertionError, RuntimeError) as error:
             caught = str(error)
             break
@@ -170,8 +235,9 @@ def test_race_for_the_number_of_batches_is_caught():
 
 
 def test_without_a_defect_nothing_is_caught(emulated):
-    for problem in PROBLEMS:
-        check_all(emulated, problem)
+    for problems, check in SHOWN_BY.values():
+        for problem in problems:
+            check(emulated, problem)
 
 
 def test_runs_beyond_the_largest_part():
