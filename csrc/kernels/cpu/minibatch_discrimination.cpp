@@ -24,11 +24,13 @@
 #include "simd.h"
 
 #define GK_INLINE inline __attribute__((always_inline))
+// What keeps an array of vectors in registers.
+#define GK_UNROLL _Pragma("GCC unroll 8")
 
 namespace gankernels::GK_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 192 << 10;            // of one block's inputs and results
+constexpr int64_t kBlockBytes = 384 << 10;            // of one block's inputs and results
 constexpr int64_t kFewestRows = 16, kMostRows = 128;  // of a block; multiples of every tile
 // Below this many element operations, pairs times c, a second thread costs more than it saves.
 constexpr int64_t kSerial = 1 << 17;
@@ -49,8 +51,8 @@ GK_INLINE V magnitude(V d) {
   return (V)((ExpBits<A>)d & ~(ExpBits<A>)-V{});
 }
 
-// 1, but the compiler does not know: a * one - b becomes a fused multiply-add, on CPUs that run these
-// beside additions (AMD's do). On others it costs no more than the subtraction.
+// 1, but the compiler does not know: a * one - b becomes a fused multiply-add, on CPUs that run
+// these beside additions (AMD's do). On others it costs no more than the subtraction.
 template <typename A>
 GK_INLINE Vector<A> opaque_one() {
   Vector<A> one = Vector<A>{} + A(1);
@@ -126,64 +128,64 @@ struct Kernel {
     const int64_t row = c * W;
     const V one = opaque_one<A>();
     V w[I][J], s[I][J];  // distances, then weights
-    for (int i = 0; i < I; ++i) {
-      for (int j = 0; j < J; ++j) w[i][j] = s[i][j] = V{};
+    GK_UNROLL for (int i = 0; i < I; ++i) {
+      GK_UNROLL for (int j = 0; j < J; ++j) w[i][j] = s[i][j] = V{};
     }
     for (int64_t k = 0; k < row; k += W) {
       V xb[J], vb[J];
-      for (int j = 0; j < J; ++j) {
+      GK_UNROLL for (int j = 0; j < J; ++j) {
         xb[j] = load(b.x + j * row + k);
         if (D == 2) vb[j] = load(b.v + j * row + k);
       }
-      for (int i = 0; i < I; ++i) {
+      GK_UNROLL for (int i = 0; i < I; ++i) {
         const V xa = load(a.x + i * row + k);
         const V va = D == 2 ? load(a.v + i * row + k) : V{};
-        for (int j = 0; j < J; ++j) {
+        GK_UNROLL for (int j = 0; j < J; ++j) {
           const V d = xa * one - xb[j];
           w[i][j] += magnitude<A>(d);
           if (D == 2) s[i][j] += with_sign_of<A>(d, va - vb[j]);
         }
       }
     }
-    for (int i = 0; i < I; ++i) {
-      for (int j = 0; j < J; ++j) {
+    GK_UNROLL for (int i = 0; i < I; ++i) {
+      GK_UNROLL for (int j = 0; j < J; ++j) {
         w[i][j] = exp_of_minus<A>(w[i][j]);
         if (D == 2) w[i][j] = -w[i][j] * s[i][j];
       }
     }
     if (D != 1) {
-      for (int i = 0; i < I; ++i) {
+      GK_UNROLL for (int i = 0; i < I; ++i) {
         V sum = load(a.sums + i * W);
-        for (int j = 0; j < J; ++j) sum += w[i][j];
+        GK_UNROLL for (int j = 0; j < J; ++j) sum += w[i][j];
         store(a.sums + i * W, sum);
       }
-      for (int j = 0; j < J; ++j) {
+      GK_UNROLL for (int j = 0; j < J; ++j) {
         V sum = load(b.sums + j * W);
-        for (int i = 0; i < I; ++i) sum += w[i][j];
+        GK_UNROLL for (int i = 0; i < I; ++i) sum += w[i][j];
         store(b.sums + j * W, sum);
       }
     }
     if (D == 0 || (D == 2 && !want_grads)) return;
-    for (int i = 0; i < I; ++i) {
-      for (int j = 0; j < J; ++j) w[i][j] *= load(a.g + i * W) + load(b.g + j * W);
+    GK_UNROLL for (int i = 0; i < I; ++i) {
+      GK_UNROLL for (int j = 0; j < J; ++j) w[i][j] *= load(a.g + i * W) + load(b.g + j * W);
     }
     for (int64_t k = 0; k < row; k += W) {
       V xb[J], gb[J];
-      for (int j = 0; j < J; ++j) {
+      GK_UNROLL for (int j = 0; j < J; ++j) {
         xb[j] = load(b.x + j * row + k);
         gb[j] = load(b.grads + j * row + k);
       }
-      for (int i = 0; i < I; ++i) {
+      GK_UNROLL for (int i = 0; i < I; ++i) {
         const V xa = load(a.x + i * row + k);
         V ga = load(a.grads + i * row + k);
-        for (int j = 0; j < J; ++j) {
+        GK_UNROLL for (int j = 0; j < J; ++j) {
           const V t = with_sign_of<A>(xa - xb[j], w[i][j]);
           ga -= t;
           gb[j] = t * one + gb[j];
         }
         store(a.grads + i * row + k, ga);
       }
-      for (int j = 0; j < J; ++j) store(b.grads + j * row + k, gb[j]);
+      GK_UNROLL for (int j = 0; j < J; ++j) store(b.grads + j * row + k, gb[j]);
     }
   }
 
@@ -230,7 +232,8 @@ struct Panel {
   int64_t block_rows;
 };
 
-// Transposes a square of W vectors: exchanges its off-diagonal quarters, then those of its quarters.
+// Transposes a square of W vectors: exchanges its off-diagonal quarters, then those of its
+// quarters.
 template <typename A, int kHalf = VectorOf<A>::width / 2>
 GK_INLINE void transpose(Vector<A>* rows) {
   constexpr int W = VectorOf<A>::width;
@@ -300,6 +303,7 @@ struct Problem {
     }
     blocks |= 1;
     block_rows = rows_of_block(n);
+    if (blocks == 1) group = minimum(threads, panels);
   }
 
   Panel panel(int64_t index) const {
@@ -339,8 +343,7 @@ struct Problem {
   void pack(const Strided& from, int64_t width, const Panel& panel, int64_t row, A padding,
             A* to) const {
     const int64_t samples = minimum(panel.slots, n - row * panel.slots);
-    const T* in =
-        static_cast<const T*>(from.data) + row * panel.slots * from.n + panel.b0 * from.b;
+    const T* in = static_cast<const T*>(from.data) + row * panel.slots * from.n + panel.b0 * from.b;
     if (width == 1) {
       V v = load_some(in, from.b, panel.lanes);
       if (panel.slots > 1) {
@@ -468,6 +471,7 @@ struct Problem {
 
   void run(CpuThreads pool) const {
     pool.count = threads;
+    if (blocks == 1) return run_single_blocks(pool);
     for (int64_t first = 0; first < panels; first += group) {
       const int64_t count = minimum(group, panels - first);
       parallel(pool, count * n, [&](int64_t begin, int64_t end) {
@@ -490,6 +494,23 @@ struct Problem {
         }
       });
     }
+  }
+
+  // Few samples: a thread takes one panel after the other through all steps, in the same small
+  // memory, which stays in its cache.
+  void run_single_blocks(const CpuThreads& pool) const {
+    parallel(pool, group, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        const int64_t stop = panels * (thread + 1) / group;
+        for (int64_t index = panels * thread / group; index < stop; ++index) {
+          const Panel p = panel(index);
+          const int64_t at = thread * n;
+          for (int64_t row = 0; row < p.rows; ++row) prepare(p, row, (at + row) * W);
+          meet(p, thread, 0, 0, own + thread * own_size());
+          for (int64_t row = 0; row < p.rows; ++row) finish(p, row, (at + row) * W);
+        }
+      }
+    });
   }
 
   void prepare(const Panel& p, int64_t row, int64_t at) const {
@@ -517,8 +538,9 @@ struct Problem {
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t j = (round - i + blocks) % blocks;
         if (i > j) continue;
-        if (seen >= begin && seen < end) meet(p, slice, i, j, own + thread * own_size());
-        seen += i == j ? p.rows : 2 * p.rows;
+        const int64_t weight = i == j ? p.rows : 2 * p.rows, middle = seen + weight / 2;
+        if (middle >= begin && middle < end) meet(p, slice, i, j, own + thread * own_size());
+        seen += weight;
       }
     }
   }
