@@ -261,6 +261,24 @@ def test_set_says_the_same_as_flags(tmp_path):
     assert (again / "samples.png").read_bytes() == one.read_bytes()
 
 
+@pytest.mark.parametrize("model", ["gan", "wgan-gp"])
+def test_resumed_runs_keep_the_rhythm_of_the_penalty(tmp_path, model):
+    flags = [*FLAGS, "--set", "log_every=1"]
+    assert train(tmp_path / "whole", model, *flags, "--steps", "7") == 0
+    assert train(tmp_path / "parts", model, *flags, "--steps", "3") == 0
+    assert train(tmp_path / "parts", model, "--steps", "7", "--resume", "--set", "log_every=1") == 0
+    rows, again = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("whole", "parts")
+    )
+    assert [row | {"it_per_s": 0} for row in again] == [row | {"it_per_s": 0} for row in rows]
+    (one,), (other,) = (
+        (tmp_path / name / "checkpoints").glob("step_00000007.pt") for name in ("whole", "parts")
+    )
+    one, other = (torch.load(path, weights_only=True)["game"] for path in (one, other))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_penalties_can_be_left_out(tmp_path):
     assert train(tmp_path / "run", "wgan-gp", "--penalty", "none") == 0
     assert json.loads((tmp_path / "run/config.json").read_text())["penalty"] is None

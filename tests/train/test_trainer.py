@@ -105,7 +105,7 @@ def test_batches_are_real_images_with_their_labels(run, digits):
     assert first.images.min() == -1
 
 
-@pytest.mark.parametrize("model", ["cgan", "cdcgan", "wgan"])
+@pytest.mark.parametrize("model", ["cgan", "cdcgan", "wgan", "wgan-gp", "dragan"])
 def test_no_step_waits_for_the_device(run, monkeypatch, model):
     trainer = run(model, **({"width": 4} if model == "cdcgan" else {}))
     trainer.iterate()
