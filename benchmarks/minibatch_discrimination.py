@@ -1,0 +1,170 @@
+"""Minibatch discrimination against broadcasting and cdist: time, peak memory, element operations.
+
+``python benchmarks/minibatch_discrimination.py`` prints the table and writes results/; the same
+cases run under pytest-benchmark in test_minibatch_discrimination.py. One element operation is one
+|m[i,b,c] - m[j,b,c]| of a pair i < j, added to its distance: two additions. A peak that is given in
+additions per second (lanes of a vector x additions per cycle x clock x cores) is therefore reached
+at half as many element operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from harness import interleaved, prepare, save
+from torch import Tensor
+
+import gankernels as gk
+
+
+@dataclass(frozen=True)
+class Case:
+    n: int
+    b: int
+    c: int
+    bars: tuple[float, float] = (0, 0)  # times faster than broadcasting, than cdist
+    repeats: int = 1  # in a row: else what a contender leaves in the caches decides the next time
+
+    def __str__(self) -> str:
+        return f"({self.n},{self.b},{self.c})"
+
+    @property
+    def element_operations(self) -> int:
+        return self.n * (self.n - 1) // 2 * self.b * self.c
+
+
+CASES = (
+    Case(64, 100, 5, (15, 0), repeats=10),
+    Case(128, 100, 5, (25, 0), repeats=10),
+    Case(512, 100, 16, (45, 20)),
+    Case(4096, 32, 16),
+)
+
+
+def broadcasting(m: Tensor) -> Tensor:
+    return torch.exp(-(m.unsqueeze(0) - m.unsqueeze(1)).abs().sum(3)).sum(0) - 1
+
+
+def cdist(m: Tensor) -> Tensor:
+    kernels = m.transpose(0, 1)
+    return (torch.exp(-torch.cdist(kernels, kernels, p=1)).sum(1) - 1).t()
+
+
+FUNCTIONS = {
+    "broadcasting": broadcasting,
+    "cdist": cdist,
+    "ours": gk.functional.minibatch_discrimination,
+}
+# Broadcasting's tensors of N x N x B x C are beyond most machines here.
+LARGEST_BROADCAST = 1 << 30
+
+
+def names(case: Case) -> list[str]:
+    fits = case.n**2 * case.b * case.c <= LARGEST_BROADCAST
+    return [name for name in FUNCTIONS if fits or name != "broadcasting"]
+
+
+def contenders(case: Case, backward: bool = True) -> dict[str, Callable[[], object]]:
+    """Forward, or forward and backward, of every way that fits into memory."""
+    torch.manual_seed(0)
+    m = (torch.randn(case.n, case.b, case.c) * 0.3).requires_grad_()
+    grad_o = torch.randn(case.n, case.b)
+
+    def run(function: Callable[[Tensor], Tensor]) -> object:
+        o = function(m)
+        return torch.autograd.grad(o, m, grad_o) if backward else o
+
+    return {name: lambda f=FUNCTIONS[name]: run(f) for name in names(case)}
+
+
+def measure(case: Case, runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    def repeated(run: Callable[[], object]) -> None:
+        for _ in range(case.repeats):
+            run()
+
+    repeating = {name: lambda r=run: repeated(r) for name, run in runs.items()}
+    times = interleaved(repeating, seconds=seconds, least=3)
+    return {name: t / case.repeats for name, t in times.items()}
+
+
+def peak_memory(case: Case, name: str) -> int:
+    """Bytes that forward and backward add to a process's peak, measured in one of its own."""
+    script = (
+        f"import minibatch_discrimination as b; c = b.Case({case.n}, {case.b}, {case.c})\n"
+        f"b.print_peak_memory(c, {name!r})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0] or ".",
+    )  # fmt: skip
+    return int(result.stdout)
+
+
+def print_peak_memory(case: Case, name: str) -> None:
+    contenders(Case(2, 1, 1))[name]()  # what is loaded on first use is not counted
+    run = contenders(case)[name]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=5, help="per case")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
+    parser.add_argument("--peak", type=float, help="additions per second in 1e9, of all threads")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
+    arguments = parser.parse_args()
+    prepare(arguments.threads)
+    rows = []
+    for case in CASES:
+        if arguments.only not in str(case):
+            continue
+        times = measure(case, contenders(case), arguments.seconds)
+        forward = measure(case, {"ours": contenders(case, False)["ours"]}, 0.5)["ours"]
+        rates = {
+            "forward": case.element_operations / forward,
+            "backward": case.element_operations / (times["ours"] - forward),
+        }
+        memory = {name: peak_memory(case, name) for name in times} if arguments.memory else {}
+        print(f"{case}: forward and backward")
+        for name, seconds in times.items():
+            line = f"  {name:13} {seconds * 1e3:9.3f} ms"
+            if name != "ours":
+                bar = case.bars[name == "cdist"]
+                ratio = seconds / times["ours"]
+                line += f"  {ratio:6.1f}x ours" + (f" (bar {bar})" if bar else "")
+                line += " !" if ratio < bar else ""
+            if memory:
+                line += f"  {memory[name] / 2**20:9.1f} MiB"
+            print(line)
+        for name, rate in rates.items():
+            line = f"  {name}: {rate / 1e9:.1f}e9 element operations per second"
+            if arguments.peak:
+                line += f", {2 * rate / arguments.peak / 1e9:.0%} of the peak"
+            print(line, flush=True)
+        rows.append(
+            {
+                "case": [case.n, case.b, case.c],
+                "bars": case.bars,
+                "seconds": times,
+                "forward_seconds": forward,
+                "element_operations_per_second": rates,
+                "peak_additions_per_second": arguments.peak and arguments.peak * 1e9,
+                "peak_memory_bytes": memory,
+            }
+        )
+    if arguments.save:
+        print(save(arguments.save, rows))
+
+
+if __name__ == "__main__":
+    main()
