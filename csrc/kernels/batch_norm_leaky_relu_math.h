@@ -1,8 +1,9 @@
 // The arithmetic of batch_norm_leaky_relu, once for CPU and CUDA: per element on a scalar or a GCC
 // vector V, per channel on scalars of the accumulation type A.
 //
-// `static` keeps every translation unit's copy to itself: the CPU file is compiled once per
-// instruction set, and a shared symbol could bring AVX-512 code to a machine without it.
+// `static`, and the unnamed namespace around what has member functions, keep every translation
+// unit's copy to itself: the CPU file is compiled once per instruction set, and a shared symbol
+// could bring AVX-512 code to a machine without it.
 #pragma once
 
 #include "batch_norm_leaky_relu.h"
@@ -22,6 +23,7 @@ GK_HOST_DEVICE static inline V times_derivative(V gradient, V v, A slope) {
 }
 
 // One element's way x -> u -> z -> y: u is what is normalised, z what comes out of the affine map.
+namespace {
 template <typename V, typename A>
 struct Chain {
   V x, centred, z;  // centred is u - mean
@@ -36,6 +38,7 @@ struct Chain {
     return activation_first ? times_derivative(gradient, x, slope) : gradient;
   }
 };
+}  // namespace
 
 // The per-channel mean, scale and shift are P: V with one channel per lane, or A for all lanes.
 template <typename V, typename A, typename P>
