@@ -232,8 +232,16 @@ def test_gradcheck_and_gradgradcheck(shape, kind):
     assert torch.autograd.gradgradcheck(function, grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("contiguous", torch.float64),
+        ("contiguous", torch.bfloat16),
+        ("channels_last", torch.float32),
+        ("sliced", torch.float32),
+        ("expanded", torch.float32),
+    ],
+)
 def test_opcheck(layout, dtype):
     ops = torch.ops.gankernels
     wide = torch.promote_types(dtype, torch.float32)
