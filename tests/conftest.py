@@ -29,7 +29,8 @@ def python():
     """`python(*arguments, env={}, cwd=ROOT)` runs an interpreter of its own; stdout and stderr."""
 
     def run(*arguments, env=None, cwd=ROOT, check=True):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment |= {name: str(value) for name, value in (env or {}).items()}
         result = subprocess.run(
             [sys.executable, *map(str, arguments)],
             capture_output=True, text=True, cwd=cwd, env=environment,

@@ -1,0 +1,98 @@
+"""What setup.py says to who cannot be served."""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import ninja
+import pytest
+import setuptools
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+PURELIB = Path("lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages")
+
+
+def build(folder, python=sys.executable, **environment):
+    """Builds into `folder`, on a machine without compilers; returns the exit code and stderr."""
+    nothing = folder / "empty"
+    nothing.mkdir()
+    kept = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "NVCC", "CXX")}
+    result = subprocess.run(
+        [python, "setup.py", "-q", "build_ext", "--build-temp", folder, "--build-lib", folder],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**kept, "PATH": str(nothing), **environment},
+    )  # fmt: skip
+    assert not list(folder.rglob("*.so"))
+    return result.returncode, result.stderr
+
+
+@pytest.fixture
+def python(tmp_path):
+    """`python(*packages)`: a fresh interpreter that has these folders of packages, linked."""
+
+    def make(*packages):
+        venv.create(tmp_path / "venv")
+        for package in packages:
+            folder = Path(package)
+            (tmp_path / "venv" / PURELIB / folder.name).symlink_to(folder)
+        return tmp_path / "venv" / "bin" / "python"
+
+    return make
+
+
+SETUPTOOLS = Path(setuptools.__file__).parent
+HACK = SETUPTOOLS.parent / "_distutils_hack"  # part of setuptools
+NINJA = Path(ninja.__file__).parent
+
+
+def test_cuda_demanded_without_nvcc(tmp_path):
+    code, message = build(tmp_path, GANKERNELS_CUDA="1")
+    assert code == 1
+    assert "GANKERNELS_CUDA=1, but no nvcc is on the PATH, in NVCC or in CUDA_HOME" in message
+    assert "GANKERNELS_CUDA=0" in message
+    assert "Traceback" not in message
+
+
+def test_unknown_choice_of_cuda(tmp_path):
+    code, message = build(tmp_path, GANKERNELS_CUDA="banana")
+    assert code == 1
+    assert "GANKERNELS_CUDA is 'banana'; accepted are auto, 0 and 1" in message
+
+
+@pytest.mark.parametrize("value", ["nonsense", "9.0;nonsense", "90"])
+def test_unknown_architecture(tmp_path, value):
+    code, message = build(tmp_path, GANKERNELS_CUDA="1", NVCC="nvcc", TORCH_CUDA_ARCH_LIST=value)
+    assert code == 1
+    assert f"TORCH_CUDA_ARCH_LIST contains {value.split(';')[-1]!r}; accepted are" in message
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cu117"])
+def test_torch_too_old(tmp_path, python, version):
+    old = tmp_path / "old" / "torch"
+    old.mkdir(parents=True)
+    (old / "version.py").write_text(f"__version__ = '{version}'\n")
+    code, message = build(tmp_path, python(SETUPTOOLS, HACK, NINJA, old), GANKERNELS_CUDA="0")
+    assert code == 1
+    assert f"needs torch >= 2.10, but {version} is installed in" in message
+
+
+def test_no_torch(tmp_path, python):
+    code, message = build(tmp_path, python(SETUPTOOLS, HACK, NINJA), GANKERNELS_CUDA="0")
+    assert code == 1
+    assert "building needs PyTorch >= 2.10 in this environment, and none is installed" in message
+
+
+def test_no_ninja(tmp_path, python):
+    real = Path(torch.__file__).parent
+    code, message = build(tmp_path, python(SETUPTOOLS, HACK, real), GANKERNELS_CUDA="0")
+    assert code == 1
+    assert "building needs ninja: pip install ninja" in message
+
+
+def test_failed_compilation(tmp_path):
+    code, message = build(tmp_path, GANKERNELS_CUDA="0", CXX="/nonexistent/compiler")
+    assert code == 1
+    assert "the compilation failed; the compiler's own message is above" in message

@@ -1,0 +1,89 @@
+"""What the compiled library asks of the machine and of the torch that it is loaded into."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import gankernels as gk
+
+ROOT = Path(__file__).parent.parent.parent
+LIBRARY = ROOT / "gankernels" / "libgankernels.so"
+
+
+def lines_of(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def undefined_symbols():
+    return [line.split()[-1] for line in lines_of("nm", "-D", "--undefined-only", str(LIBRARY))]
+
+
+def test_undefined_symbols_are_plain_c_and_none_is_pythons():
+    """So that one file serves every Python and every torch since the stable ABI."""
+    of_the_system = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$")
+    of_every_library = {
+        "_ITM_deregisterTMCloneTable",
+        "_ITM_registerTMCloneTable",
+        "__gmon_start__",
+    }
+    others = {s for s in undefined_symbols() if not of_the_system.match(s)} - of_every_library
+    assert others
+    assert [s for s in others if not re.fullmatch(r"(aoti_torch|torch)_[a-z0-9_]+", s)] == []
+
+
+def test_symbols_of_cuda_builds_of_torch_are_weak():
+    """A CPU-only torch has none of them, and must load the library all the same."""
+    listed = lines_of("nm", "-D", "--undefined-only", str(LIBRARY))
+    cuda = [line.split() for line in listed if "cuda" in line]
+    assert [name for kind, name in cuda if kind != "w"] == []
+
+
+def test_linked_libraries():
+    needed = re.findall(r"NEEDED\s+(\S+)", "\n".join(lines_of("objdump", "-p", str(LIBRARY))))
+    assert "libtorch.so" in needed
+    assert [n for n in needed if n.startswith(("libpython", "libcudart", "libtorch_cuda"))] == []
+
+
+# ---- instruction sets: the linked library may hold all, each behind the choice at run time --------
+
+# Registers and masks that only AVX-512 has; what only AVX and later have.
+AVX512 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b")
+AVX = re.compile(r"%ymm|\tv[a-z]")
+OBJECTS = sorted(ROOT.glob("build/temp.*/*.o"))
+
+
+def instruction_set(path):
+    """Of an object: cpu_NAME.avx2.o is compiled for AVX2, ops_NAME.o for every machine."""
+    return path.name.split(".")[1] if path.name.count(".") > 1 else "baseline"
+
+
+def test_objects_are_the_ones_in_the_library():
+    """The checks below are of the objects, so these must be what was linked."""
+    assert {instruction_set(path) for path in OBJECTS} == {"baseline", "avx2", "avx512"}
+    assert max(path.stat().st_mtime for path in OBJECTS) <= LIBRARY.stat().st_mtime
+    functions = "\n".join(lines_of("nm", "-C", str(LIBRARY)))
+    for isa in gk.build_info()["cpu_instruction_sets"]:
+        assert f"gankernels::{isa}::batch_norm_leaky_relu_forward(" in functions
+
+
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.name)
+def test_instructions(path):
+    """No machine meets instructions that it lacks."""
+    code = "\n".join(lines_of("objdump", "-d", "--no-show-raw-insn", str(path)))
+    isa = instruction_set(path)
+    assert bool(AVX512.search(code)) is (isa == "avx512")
+    assert bool(AVX.search(code)) is (isa in ("avx2", "avx512"))
+
+
+@pytest.mark.parametrize(
+    "path", [o for o in OBJECTS if instruction_set(o) != "baseline"], ids=lambda path: path.name
+)
+def test_objects_of_an_instruction_set_share_no_symbol(path):
+    """Of a weak symbol one copy would be kept for all, in whichever instruction set comes first."""
+    home = f"gankernels::{instruction_set(path)}::"
+    for line in lines_of("nm", "-C", "--defined-only", str(path)):
+        _, kind, name = line.split(maxsplit=2)
+        assert kind not in "WwVvu", name
+        assert kind.islower() or name.startswith(home), name
