@@ -6,10 +6,6 @@
 
 #include "tensor.h"
 
-#if defined(GK_WITH_CUDA) && __has_include("../kernels/cuda/minibatch_discrimination.cu")
-#define GK_WITH_CUDA_KERNEL
-#endif
-
 namespace gankernels::ops {
 namespace {
 
@@ -26,7 +22,7 @@ void describe(MinibatchDiscrimination& p, const Tensor& m) {
   set_strides(m, p.m_strides);
 }
 
-#ifdef GK_WITH_CUDA_KERNEL
+#ifdef GK_WITH_CUDA
 #define GK_RUN(NAME, p, x)                                                                     \
   if (x.is_cuda()) {                                                                           \
     const int device = x.get_device();                                                         \
@@ -106,7 +102,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) {
          TORCH_BOX(&minibatch_discrimination_double_backward));
 
 STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m){GK_REGISTER(m)}
-#ifdef GK_WITH_CUDA_KERNEL
+#ifdef GK_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(gankernels, CUDA, m) {
   GK_REGISTER(m)
 }

@@ -16,6 +16,7 @@
 #include "batch_norm_leaky_relu.h"
 #include "emulation.h"
 #include "gradient_norm_penalty.h"
+#include "minibatch_discrimination.h"
 #include "self_test.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -259,6 +260,57 @@ void penalty_double_backward(const py::dict& inputs, const py::dict& outputs, co
                                                           nullptr));
 }
 
+// Inputs are the memory that tensors lie in, whose strides are among the options.
+void set_strides(const py::dict& o, const char* name, int64_t* strides) {
+  const auto values = get<std::vector<int64_t>>(o, name);
+  std::copy(values.begin(), values.end(), strides);
+}
+
+template <typename Parameters>
+Call make_discrimination_call(Parameters& p, const py::dict& inputs, const py::dict& outputs,
+                              const py::dict& o) {
+  p.n = get<int64_t>(o, "n");
+  p.b = get<int64_t>(o, "b");
+  p.c = get<int64_t>(o, "c");
+  p.dtype = dtype_of(get<std::string>(o, "dtype"));
+  set_strides(o, "m_strides", p.m_strides);
+  const auto misalignment = get<int64_t>(o, "misalignment");
+  const int64_t scratch = cuda::minibatch_discrimination_scratch_bytes(p, get<int>(o, "device"));
+  Call call(inputs, outputs, misalignment, misalignment, scratch);
+  p.m = call["m"];
+  p.scratch = call.scratch();
+  return call;
+}
+
+void discrimination_forward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  MinibatchDiscriminationForward p;
+  Call call = make_discrimination_call(p, inputs, outputs, o);
+  p.o = call["o"];
+  call.finish(cuda::minibatch_discrimination_forward(p, get<int>(o, "device"), nullptr));
+}
+
+void discrimination_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  MinibatchDiscriminationBackward p;
+  Call call = make_discrimination_call(p, inputs, outputs, o);
+  p.grad_o = call["grad_o"];
+  set_strides(o, "grad_o_strides", p.grad_o_strides);
+  p.grad_m = call["grad_m"];
+  call.finish(cuda::minibatch_discrimination_backward(p, get<int>(o, "device"), nullptr));
+}
+
+void discrimination_double_backward(const py::dict& inputs, const py::dict& outputs,
+                                    const py::dict& o) {
+  MinibatchDiscriminationDoubleBackward p;
+  Call call = make_discrimination_call(p, inputs, outputs, o);
+  p.grad_o = call["grad_o"];
+  set_strides(o, "grad_o_strides", p.grad_o_strides);
+  p.grad_grad_m = call["grad_grad_m"];
+  set_strides(o, "grad_grad_m_strides", p.grad_grad_m_strides);
+  p.grad_grad_o = call["grad_grad_o"];
+  p.grad_m = call["grad_m"];
+  call.finish(cuda::minibatch_discrimination_double_backward(p, get<int>(o, "device"), nullptr));
+}
+
 void self_test(const std::string& name, const py::dict& inputs, const py::dict& outputs,
                unsigned int blocks, unsigned int threads, size_t shared_bytes) {
   Call call(inputs, outputs, 0, 0, 0);
@@ -282,6 +334,9 @@ PYBIND11_MODULE(emulated, m) {
   m.def("penalty_forward", &penalty_forward);
   m.def("penalty_backward", &penalty_backward);
   m.def("penalty_double_backward", &penalty_double_backward);
+  m.def("discrimination_forward", &discrimination_forward);
+  m.def("discrimination_backward", &discrimination_backward);
+  m.def("discrimination_double_backward", &discrimination_double_backward);
   m.def("self_test", &self_test, py::arg("name"), py::arg("inputs"), py::arg("outputs"),
         py::arg("blocks") = 1, py::arg("threads") = 32, py::arg("shared_bytes") = 0);
   m.def("set_seed", &emulation::set_seed);

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from . import build, test_gradient_norm_penalty
+from . import build, test_gradient_norm_penalty, test_minibatch_discrimination
 from .build import Substitution
 from .problem import Problem
 from .test_batch_norm_leaky_relu import SEEDS, check_all
 
 KERNEL, REDUCE = "cuda/batch_norm_leaky_relu.cu", "cuda/reduce.h"
 PENALTY = "cuda/gradient_norm_penalty.cu"
+DISCRIMINATION = "cuda/minibatch_discrimination.cu"
 PROBLEMS = [
     Problem(3, 3, 16),
     Problem(9, 6, 3, True),
@@ -27,10 +28,18 @@ PENALTY_PROBLEMS = [
     test_gradient_norm_penalty.Problem(40, 40, "bfloat16", output_misalignment=1),
     test_gradient_norm_penalty.Problem(2, 5001, device=0),
 ]
+DISCRIMINATION_PROBLEMS = [
+    test_minibatch_discrimination.Problem(11, 2, 5),
+    test_minibatch_discrimination.Problem(11, 2, 7, ties=True),
+    test_minibatch_discrimination.Problem(150, 1, 2),
+    test_minibatch_discrimination.Problem(70, 1, 36),
+    test_minibatch_discrimination.Problem(70, 1, 36, "bfloat16", "transposed"),
+]
 # By the .cu file: the problems that must show its defects, and what runs one.
 SHOWN_BY = {
     KERNEL: (PROBLEMS, check_all),
     PENALTY: (PENALTY_PROBLEMS, test_gradient_norm_penalty.check_all),
+    DISCRIMINATION: (DISCRIMINATION_PROBLEMS, test_minibatch_discrimination.check_all),
 }
 # Wrong values, NaNs and results that differ between seeds alike.
 WRONG = r"elements, first|depends on the order"
@@ -181,6 +190,56 @@ DEFECTS = [
             "for (int l = lanes / 2; l > 0;",
             "if (n < p.n) for (int l = lanes / 2; l > 0;",
         ),
+    ),
+    Defect(
+        "discrimination_barrier_after_staging_removed",
+        WRONG,
+        Substitution(
+            DISCRIMINATION,
+            "    __syncthreads();\n    const int count",
+            "    const int count",
+        ),
+    ),
+    Defect(
+        "discrimination_barrier_before_staging_removed",
+        WRONG,
+        Substitution(
+            DISCRIMINATION, "    __syncthreads();  // the tile before has been read\n", ""
+        ),
+    ),
+    Defect(
+        "discrimination_barrier_after_weights_removed",
+        WRONG,
+        Substitution(DISCRIMINATION, "      __syncthreads();  // the weights are written,", "//"),
+    ),
+    Defect(
+        "discrimination_sample_meets_itself",
+        r"o of .*" + WRONG,
+        Substitution(DISCRIMINATION, "itself ? A(0) : exp", "false ? A(0) : exp"),
+    ),
+    Defect(
+        "discrimination_ties_have_a_sign",
+        r"grad_m of .*ties=True",
+        Substitution(DISCRIMINATION, "return d != 0 ? w : A(0);", "return w;"),
+    ),
+    Defect(
+        "discrimination_one_warp_not_merged",
+        WRONG,
+        Substitution(DISCRIMINATION, "from < kSmallThreads; from", "from < 96; from"),
+    ),
+    Defect(
+        "discrimination_half_precision_between_tiles",
+        r"write outside buffer|grad_m of .*bfloat16",
+        Substitution(
+            DISCRIMINATION,
+            "p.accumulated = half ? parameters.scratch : p.grads;",
+            "p.accumulated = p.grads;",
+        ),
+    ),
+    Defect(
+        "discrimination_padding_taken_for_samples",
+        WRONG,
+        Substitution(DISCRIMINATION, "visited = row_j < p.n && row_j", "visited = row_j"),
     ),
 ]
 # No defect: a limit so small that what it is for is seen.
