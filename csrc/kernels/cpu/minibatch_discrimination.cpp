@@ -11,11 +11,12 @@
 // `slots` of the vector: a row of the panel is then a group of samples, and two groups meet once
 // for every rotation of one of them against the other.
 //
-// Both samples of a pair receive from it, so threads must not share a sample: in round r, block i
-// meets block (r - i) mod K. With K odd, every round pairs off all blocks, and the one left over
-// meets itself, so that K rounds see every pair once. That also fixes the order of all sums. Each
-// meeting sums into buffers of its own, at most kMostRows terms, before they are added to the
-// totals, which keeps the rounding errors of long sums small.
+// Threads take panels each for itself. Those that are left over they share. Both samples of a pair
+// receive from it, so they must not share a sample: in round r, block i meets block (r - i) mod K.
+// With K odd, every round pairs off all blocks, and the one left over meets itself, so that K
+// rounds see every pair once. That also fixes the order of all sums. Each meeting sums into buffers
+// of its own, at most kMostRows terms, before they are added to the totals, which keeps the
+// rounding errors of long sums small.
 #include "../minibatch_discrimination.h"
 
 #include <type_traits>
@@ -279,7 +280,9 @@ struct Problem {
   T *out_sums = nullptr, *out_grads = nullptr;
   bool want_grads = D > 0;
 
-  int64_t panels, group;       // in all; worked on together
+  int64_t panels;              // in all
+  int64_t whole;               // of which threads take one each at a time; they share the others
+  int64_t group;               // panels that are in memory together
   int64_t blocks, block_rows;  // of every panel; what a thread's buffers hold
   A *x = nullptr, *v = nullptr, *g = nullptr, *sums = nullptr, *grads = nullptr, *own = nullptr;
   int64_t bytes = 0;
@@ -291,19 +294,22 @@ struct Problem {
     panels = divide_up(b, W);
     // At most twice m's bytes, unless a single panel takes more already.
     constexpr int64_t kTensors = D + 1;
-    group = 2 * panels * int64_t(sizeof(T)) / (kTensors * int64_t(sizeof(A)));
-    group = maximum<int64_t>(1, minimum(group, panels));
+    int64_t fit = 2 * panels * int64_t(sizeof(T)) / (kTensors * int64_t(sizeof(A)));
+    fit = maximum<int64_t>(1, minimum(fit, panels));
+    whole = threads <= fit ? panels / threads * threads : 0;
 
     const int64_t row_bytes = maximum<int64_t>(1, c * W * int64_t(sizeof(A)) * kTensors);
     const int64_t most = maximum(kFewestRows, minimum(kMostRows, kBlockBytes / row_bytes));
     blocks = divide_up(n, most);
-    // Every thread has a panel or two blocks to itself, where there are enough samples for it.
-    if (threads > 1 && panels < 2 * threads) {
-      blocks = maximum(blocks, minimum(divide_up(4 * threads, group), n / kFewestRows));
+    if (whole < panels && panels < 2 * threads) {
+      // Enough pairs of blocks for all threads, where there are enough samples for it.
+      const int64_t shared = minimum(fit, panels - whole);
+      blocks = maximum(blocks, minimum(divide_up(4 * threads, shared), n / kFewestRows));
     }
     blocks |= 1;
     block_rows = rows_of_block(n);
-    if (blocks == 1) group = minimum(threads, panels);
+    if (blocks == 1) whole = panels;
+    group = maximum(minimum(whole, threads), minimum(fit, panels - whole));
   }
 
   Panel panel(int64_t index) const {
@@ -394,21 +400,20 @@ struct Problem {
 
   // ---- one meeting of two blocks of a panel
 
-  // Adds `count` vectors, their lanes rotated by `shift`, to others.
-  static void add_rotated(A* to, const A* from, int64_t count, int64_t shift, int64_t used) {
-    if (shift == 0) {
-      for (int64_t i = 0; i < count * W; i += W) store(to + i, load(to + i) + load(from + i));
-      return;
-    }
+  // Lane l is to come from lane (l + shift) % used; those from `used` on stay where they are.
+  static ExpBits<A> rotation(int64_t shift, int64_t used) {
+    ExpBits<A> from;
+    for (int l = 0; l < W; ++l) from[l] = l < used ? (l + shift) % used : l;
+    return from;
+  }
+  static void rotate(A* to, const A* from, int64_t count, ExpBits<A> lanes) {
     for (int64_t i = 0; i < count * W; i += W) {
-      for (int64_t l = 0; l < used; ++l) to[i + (l + shift) % used] += from[i + l];
+      store(to + i, (V)__builtin_shuffle(load(from + i), lanes));
     }
   }
-  static void rotate(A* to, const A* from, int64_t count, int64_t shift, int64_t used) {
+  static void add_rotated(A* to, const A* from, int64_t count, ExpBits<A> lanes) {
     for (int64_t i = 0; i < count * W; i += W) {
-      memcpy(to + i, from + i + shift, (used - shift) * sizeof(A));
-      memcpy(to + i + used - shift, from + i, shift * sizeof(A));
-      memcpy(to + i + used, from + i + used, (W - used) * sizeof(A));
+      store(to + i, load(to + i) + (V)__builtin_shuffle(load(from + i), lanes));
     }
   }
   static void clear(A* p, int64_t elements) { memset(p, 0, elements * sizeof(A)); }
@@ -428,34 +433,38 @@ struct Problem {
     const int64_t results = vectors + (D > 0 ? matrix : 0);
     A* rotated = own_buffers + 2 * results;
     const Rows<A> a = block(i0, own_buffers), straight = block(j0, own_buffers + results);
-    auto add = [&](const Rows<A>& rows, int64_t first, int64_t count, int64_t shift) {
-      if (D != 1) add_rotated(sums + at + first * W, rows.sums, count, shift, used);
-      if (want_grads) add_rotated(grads + (at + first * W) * c, rows.grads, count * c, shift, used);
+    auto start = [&](const Rows<A>& rows, int64_t count) {
+      if (D != 1) clear(rows.sums, count * W);
+      if (want_grads) clear(rows.grads, count * c * W);
+    };
+    auto add = [&](const Rows<A>& rows, int64_t first, int64_t count, ExpBits<A> lanes) {
+      if (D != 1) add_rotated(sums + at + first * W, rows.sums, count, lanes);
+      if (want_grads) add_rotated(grads + (at + first * W) * c, rows.grads, count * c, lanes);
     };
 
-    clear(a.sums, results);
+    start(a, i_count);
     for (int64_t slot = 0; slot < panel.slots; ++slot) {
-      const int64_t shift = slot * panel.lanes;
       Rows<A> other = straight;
       if (slot > 0) {
-        rotate(rotated, straight.x, j_count * c, shift, used);
+        const ExpBits<A> lanes = rotation(slot * panel.lanes, used);
+        rotate(rotated, straight.x, j_count * c, lanes);
         other.x = rotated;
         if (D == 2) {
-          rotate(rotated + matrix, straight.v, j_count * c, shift, used);
+          rotate(rotated + matrix, straight.v, j_count * c, lanes);
           other.v = rotated + matrix;
         }
         if (D > 0) {
-          rotate(rotated + D * matrix, straight.g, j_count, shift, used);
+          rotate(rotated + D * matrix, straight.g, j_count, lanes);
           other.g = rotated + D * matrix;
         }
       }
-      clear(other.sums, results);
+      start(other, j_count);
       if (i != j) {
         kernel.template rectangle<D>(a, i_count, other, j_count);
       } else {
         kernel.template triangle<D>(a, other, i_count);
       }
-      add(other, j0, j_count, shift);
+      add(other, j0, j_count, rotation(used - slot * panel.lanes, used));
       if (i == j && slot > 0) {
         // Within a group, all rotations show every pair from both sides, so the results of `other`
         // are left where they are.
@@ -464,53 +473,51 @@ struct Problem {
         }
       }
     }
-    add(a, i0, i_count, 0);
+    add(a, i0, i_count, rotation(0, used));
   }
 
   // ---- all of it
 
   void run(CpuThreads pool) const {
     pool.count = threads;
-    if (blocks == 1) return run_single_blocks(pool);
-    for (int64_t first = 0; first < panels; first += group) {
-      const int64_t count = minimum(group, panels - first);
-      parallel(pool, count * n, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const Panel p = panel(first + task / n);
-          const int64_t row = task % n;
-          if (row < p.rows) prepare(p, row, task * W);
-        }
-      });
-      for (int64_t round = 0; round < blocks; ++round) {
-        parallel(pool, threads, [&](int64_t begin, int64_t end) {
-          for (int64_t thread = begin; thread < end; ++thread) play(first, count, round, thread);
-        });
-      }
-      parallel(pool, count * n, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const Panel p = panel(first + task / n);
-          const int64_t row = task % n;
-          if (row < p.rows) finish(p, row, task * W);
-        }
-      });
-    }
-  }
-
-  // Few samples: a thread takes one panel after the other through all steps, in the same small
-  // memory, which stays in its cache.
-  void run_single_blocks(const CpuThreads& pool) const {
-    parallel(pool, group, [&](int64_t begin, int64_t end) {
+    // Most panels are taken through all steps by one thread, in memory that stays in its cache.
+    const int64_t takers = minimum(whole, threads);
+    parallel(pool, takers, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
-        const int64_t stop = panels * (thread + 1) / group;
-        for (int64_t index = panels * thread / group; index < stop; ++index) {
+        const int64_t stop = whole * (thread + 1) / takers;
+        for (int64_t index = whole * thread / takers; index < stop; ++index) {
           const Panel p = panel(index);
-          const int64_t at = thread * n;
-          for (int64_t row = 0; row < p.rows; ++row) prepare(p, row, (at + row) * W);
-          meet(p, thread, 0, 0, own + thread * own_size());
-          for (int64_t row = 0; row < p.rows; ++row) finish(p, row, (at + row) * W);
+          for (int64_t row = 0; row < p.rows; ++row) prepare(p, row, (thread * n + row) * W);
+          for (int64_t i = 0; i < blocks; ++i) {
+            for (int64_t j = i; j < blocks; ++j) meet(p, thread, i, j, own + thread * own_size());
+          }
+          for (int64_t row = 0; row < p.rows; ++row) finish(p, row, (thread * n + row) * W);
         }
       }
     });
+    for (int64_t first = whole; first < panels; first += group) {
+      share(pool, first, minimum(group, panels - first));
+    }
+  }
+
+  // All threads work on the same panels.
+  void share(const CpuThreads& pool, int64_t first, int64_t count) const {
+    auto all_rows = [&](auto step) {
+      parallel(pool, count * n, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const Panel p = panel(first + task / n);
+          const int64_t row = task % n;
+          if (row < p.rows) step(p, row, task * W);
+        }
+      });
+    };
+    all_rows([&](const Panel& p, int64_t row, int64_t at) { prepare(p, row, at); });
+    for (int64_t round = 0; round < blocks; ++round) {
+      parallel(pool, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t thread = begin; thread < end; ++thread) play(first, count, round, thread);
+      });
+    }
+    all_rows([&](const Panel& p, int64_t row, int64_t at) { finish(p, row, at); });
   }
 
   void prepare(const Panel& p, int64_t row, int64_t at) const {
