@@ -221,7 +221,7 @@ class BuildLibrary(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The library has no Python symbols: one wheel serves every Python 3 and every torch >= 2.10."""
+    """The library has no Python symbols: one wheel serves every Python 3 and torch >= 2.10."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
