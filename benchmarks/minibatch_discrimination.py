@@ -10,11 +10,11 @@ at half as many element operations.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from harness import interleaved, prepare, save
@@ -101,7 +101,7 @@ def peak_memory(case: Case, name: str) -> int:
     )
     result = subprocess.run(
         [sys.executable, "-c", script],
-        capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0] or ".",
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
     )  # fmt: skip
     return int(result.stdout)
 
@@ -109,9 +109,16 @@ def peak_memory(case: Case, name: str) -> int:
 def print_peak_memory(case: Case, name: str) -> None:
     contenders(Case(2, 1, 1))[name]()  # what is loaded on first use is not counted
     run = contenders(case)[name]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS")
     run()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(status("VmHWM") - before)
+
+
+def status(name: str) -> int:
+    """A number of bytes from what Linux says about this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def main() -> None:
