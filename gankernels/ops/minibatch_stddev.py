@@ -1,7 +1,7 @@
 """The minibatch standard deviation, of PyTorch's own ops, so differentiable to any order.
 
-It has no kernel of its own: the layer stands where the feature map is smallest (4 x 4 in Karras'
-networks), and its share of a training step lies within the noise.
+It has no kernel of its own yet: the layer stands where the feature map is smallest (4 x 4 in Karras'
+networks).
 """
 
 from __future__ import annotations
