@@ -1,7 +1,6 @@
 """The minibatch standard deviation, of PyTorch's own ops, so differentiable to any order.
 
-It has no kernel of its own yet: the layer stands where the feature map is smallest (4 x 4 in Karras'
-networks).
+It has no kernel of its own yet: the layer stands where the feature map is smallest, at 4 x 4.
 """
 
 from __future__ import annotations
