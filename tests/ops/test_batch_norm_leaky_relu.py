@@ -169,7 +169,7 @@ WORK = {
 }
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", WORK.values(), ids=WORK)
 def test_work_division(shape, layout, threads):
@@ -216,7 +216,7 @@ def test_repeats_bitwise(shape, layout, dtype):
     torch.set_num_threads(2)
     problem = Problem(Case(shape, layout=layout, dtype=dtype))
     first = solve(ours, problem)
-    for _ in range(5):
+    for _ in range(3):
         again = solve(ours, problem)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -461,11 +461,8 @@ def test_running_statistics_are_untouched_in_evaluation():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets(capability, rerun_with_capability):
-    rerun_with_capability(
-        capability,
-        __file__,
-        "oracle_float32 or oracle_half or widths or conversions or rounding_to_half or cancel",
-    )
+    selection = "widths or any_shape or rounding_to_half or conversions or cancel"
+    rerun_with_capability(capability, __file__, selection)
 
 
 def test_instruction_sets_agree(python):
