@@ -28,16 +28,27 @@ def run(*command, **options):
     return result.stdout
 
 
+def architecture_list(built):
+    """What TORCH_CUDA_ARCH_LIST has to say to get these: sm_90 is 9.0, compute_90 makes it +PTX."""
+    binaries = [re.sub(r"sm_(\d+)(\d)", r"\1.\2", name) for name in built if "sm_" in name]
+    return ";".join(binaries) + ("+PTX" if any("compute_" in name for name in built) else "")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Built from the objects of the build in place, so that nothing is compiled again."""
     for stale in ROOT.glob("build/lib*"):  # setuptools would pack what has been deleted since
         shutil.rmtree(stale)
     folder = tmp_path_factory.mktemp("wheel")
+    info = gk.build_info()
+    as_built = {
+        "GANKERNELS_CUDA": "1" if info["cuda"] else "0",
+        "TORCH_CUDA_ARCH_LIST": architecture_list(info["cuda_architectures"]),
+    }
     run(
         sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation",
         "--no-index", "--wheel-dir", folder,
-        cwd=ROOT, env={**ENVIRONMENT, "GANKERNELS_CUDA": "1" if gk.build_info()["cuda"] else "0"},
+        cwd=ROOT, env={**ENVIRONMENT, **as_built},
     )  # fmt: skip
     (path,) = folder.iterdir()
     return path
