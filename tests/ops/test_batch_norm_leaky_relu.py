@@ -91,7 +91,7 @@ def test_oracle_strides(shape, layout, gradient_layout, activation_first):
     """The incoming gradient and tangents are laid out differently from x."""
     # A gradient of one repeated number leaves nothing but rounding, hence the floor.
     case = Case(shape, activation_first, layout=layout, negative_slope=-0.1, eps=0.5)
-    check(case, gradient_layout, floor=5.0)
+    check(case, gradient_layout, floor=10.0)
 
 
 @pytest.mark.parametrize("activation_first", ORDERS)
@@ -160,7 +160,7 @@ WORK = {
     "cached, long columns": (300, 64, 3, 3),
     "uncached": (4, 4, 320, 300),
     "unbalanced": (16, 3, 40, 40),
-    "fewer channels than threads": (16, 1, 64, 33),
+    "fewer channels than threads": (16, 2, 64, 33),
     "few long rows": (1, 2, 250, 301),
     "many channels, uncached": (160, 520, 3, 3),
     "no spatial size": (700, 130),
@@ -465,7 +465,7 @@ def test_other_instruction_sets(capability, rerun_with_capability):
     rerun_with_capability(capability, __file__, selection)
 
 
-def test_instruction_sets_agree(python):
+def test_instruction_sets_agree(python, usable):
     script = """if True:
         import torch, gankernels as gk
         torch.manual_seed(0)
@@ -477,11 +477,7 @@ def test_instruction_sets_agree(python):
         python("-c", script, env={"ATEN_CPU_CAPABILITY": c}).stdout.split()
         for c in ("default", "avx2", "avx512")
     ]
-    best = gk.build_info()["cpu_capability"]
-    limit = ["default", "avx2", "avx512"].index(best)
-    assert [o[0] for o in outputs] == ["default", "avx2", "avx512"][: limit + 1] + [best] * (
-        2 - limit
-    )
+    assert [o[0] for o in outputs] == [usable(c) for c in ("default", "avx2", "avx512")]
     norms = [float(o[1]) for o in outputs]
     assert max(norms) - min(norms) < 1e-5 * norms[0]
 
