@@ -260,9 +260,8 @@ void reduce_columns(const BatchNormLeakyReLU& p, const T* const* inputs, int64_t
   const T* in[I];
   for (int j = 0; j < I; ++j) in[j] = inputs[j] + r0 * row;
   auto rows = [&](auto count, int64_t c, auto get) {
-    V k[P], s[K];
+    V k[P], s[K] = {};
     for (int j = 0; j < P; ++j) k[j] = load(coefficients + j * pitch + c);
-    for (int j = 0; j < K; ++j) s[j] = load(sums + j * pitch + c);
     for (int q = 0; q < count(); ++q) {
       V a[I];
       for (int j = 0; j < I; ++j) {
@@ -271,7 +270,8 @@ void reduce_columns(const BatchNormLeakyReLU& p, const T* const* inputs, int64_t
       }
       Element::reduce(a, k, slope, s);
     }
-    for (int j = 0; j < K; ++j) store(sums + j * pitch + c, s[j]);
+    // Summed among themselves first: chains of additions, and their rounding errors, stay short.
+    for (int j = 0; j < K; ++j) store(sums + j * pitch + c, load(sums + j * pitch + c) + s[j]);
   };
   auto all_columns = [&](auto count) {
     for (int64_t c = c0; c < full; c += W) rows(count, c, [](const T* x) { return load(x); });
