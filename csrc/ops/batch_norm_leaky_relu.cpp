@@ -174,6 +174,8 @@ void update_running_statistics(Tensor running_mean, Tensor running_var,
                                std::optional<double> momentum, double count) {
   // The kernel indexes neighbours, so running statistics that lie apart are updated in copies.
   const Tensor mean = packed(running_mean), var = packed(running_var);
+  STD_TORCH_CHECK(statistics.scalar_type() == accumulation_type(running_mean),
+                  "statistics are not of the accumulation type of the running statistics");
   statistics = packed(statistics);
   UpdateRunningStatistics p;
   p.c = running_mean.numel();

@@ -335,6 +335,28 @@ def test_large_mean_and_small_deviation_do_not_cancel(shape, layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("what", ["outlier first", "steps between samples", "constant"])
+def test_statistics_of_samples_far_from_each_other(what, layout):
+    """The kernels sum deviations from a guess of the mean: one that is far off must not matter."""
+    x = torch.randn(96, 5, 12, 12, generator=torch.Generator().manual_seed(0))
+    if what == "outlier first":
+        x[0, :, 0, 0] = 3e4
+    elif what == "steps between samples":
+        x = (
+            x * 1e-3
+            + torch.tensor([0.0, 1e3, -7e2, 50.0]).repeat_interleave(24)[:, None, None, None]
+        )
+    else:
+        x = torch.full_like(x, 0.1)
+    mean, var = torch.zeros(5), torch.zeros(5)
+    functional.batch_norm_leaky_relu(
+        LAYOUTS[layout](x), mean, var, None, None, True, 1.0, negative_slope=1.0
+    )
+    exact = {"mean": x.double().mean((0, 2, 3)), "var": x.double().var((0, 2, 3))}
+    assert_close({"mean": mean, "var": var}, exact, 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_mean_is_as_close_as_in_pytorch(dtype, layout):
     problem = Problem(Case((16, 8, 12, 12), layout=layout, dtype=dtype, mean=300.0, affine=False))

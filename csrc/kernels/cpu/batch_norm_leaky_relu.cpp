@@ -13,9 +13,9 @@
 namespace gankernels::GK_ISA {
 namespace {
 
-// Elements that `reduce` sums in the accumulation type before it goes on in double. The second pass
-// of the statistics finds them still in the L1 cache (channels first) or L2 (channels last).
-constexpr int64_t kChunk = 4096;
+// Elements of a channel (channels first) or of all of them (channels last) that are summed in the
+// accumulation type before `reduce` goes on in double.
+constexpr int64_t kChunk = 2048;
 constexpr int64_t kChunkChannelsLast = 16384;
 // What a thread maps in memory order before it steps back to an earlier block.
 constexpr int64_t kBlockBytes = 256 << 10;
@@ -24,50 +24,32 @@ constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kCacheBytes = 768 << 10;
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kSerial = 16384;
-// Results larger than this are stored past the caches, which are too small to keep them anyway.
-constexpr int64_t kStreamBytes = 16 << 20;
+// Where more than this is read and written, results are stored past the caches: they would not be
+// found there again, and lines that are written whole need not be read first.
+constexpr int64_t kStreamBytes = 32 << 20;
 
 constexpr int kMaxPartials = 5, kMaxCoefficients = 10;
 
-double load_parameter(const void* p, DType dtype, int64_t i, double missing) {
+GK_INLINE double load_parameter(const void* p, DType dtype, int64_t i, double missing) {
   if (!p) return missing;
-  switch (dtype) {
-    case DType::kFloat64:
-      return static_cast<const double*>(p)[i];
-    case DType::kFloat32:
-      return static_cast<const float*>(p)[i];
-    case DType::kBFloat16: {
-      HalfBits v{};
-      v[0] = static_cast<const uint16_t*>(p)[i];
-      return widen(v, (BFloat16*)nullptr)[0];
-    }
-    default: {
-      HalfBits v{};
-      v[0] = static_cast<const uint16_t*>(p)[i];
-      return widen(v, (Float16*)nullptr)[0];
-    }
-  }
+  if (dtype == DType::kFloat32) return static_cast<const float*>(p)[i];
+  if (dtype == DType::kFloat64) return static_cast<const double*>(p)[i];
+  HalfBits v{};
+  v[0] = static_cast<const uint16_t*>(p)[i];
+  return dtype == DType::kBFloat16 ? widen(v, (BFloat16*)nullptr)[0]
+                                   : widen(v, (Float16*)nullptr)[0];
 }
 
 // ---- what is done to one element: V lanes of it, P the coefficients of one channel or one per
 // lane
 
-template <bool kFirst>
-struct Sum {
-  static constexpr int kInputs = 1, kSums = 1;
-  template <typename V, typename P, typename A>
-  GK_INLINE static void reduce(const V* in, const P*, A slope, V* sums) {
-    sums[0] += kFirst ? leaky_relu(in[0], slope) : in[0];
-  }
-};
-
-// Of a rounded mean, whose error the sum of the deviations themselves tells.
+// From a pivot: any value near the mean.
 template <bool kFirst>
 struct Deviation {
   static constexpr int kInputs = 1, kSums = 2;
   template <typename V, typename P, typename A>
-  GK_INLINE static void reduce(const V* in, const P* coefficients, A slope, V* sums) {
-    const V d = (kFirst ? leaky_relu(in[0], slope) : in[0]) - coefficients[0];
+  GK_INLINE static void reduce(const V* in, const P* pivot, A slope, V* sums) {
+    const V d = (kFirst ? leaky_relu(in[0], slope) : in[0]) - pivot[0];
     sums[0] += d;
     sums[1] += d * d;
   }
@@ -125,7 +107,7 @@ struct DoubleBackwardElement {
 // ---- channels first: lanes are neighbours in space ---------------------------------------------
 
 // Adds the run of elements [offset, offset + length) to two chains of sums, to hide the latency of
-// additions. The same place in a later row, `ahead` elements on, is prefetched.
+// additions, and prefetches what lies `ahead` elements on.
 template <typename Element, typename T, typename V>
 GK_INLINE void reduce_run(const T* const* inputs, int64_t offset, int64_t length, int64_t ahead,
                           const Accumulate<T>* coefficients, Accumulate<T> slope, V* even, V* odd) {
@@ -164,15 +146,18 @@ GK_INLINE void reduce_run(const T* const* inputs, int64_t offset, int64_t length
   for (int k = 0; k < K; ++k) even[k] = e[k], odd[k] = o[k];
 }
 
+// Sums over elements [begin, end) of channel c, counted along its runs.
 template <typename Element, typename T>
 void reduce_runs(const BatchNormLeakyReLU& p, const T* const* in, int64_t c, int64_t begin,
                  int64_t end, const Accumulate<T>* coefficients, double* sums) {
   using A = Accumulate<T>;
   Vector<A> even[Element::kSums] = {}, odd[Element::kSums] = {};
   int64_t n = begin / p.s, s = begin % p.s;
+  // The neighbouring channels' runs come next: as many streams as there are runs here.
+  const int64_t ahead = kAheadBytes / int64_t(sizeof(T)) / divide_up(end - begin, p.s);
   for (; begin < end; ++n, s = 0) {
     const int64_t length = minimum(p.s - s, end - begin);
-    reduce_run<Element>(in, (n * p.c + c) * p.s + s, length, 4 * p.c * p.s, coefficients,
+    reduce_run<Element>(in, (n * p.c + c) * p.s + s, length, ahead, coefficients,
                         A(p.negative_slope), even, odd);
     begin += length;
   }
@@ -195,9 +180,10 @@ GK_INLINE void write(T* const* out, int64_t offset, const V* values, int lanes) 
 }
 
 // Whether results go past the caches.
-template <typename T>
+template <typename T, typename Element>
 bool streams(const BatchNormLeakyReLU& p) {
-  return p.n * p.c * p.s * int64_t(sizeof(T)) > kStreamBytes;
+  constexpr int kTensors = Element::kInputs + Element::kOutputs;
+  return p.n * p.c * p.s * int64_t(sizeof(T)) * kTensors > kStreamBytes;
 }
 
 // How many elements precede the first whole vector's address. Outputs are aligned alike, being
@@ -332,15 +318,21 @@ template <typename T, bool kFirst>
 struct PassBase {
   using A = Accumulate<T>;
 
-  static void prepare_chain(const BatchNormLeakyReLU& p, int64_t c, A* coefficients,
-                            int64_t pitch) {
-    const A* statistics = static_cast<const A*>(p.statistics);
-    coefficients[0] = statistics[c];
-    coefficients[pitch] = A(load_parameter(p.weight, p.parameter_dtype, c, 1) * invstd(p, c));
-    coefficients[2 * pitch] = A(load_parameter(p.bias, p.parameter_dtype, c, 0));
+  // What is known of a channel beside its sums. Dense layers have as many channels as they have
+  // rows to a channel and more, so a division or a square root here counts.
+  struct Channel {
+    double weight, bias, invstd;
+  };
+  GK_INLINE static Channel channel(const BatchNormLeakyReLU& p, int64_t c) {
+    const double var = static_cast<const A*>(p.statistics)[p.c + c];
+    return {load_parameter(p.weight, p.parameter_dtype, c, 1),
+            load_parameter(p.bias, p.parameter_dtype, c, 0), 1 / __builtin_sqrt(var + p.eps)};
   }
-  static double invstd(const BatchNormLeakyReLU& p, int64_t c) {
-    return 1 / __builtin_sqrt(double(static_cast<const A*>(p.statistics)[p.c + c]) + p.eps);
+  GK_INLINE static void prepare_chain(const BatchNormLeakyReLU& p, int64_t c,
+                                      const Channel& channel, A* coefficients, int64_t pitch) {
+    coefficients[0] = static_cast<const A*>(p.statistics)[c];
+    coefficients[pitch] = A(channel.weight * channel.invstd);
+    coefficients[2 * pitch] = A(channel.bias);
   }
 };
 
@@ -362,12 +354,19 @@ struct ForwardPass : PassBase<T, kFirst> {
   bool maps() const { return p.y; }
   void prepare(int64_t, A*, int64_t) const {}
 
-  // The exact mean and sum of squared deviations from it, of `count` elements whose deviations from
-  // `mean` are `sum` and, squared, `squares`: the corrected two-pass algorithm of the same authors.
-  static void correct(double count, double mean, double sum, double squares, double* exact) {
+  // Statistics of `count` elements whose deviations from `pivot` are `sum` and, squared, `squares`:
+  // the corrected two-pass algorithm of the same authors.
+  static void correct(double count, double pivot, double sum, double squares, double* exact) {
     exact[0] = count;
-    exact[1] = mean + sum / count;
+    exact[1] = pivot + sum / count;
     exact[2] = maximum(0.0, squares - sum * (sum / count));
+  }
+
+  // Whether that subtraction would lose more than a bit: the pivot is more than a standard
+  // deviation away from the mean. Then the sums are taken again, from the mean. Most chunks need
+  // one pass only.
+  static bool is_far(double count, double sum, double squares) {
+    return sum * sum > 0.5 * count * squares;
   }
 
   // Chan, Golub & LeVeque 1979: two samples' statistics make those of their union.
@@ -380,43 +379,55 @@ struct ForwardPass : PassBase<T, kFirst> {
   }
 
   void reduce(int64_t c, int64_t begin, int64_t end, const A*, double* partial) const {
-    partial[0] = partial[1] = partial[2] = 0;
-    for (; begin < end; begin += kChunk) {
-      const int64_t stop = minimum(begin + kChunk, end);
-      double sums[2], chunk[3];
-      reduce_runs<Sum<kFirst>>(p, in, c, begin, stop, (const A*)nullptr, sums);
-      const double count = double(stop - begin);
-      const A mean = A(sums[0] / count);
-      reduce_runs<Deviation<kFirst>>(p, in, c, begin, stop, &mean, sums);
-      correct(count, mean, sums[0], sums[1], chunk);
-      merge(partial, chunk);
+    const double count = double(end - begin);
+    double sums[2], chunk[3];
+    A pivot =
+        partial[0] ? A(partial[1]) : first(in[0] + (begin / p.s * p.c + c) * p.s + begin % p.s);
+    reduce_runs<Deviation<kFirst>>(p, in, c, begin, end, &pivot, sums);
+    if (is_far(count, sums[0], sums[1])) {
+      pivot += A(sums[0] / count);
+      reduce_runs<Deviation<kFirst>>(p, in, c, begin, end, &pivot, sums);
     }
+    correct(count, pivot, sums[0], sums[1], chunk);
+    merge(partial, chunk);
   }
 
   void reduce_rows(int64_t r0, int64_t r1, int64_t c0, int64_t c1, A* work, int64_t pitch,
                    double* partial) const {
     double *counts = partial, *means = partial + p.c, *deviations = partial + 2 * p.c;
     for (int64_t c = c0; c < c1; ++c) counts[c] = means[c] = deviations[c] = 0;
-    A *sums = work, *mean = work + kMaxPartials * pitch;
+    A *sums = work, *pivot = work + kMaxPartials * pitch;
     const int64_t step = maximum<int64_t>(4, kChunkChannelsLast / (c1 - c0));
+    for (int64_t c = c0; c < c1 && r0 < r1; ++c) pivot[c] = first(in[0] + r0 * p.c + c);
     double seen = 0;
     for (; r0 < r1; r0 += step) {
       const int64_t stop = minimum(r0 + step, r1);
       const double rows = double(stop - r0), total = seen + rows;
-      reduce_columns<Sum<kFirst>>(p, in, r0, stop, c0, c1, mean, pitch, sums);
-      for (int64_t c = c0; c < c1; ++c) mean[c] = A(sums[c] / rows);
-      reduce_columns<Deviation<kFirst>>(p, in, r0, stop, c0, c1, mean, pitch, sums);
+      reduce_columns<Deviation<kFirst>>(p, in, r0, stop, c0, c1, pivot, pitch, sums);
+      bool far = false;
+      for (int64_t c = c0; c < c1; ++c) far |= is_far(rows, sums[c], sums[pitch + c]);
+      if (far) {
+        for (int64_t c = c0; c < c1; ++c) pivot[c] += A(sums[c] / rows);
+        reduce_columns<Deviation<kFirst>>(p, in, r0, stop, c0, c1, pivot, pitch, sums);
+      }
       const double share = rows / total, weight = seen * share;
       for (int64_t c = c0; c < c1; ++c) {
         double chunk[3];
-        correct(rows, mean[c], sums[c], sums[pitch + c], chunk);
+        correct(rows, pivot[c], sums[c], sums[pitch + c], chunk);
         const double delta = chunk[1] - means[c];
         means[c] += delta * share;
         deviations[c] += chunk[2] + delta * delta * weight;
+        pivot[c] = A(means[c]);
       }
       seen = total;
     }
     for (int64_t c = c0; c < c1; ++c) counts[c] = seen;
+  }
+
+  // What is normalised of this element.
+  A first(const T* x) const {
+    const A value = load(x, 1)[0];
+    return kFirst ? leaky_relu(value, A(p.negative_slope)) : value;
   }
 
   void finish(int64_t c, const double* partial, A* coefficients, int64_t pitch) const {
@@ -425,7 +436,7 @@ struct ForwardPass : PassBase<T, kFirst> {
       statistics[c] = A(partial[1]);
       statistics[p.c + c] = A(partial[2] / partial[0]);
     }
-    this->prepare_chain(p, c, coefficients, pitch);
+    this->prepare_chain(p, c, this->channel(p, c), coefficients, pitch);
   }
 };
 
@@ -448,16 +459,13 @@ struct SumPass : PassBase<T, kFirst> {
   }
 
   void prepare(int64_t c, A* coefficients, int64_t pitch) const {
-    this->prepare_chain(p, c, coefficients, pitch);
+    this->prepare_chain(p, c, this->channel(p, c), coefficients, pitch);
   }
 
   void reduce(int64_t c, int64_t begin, int64_t end, const A* coefficients, double* partial) const {
-    for (int k = 0; k < kPartials; ++k) partial[k] = 0;
-    for (; begin < end; begin += kChunk) {
-      double chunk[kPartials];
-      reduce_runs<Element>(p, in, c, begin, minimum(begin + kChunk, end), coefficients, chunk);
-      merge(partial, chunk);
-    }
+    double sums[kPartials];
+    reduce_runs<Element>(p, in, c, begin, end, coefficients, sums);
+    merge(partial, sums);
   }
 
   void reduce_rows(int64_t r0, int64_t r1, int64_t c0, int64_t c1, A* work, int64_t pitch,
@@ -476,12 +484,12 @@ struct SumPass : PassBase<T, kFirst> {
   }
 
   // The channel's sums, written where they were computed here, else read; x's in units of xhat.
-  void take_sums(int64_t c, const double* partial, double* sums) const {
+  GK_INLINE void take_sums(int64_t c, double invstd, const double* partial, double* sums) const {
     A* stored = static_cast<A*>(p.sums);
     for (int k = 0; k < kPartials; ++k) {
       const bool of_xhat = k == 1 || k == 3;
       if (reduces()) {
-        sums[k] = of_xhat ? partial[k] * this->invstd(p, c) : partial[k];
+        sums[k] = of_xhat ? partial[k] * invstd : partial[k];
         stored[k * p.c + c] = A(sums[k]);
       } else {
         sums[k] = stored ? double(stored[k * p.c + c]) : 0;
@@ -505,11 +513,11 @@ struct BackwardPass : SumPass<T, kFirst, BackwardElement<kFirst>, BatchNormLeaky
   void finish(int64_t c, const double* partial, A* coefficients, int64_t pitch) const {
     const auto& p = this->p;
     double sums[2];
-    this->take_sums(c, partial, sums);
-    this->prepare_chain(p, c, coefficients, pitch);
-    const auto k =
-        backward_coefficients<double>(load_parameter(p.weight, p.parameter_dtype, c, 1),
-                                      this->invstd(p, c), sums[0], sums[1], p.count, p.training);
+    const auto channel = this->channel(p, c);
+    this->take_sums(c, channel.invstd, partial, sums);
+    this->prepare_chain(p, c, channel, coefficients, pitch);
+    const auto k = backward_coefficients<double>(channel.weight, channel.invstd, sums[0], sums[1],
+                                                 p.count, p.training);
     coefficients[3 * pitch] = A(k.g);
     coefficients[4 * pitch] = A(k.centred);
     coefficients[5 * pitch] = A(k.constant);
@@ -534,12 +542,13 @@ struct DoubleBackwardPass
   void finish(int64_t c, const double* partial, A* coefficients, int64_t pitch) const {
     const auto& p = this->p;
     double sums[5], grad_weight;
-    this->take_sums(c, partial, sums);
-    this->prepare_chain(p, c, coefficients, pitch);
+    const auto channel = this->channel(p, c);
+    this->take_sums(c, channel.invstd, partial, sums);
+    this->prepare_chain(p, c, channel, coefficients, pitch);
     const DType accumulation = sizeof(A) == 8 ? DType::kFloat64 : DType::kFloat32;
     const auto k = double_backward_coefficients<double>(
-        load_parameter(p.weight, p.parameter_dtype, c, 1), this->invstd(p, c), sums[0], sums[1],
-        sums[2], sums[3], sums[4], load_parameter(p.grad_grad_weight, accumulation, c, 0),
+        channel.weight, channel.invstd, sums[0], sums[1], sums[2], sums[3], sums[4],
+        load_parameter(p.grad_grad_weight, accumulation, c, 0),
         load_parameter(p.grad_grad_bias, accumulation, c, 0), p.count, p.training, &grad_weight);
     const double values[] = {k.y_v, k.y_centred, k.y_constant, k.x_g,
                              k.x_v, k.x_centred, k.x_constant};
@@ -558,23 +567,28 @@ void run_channels_first(const Pass& pass, CpuThreads threads) {
   const auto& p = pass.p;
   const int64_t size = p.n * p.s;
   if (size * p.c < kSerial) threads.count = 1;
-  const auto map = streams<T>(p) ? map_run<Element, true, T> : map_run<Element, false, T>;
+  const auto map = streams<T, Element>(p) ? map_run<Element, true, T> : map_run<Element, false, T>;
   const A slope = A(p.negative_slope);
   Buffer<A> coefficients(p.c * kMaxCoefficients);
   auto of_channel = [&](int64_t c) { return coefficients.data + c * kMaxCoefficients; };
 
+  // Whole runs at a time where they are short.
+  const int64_t step = p.s < kChunk ? kChunk / maximum<int64_t>(1, p.s) * p.s : kChunk;
+
   // What fits in the cores' caches as a whole is reduced and mapped channel by channel, in one go.
-  // Larger tensors gain nothing from that, though a channel of them would fit: written channel by
-  // channel, short runs far apart, the results cost more than reading the input a second time.
+  // Larger tensors gain nothing from that, though a channel of them would fit: short runs far apart
+  // cost memory more than it takes to read them a second time.
   const bool cached =
       size * p.c * int64_t(sizeof(T)) * Element::kInputs <= kCacheBytes * threads.count;
   const bool balanced = p.c % threads.count == 0 || p.c >= 8 * threads.count;
   if (pass.reduces() && pass.maps() && cached && balanced) {
     return parallel(threads, p.c, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
-        double partial[K];
+        double partial[K] = {};
         pass.prepare(c, of_channel(c), 1);
-        pass.reduce(c, 0, size, of_channel(c), partial);
+        for (int64_t i = 0; i < size; i += step) {
+          pass.reduce(c, i, minimum(i + step, size), of_channel(c), partial);
+        }
         pass.finish(c, partial, of_channel(c), 1);
         for (int64_t n = 0; n < p.n; ++n) {
           map(pass.in, pass.out, (n * p.c + c) * p.s, p.s, of_channel(c), slope);
@@ -583,34 +597,41 @@ void run_channels_first(const Pass& pass, CpuThreads threads) {
     });
   }
 
-  const int64_t parts = threads.count;  // of each channel; task = c * parts + part
-  Buffer<double> partials(p.c * parts * K);
+  const int64_t parts = threads.count;
+  Buffer<double> partials(parts * p.c * K);
+  for (int64_t i = 0; i < parts * p.c * K; ++i) partials.data[i] = 0;
   if (pass.reduces()) {
-    parallel(threads, p.c * parts, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t c = task / parts, part = task % parts;
-        A own[kMaxCoefficients];
-        pass.prepare(c, own, 1);
-        pass.reduce(c, size * part / parts, size * (part + 1) / parts, own,
-                    partials.data + task * K);
+    for (int64_t c = 0; c < p.c; ++c) pass.prepare(c, of_channel(c), 1);
+    const int64_t grain = p.n < parts ? 1 : p.s;
+    parallel(threads, parts, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t last = size / grain * (part + 1) / parts * grain;
+        for (int64_t i = size / grain * part / parts * grain; i < last; i += step) {
+          for (int64_t c = 0; c < p.c; ++c) {
+            pass.reduce(c, i, minimum(i + step, last), of_channel(c),
+                        partials.data + (part * p.c + c) * K);
+          }
+        }
       }
     });
   }
   for (int64_t c = 0; c < p.c; ++c) {
-    double* total = partials.data + c * parts * K;
-    for (int64_t part = 1; part < parts && pass.reduces(); ++part) {
-      Pass::merge(total, total + part * K);
-    }
+    double* total = partials.data + c * K;
+    for (int64_t part = 1; part < parts; ++part) Pass::merge(total, total + part * p.c * K);
     pass.finish(c, total, of_channel(c), 1);
   }
   if (!pass.maps()) return;
-  // In the order of memory: rows (n, c), in parts of them where there are few.
+  // Rows (n, c), in parts of them where there are few.
   const int64_t pieces = p.n * p.c >= 8 * threads.count ? 1 : threads.count;
+  const int64_t block = divide_up(kBlockBytes, p.s * int64_t(sizeof(T)));
   parallel(threads, p.n * p.c * pieces, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / pieces, piece = task % pieces;
-      const int64_t from = p.s * piece / pieces, to = p.s * (piece + 1) / pieces;
-      map(pass.in, pass.out, row * p.s + from, to - from, of_channel(row % p.c), slope);
+    // The latest blocks first: they are still in a cache from the reduction.
+    for (int64_t last = end; last > begin; last -= block) {
+      for (int64_t task = maximum(last - block, begin); task < last; ++task) {
+        const int64_t row = task / pieces, piece = task % pieces;
+        const int64_t from = p.s * piece / pieces, to = p.s * (piece + 1) / pieces;
+        map(pass.in, pass.out, row * p.s + from, to - from, of_channel(row % p.c), slope);
+      }
     }
   });
 }
@@ -634,8 +655,8 @@ void run_channels_last(const Pass& pass, CpuThreads threads) {
   const bool aligned =
       p.c % VectorOf<A>::width == 0 && misalignment<Element::kOutputs>(pass.out, 0) == 0;
   auto map = [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const A* coefficients) {
-    const auto run =
-        streams<T>(p) && aligned ? map_columns<Element, true, T> : map_columns<Element, false, T>;
+    const auto run = streams<T, Element>(p) && aligned ? map_columns<Element, true, T>
+                                                       : map_columns<Element, false, T>;
     run(p, pass.in, pass.out, r0, r1, c0, c1, coefficients, pitch);
   };
 
@@ -749,32 +770,24 @@ void update_running_statistics(const UpdateRunningStatistics& p, const CpuThread
     if (p.cumulative) momentum = 1 / double(*p.num_batches_tracked);
   }
   const double unbiased = p.count / (p.count - 1);
-  auto blend = [&](void* running, int64_t i, double value) {
-    const double old = load_parameter(running, p.running_dtype, i, 0);
-    const double updated = old + momentum * (value - old);
-    Vector<float> v{};
-    switch (p.running_dtype) {
-      case DType::kFloat64:
-        static_cast<double*>(running)[i] = updated;
-        break;
-      case DType::kFloat32:
-        static_cast<float*>(running)[i] = float(updated);
-        break;
-      case DType::kBFloat16:
-        v[0] = float(updated);
-        static_cast<uint16_t*>(running)[i] = narrow(v, (BFloat16*)nullptr)[0];
-        break;
-      case DType::kFloat16:
-        v[0] = float(updated);
-        static_cast<uint16_t*>(running)[i] = narrow(v, (Float16*)nullptr)[0];
-        break;
-    }
-  };
-  for (int64_t c = 0; c < p.c; ++c) {
-    blend(p.running_mean, c, load_parameter(p.statistics, p.statistics_dtype, c, 0));
-    blend(p.running_var, c,
-          load_parameter(p.statistics, p.statistics_dtype, p.c + c, 0) * unbiased);
-  }
+  with_storage(p.running_dtype, [&](auto storage) {
+    using T = typename decltype(storage)::type;
+    using A = Accumulate<T>;
+    constexpr int W = VectorOf<A>::width;
+    const A* statistics = static_cast<const A*>(p.statistics);
+    auto blend = [&](void* running, const A* values, double factor) {
+      T* const to = static_cast<T*>(running);
+      auto blended = [&](Vector<A> old, Vector<A> value) {
+        return old + A(momentum) * (value * A(factor) - old);
+      };
+      int64_t c = 0;
+      for (; c + W <= p.c; c += W) store(to + c, blended(load(to + c), load(values + c)));
+      const int rest = int(p.c - c);
+      if (rest) store(to + c, blended(load(to + c, rest), load(values + c, rest)), rest);
+    };
+    blend(p.running_mean, statistics, 1);
+    blend(p.running_var, statistics + p.c, unbiased);
+  });
 }
 
 }  // namespace gankernels::GK_ISA

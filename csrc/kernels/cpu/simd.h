@@ -65,9 +65,18 @@ typedef int32_t FloatMask __attribute__((vector_size(kVectorBytes)));
 
 // ---- conversions of a whole register -----------------------------------------------------------
 
-GK_INLINE Vector<float> widen(HalfBits v, BFloat16*) {
-  return (Vector<float>)(__builtin_convertvector(v, FloatBits) << 16);
+// What __builtin_convertvector says too, but GCC 12 takes five instructions for it.
+GK_INLINE FloatBits extend(HalfBits v) {
+#if defined(__AVX512F__)
+  return (FloatBits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif defined(__AVX2__)
+  return (FloatBits)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, FloatBits);
+#endif
 }
+
+GK_INLINE Vector<float> widen(HalfBits v, BFloat16*) { return (Vector<float>)(extend(v) << 16); }
 
 GK_INLINE HalfBits narrow(Vector<float> v, BFloat16*) {
   const FloatBits bits = (FloatBits)v;
@@ -106,7 +115,7 @@ GK_INLINE HalfBits narrow(Vector<float> v, Float16*) {
 }
 #else
 GK_INLINE Vector<float> widen(HalfBits v, Float16*) {
-  const FloatBits bits = __builtin_convertvector(v, FloatBits);
+  const FloatBits bits = extend(v);
   const FloatBits magnitude = bits & 0x7fff;
   // Shift exponent and mantissa into place, then let a multiplication by 2^112 move the exponent's
   // bias: it handles subnormal halves too. Infinity and NaN get the full exponent.
@@ -154,6 +163,15 @@ template <typename T>
 GK_INLINE void store(T* p, Vector<float> v) {
   const HalfBits bits = narrow(v, (T*)nullptr);
   memcpy(p, &bits, sizeof bits);
+}
+
+// One register's worth of elements as they are.
+template <typename T>
+GK_INLINE void copy_vector(T* to, const T* from) {
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
+  Bytes bytes;
+  memcpy(&bytes, from, sizeof bytes);
+  memcpy(to, &bytes, sizeof bytes);
 }
 
 // The first `count` lanes, the others zero. 0 < count < width.
@@ -245,9 +263,12 @@ GK_INLINE Vector<A> keep_first(Vector<A> v, int count) {
 // The sum of the lanes, in a fixed order.
 template <typename A>
 GK_INLINE double sum_lanes(Vector<A> v) {
-  double sum = 0;
-  for (int i = 0; i < VectorOf<A>::width; ++i) sum += double(v[i]);
-  return sum;
+  double sums[VectorOf<A>::width];
+  for (int i = 0; i < VectorOf<A>::width; ++i) sums[i] = double(v[i]);
+  for (int half = VectorOf<A>::width / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
 }
 
 template <typename T>
