@@ -26,7 +26,7 @@ constexpr int64_t kCacheBytes = 768 << 10;
 constexpr int64_t kSerial = 16384;
 // Where more than this is read and written, results are stored past the caches: they would not be
 // found there again, and lines that are written whole need not be read first.
-constexpr int64_t kStreamBytes = 32 << 20;
+constexpr int64_t kStreamBytes = 24 << 20;
 
 constexpr int kMaxPartials = 5, kMaxCoefficients = 10;
 

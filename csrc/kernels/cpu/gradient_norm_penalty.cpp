@@ -1,7 +1,8 @@
 // gradient_norm_penalty on the CPU. Compiled once per instruction set, into the namespace GK_ISA.
 //
 // Bytes: forward reads the gradient once; backward reads it once and writes as much; double
-// backward reads gradient and tangent twice, the second time mostly from a cache, and writes once.
+// backward reads gradient and tangent and writes once, sample by sample, so that what it needs
+// twice of a sample comes from a cache the second time.
 #include "../gradient_norm_penalty.h"
 
 #include "parallel.h"
@@ -108,22 +109,21 @@ struct Kernel {
     *static_cast<A*>(q.penalty) = A(total / double(p.n));
   }
 
-  // out = of_a(n) * a + of_b(n) * b for every sample n.
-  template <typename OfA, typename OfB>
-  void combine_all(const T* a, const OfA& of_a, const T* b, const OfB& of_b, T* out) const {
+  // out = p * a + q * b, elements [offset, offset + length) of all.
+  void combine_part(const T* a, double p_a, const T* b, double p_b, T* out, int64_t offset,
+                    int64_t length) const {
     const bool large = p.n * p.d * int64_t(sizeof(T)) > kStreamBytes;
     const auto run = large ? combine<true, T, A> : combine<false, T, A>;
-    for_each_part([&](int64_t n, int64_t offset, int64_t length, int64_t) {
-      run(a + offset, A(of_a(n)), b ? b + offset : nullptr, A(of_b(n)), out + offset, length);
-    });
+    run(a + offset, A(p_a), b ? b + offset : nullptr, A(p_b), out + offset, length);
   }
 
   // d penalty / d grad = phi'(s) * 2 grad / N.
   void backward(const GradientNormPenaltyBackward& q) const {
     const double outer = *static_cast<const A*>(q.grad_penalty) * 2 / double(p.n);
-    combine_all(
-        static_cast<const T*>(q.grad), [&](int64_t n) { return outer * penalty(n).first; },
-        static_cast<const T*>(nullptr), [](int64_t) { return 0.0; }, static_cast<T*>(q.grad_grad));
+    for_each_part([&](int64_t n, int64_t offset, int64_t length, int64_t) {
+      combine_part(static_cast<const T*>(q.grad), outer * penalty(n).first, nullptr, 0,
+                   static_cast<T*>(q.grad_grad), offset, length);
+    });
   }
 
   // With tangent t: L = outer * sum_n phi'(s_n) (t . grad)_n, outer = 2 grad_penalty / N, and so
@@ -131,23 +131,32 @@ struct Kernel {
   void double_backward(const GradientNormPenaltyDoubleBackward& q) const {
     const T *grad = static_cast<const T*>(q.grad), *t = static_cast<const T*>(q.tangent);
     const double outer = *static_cast<const A*>(q.grad_penalty) * 2 / double(p.n);
-    Buffer<double> partial(p.n * parts), of_t(p.n), of_grad(p.n);
-    for_each_part([&](int64_t, int64_t offset, int64_t length, int64_t task) {
-      partial.data[task] = dot(grad + offset, t + offset, length);
-    });
-    double total = 0;
-    for (int64_t n = 0; n < p.n; ++n) {
-      double product = 0;
-      for (int64_t part = 0; part < parts; ++part) product += partial.data[n * parts + part];
+    Buffer<double> products(p.n * parts);
+    auto product = [&](int64_t n) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += products.data[n * parts + part];
+      return sum;
+    };
+    auto reduce = [&](int64_t, int64_t offset, int64_t length, int64_t task) {
+      products.data[task] = dot(grad + offset, t + offset, length);
+    };
+    auto map = [&](int64_t n, int64_t offset, int64_t length, int64_t) {
       const PenaltyValue<double> phi = penalty(n);
-      total += phi.first * product;
-      of_t.data[n] = outer * phi.first;
-      of_grad.data[n] = outer * 2 * phi.second * product;
+      combine_part(t, outer * phi.first, grad, outer * 2 * phi.second * product(n),
+                   static_cast<T*>(q.grad_grad), offset, length);
+    };
+    if (parts == 1) {
+      for_each_part([&](auto... part) {
+        reduce(part...);
+        map(part...);
+      });
+    } else {
+      for_each_part(reduce);
+      for_each_part(map);
     }
+    double total = 0;
+    for (int64_t n = 0; n < p.n; ++n) total += penalty(n).first * product(n);
     *static_cast<A*>(q.grad_grad_penalty) = A(total * 2 / double(p.n));
-    combine_all(
-        t, [&](int64_t n) { return of_t.data[n]; }, grad,
-        [&](int64_t n) { return of_grad.data[n]; }, static_cast<T*>(q.grad_grad));
   }
 };
 
