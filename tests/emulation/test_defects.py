@@ -222,7 +222,7 @@ DEFECTS = [
     Defect(
         "discrimination_sample_meets_itself",
         r"o of .*" + WRONG,
-        Substitution(DISCRIMINATION, "itself = first + j == first_row", "itself = -1 == first_row"),
+        Substitution(DISCRIMINATION, "itself = j == own", "itself = j == -1 - own"),
     ),
     Defect(
         "discrimination_ties_have_a_sign",
