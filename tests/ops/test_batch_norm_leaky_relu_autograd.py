@@ -13,6 +13,8 @@ from gankernels import functional
 
 from .oracle import LAYOUTS, Case, Problem, assert_close, cases, ours, reference, solve
 
+pytestmark = pytest.mark.every_device
+
 FUNCTIONS = {
     "batch_norm_leaky_relu": functional.batch_norm_leaky_relu,
     "leaky_relu_batch_norm": functional.leaky_relu_batch_norm,
@@ -433,10 +435,10 @@ def test_compile_with_other_batch_sizes():
 
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_computes_in_the_dtype_of_x(function, dtype):
+def test_autocast_computes_in_the_dtype_of_x(function, dtype, device):
     weight, bias = torch.rand(3), torch.rand(3)
     mean, var = torch.zeros(3), torch.ones(3)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device, dtype):
         for x in (torch.randn(6, 3, 4), torch.randn(6, 3, 4).to(dtype)):
             y = function(x, mean, var, weight, bias, True)
             assert y.dtype is x.dtype
@@ -446,12 +448,12 @@ def test_autocast_computes_in_the_dtype_of_x(function, dtype):
     assert mean.dtype is var.dtype is torch.float32
 
 
-def test_autocast_model_matches_float32():
+def test_autocast_model_matches_float32(device):
     torch.manual_seed(0)
     model = Discriminator()
     x = torch.randn(8, 3, 8, 8)
     expected = torch.autograd.grad(model(x).mean(), model.norm.weight)[0]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         loss = model(x).float().mean()
     actual = torch.autograd.grad(loss, model.norm.weight)[0]
     assert actual.dtype is torch.float32
