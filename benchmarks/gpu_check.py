@@ -40,17 +40,19 @@ OPTIONAL = {
 }
 
 ENVIRONMENT = """
-import json, torch, gankernels as gk
+import json, platform, torch, gankernels as gk
 info = gk.build_info()
-assert torch.cuda.is_available(), info["cuda_off_because"] or "torch finds no GPU"
-p = torch.cuda.get_device_properties(0)
 print(json.dumps({
-    "device": p.name, "multiprocessors": p.multi_processor_count,
-    "memory_bytes": p.total_memory, "l2_bytes": p.L2_cache_size,
-    "capability": f"{p.major}.{p.minor}", "torch": torch.__version__, "cuda": torch.version.cuda,
-    "gankernels": info, "package": gk.__file__,
+    "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
+    "gankernels": info,
 }))
 assert info["cuda_in_use"], info["cuda_off_because"]
+p = torch.cuda.get_device_properties(0)
+print(json.dumps({
+    "device": p.name, "capability": f"{p.major}.{p.minor}",
+    "multiprocessors": p.multi_processor_count, "memory_bytes": p.total_memory,
+    "l2_bytes": p.L2_cache_size,
+}))
 """
 
 
@@ -108,7 +110,8 @@ def run_stage(stage: Stage, folder: Path) -> Result:
     if late:
         return Result(stage.name, "timed out", seconds, f"after {stage.budget:.0f} s", output)
     if process.returncode:
-        return Result(stage.name, "failed", seconds, f"exit status {process.returncode}", output)
+        note = f"exit status {process.returncode}: {last_line(output)}".rstrip(": ")
+        return Result(stage.name, "failed", seconds, note, output)
     if not re.search(stage.must_say, output):
         return Result(stage.name, "failed", seconds, f"did not say {stage.must_say!r}", output)
     return Result(stage.name, "passed", seconds, last_line(output), output)
