@@ -69,9 +69,9 @@ __device__ inline float exp_of_minus(float d) {
 }
 __device__ inline double exp_of_minus(double d) { return exp(-d); }
 
-// w where d > 0, -w where d < 0, 0 where d = 0: by flipping w's sign bit.
+// Adds w where d > 0, -w where d < 0, nothing where d = 0: by flipping w's sign bit.
 template <typename A>
-__device__ inline A with_sign_of(A d, A w) {
+__device__ inline void add_with_sign_of(A d, A w, A& sum) {
   using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
   constexpr Bits kSign = Bits{1} << (8 * sizeof(A) - 1);
   Bits of_d, of_w;
@@ -79,7 +79,7 @@ __device__ inline A with_sign_of(A d, A w) {
   memcpy(&of_w, &w, sizeof(A));
   of_w ^= of_d & kSign;
   memcpy(&w, &of_w, sizeof(A));
-  return d != 0 ? w : A(0);
+  if (d != 0) sum += w;
 }
 
 // The weight of a pair's signs in grad_m, and what the pair adds to the sums of row i.
@@ -252,18 +252,27 @@ __global__ void __launch_bounds__(kSmallThreads)
       if (D == 2) {
         load_row(v_tile + j * kStride, other);
 #pragma unroll
-        for (int c = 0; c < kC; ++c) s += with_sign_of(difference[c], v[D == 2 ? c : 0] - other[c]);
+        for (int c = 0; c < kC; ++c) {
+          // Used twice, and there are too few predicates to keep.
+          difference[c] = difference[c] != 0 ? copysign(A(1), difference[c]) : A(0);
+          s += difference[c] * (v[D == 2 ? c : 0] - other[c]);
+        }
       }
       A weight = 0;
 #pragma unroll
       for (int i = 0; i < I; ++i) {
+        A e = exp_of_minus(distance[i]);
         const bool itself = j == own + i * kWarp;
-        const A e = itself ? A(0) : exp_of_minus(distance[i]);
+        if (itself) e = 0;
         weight = weigh<D>(e, s, D > 0 ? g + g_tile[j] : A(0), tile_sums[i]);
       }
-      if (D == 1 || (D == 2 && p.grads != nullptr)) {
+      if (D == 1) {
 #pragma unroll
-        for (int c = 0; c < kC; ++c) grads[D > 0 ? c : 0] += with_sign_of(difference[c], weight);
+        for (int c = 0; c < kC; ++c) add_with_sign_of(difference[c], weight, grads[D > 0 ? c : 0]);
+      }
+      if (D == 2 && p.grads != nullptr) {
+#pragma unroll
+        for (int c = 0; c < kC; ++c) grads[D > 0 ? c : 0] += difference[c] * weight;
       }
     }
 #pragma unroll
@@ -341,7 +350,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_kernel(const Problem p
           for (int j = 0; j < V; ++j) {
             const A difference = a.values[i] - o.values[j];
             distance[i][j] += fabs(difference);
-            if (D == 2) s[i][j] += with_sign_of(difference, of_a.values[i] - of_o.values[j]);
+            if (D == 2) add_with_sign_of(difference, of_a.values[i] - of_o.values[j], s[i][j]);
           }
         }
       }
@@ -378,7 +387,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_kernel(const Problem p
           const auto weight = load<V>(weights + (D > 0 ? (j + jj) * kStride + i0 : 0));
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            grads[i] += with_sign_of(a.values[i] - o.values[jj], weight.values[i]);
+            add_with_sign_of(a.values[i] - o.values[jj], weight.values[i], grads[i]);
           }
         }
       }
