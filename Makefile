@@ -36,7 +36,7 @@ gpu-check:
 lint:
 	@python=$(call ready,test) && \
 	$$python -m ruff check . && $$python -m ruff format --check . && \
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | \
+	find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' | \
 	xargs $$python -c "import clang_format; clang_format.clang_format()" --dry-run --Werror
 
 clean:

@@ -85,12 +85,13 @@ def run_stage(stage: Stage, folder: Path) -> Result:
     if stage.skip_because:
         return Result(stage.name, "skipped", 0.0, stage.skip_because)
     begin = time.monotonic()
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    imports = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    own = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": imports, "PATH": search_path()}
     try:
         process = subprocess.Popen(
             [str(part) for part in stage.command],
             cwd=folder,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **stage.environment},
+            env={**os.environ, **own, **stage.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -137,12 +138,14 @@ def stages(wheel: bool) -> list[Stage]:
 
     def sanitizer(tool: str, must_say: str) -> Stage:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        skip = "" if shutil.which(command[0]) else "compute-sanitizer is not on the PATH"
+        found = shutil.which(command[0], path=search_path())
+        skip = "" if found else "compute-sanitizer is not on the PATH"
+        command[0] = found or command[0]
         return Stage(tool, [*command, python, OPS, "--once"], 50, must_say, separate, skip)
 
     return [
-        Stage("build", build, 120, "", build_settings(), "a wheel was given" if wheel else ""),
-        Stage("environment", [python, "-c", ENVIRONMENT], 30),
+        Stage("build", build, 100, "", build_settings(), "a wheel was given" if wheel else ""),
+        Stage("environment", [python, "-c", ENVIRONMENT], 20),
         Stage("tests", [*tests, *parallel, *same], 170, r"\d passed", {}, no_pytest),
         Stage(
             "graphs, streams, compile",
@@ -150,8 +153,14 @@ def stages(wheel: bool) -> list[Stage]:
         ),
         sanitizer("memcheck", "ERROR SUMMARY: 0 errors"),
         sanitizer("racecheck", "RACECHECK SUMMARY: 0 hazards"),
-        Stage("benchmarks", [python, OPS], 110),
+        Stage("benchmarks", [python, OPS], 140),
     ]  # fmt: skip
+
+
+def search_path() -> str:
+    """PATH, and behind it where the CUDA toolkit is wont to be."""
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), str(toolkit)])
 
 
 def has(module: str) -> bool:

@@ -127,8 +127,19 @@ def test_all_stages_take_less_than_ten_minutes():
     assert all(path.exists() for path in paths)
 
 
+def test_tools_are_found_in_the_toolkit_that_is_not_on_the_path(tmp_path, monkeypatch):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho ERROR SUMMARY: 0 errors in $3\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    memcheck = next(s for s in gpu_check.stages(wheel=True) if s.name == "memcheck")
+    assert memcheck.command[0] == str(tool)
+    assert run_stage(memcheck, tmp_path).note == "ERROR SUMMARY: 0 errors in --error-exitcode"
+
+
 def test_missing_tools_are_skipped_and_named(monkeypatch):
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path: None)
     monkeypatch.setattr(gpu_check, "has", lambda module: module not in ("pytest", "xdist"))
     skipped = {s.name: s.skip_because for s in gpu_check.stages(wheel=False) if s.skip_because}
     assert skipped == {
@@ -200,6 +211,7 @@ def test_the_cases_hold_every_bar_and_op():
     }  # fmt: skip
     assert {case.op for case in found} == set(gpu_ops._MAKERS) == {c.op for c in small_cases()}
     assert len(set(found)) == len(found)
+    assert 4 <= sum(case.compiled for case in found) <= 6
 
 
 STEPS = [
