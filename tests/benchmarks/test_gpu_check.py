@@ -273,6 +273,31 @@ def measured(case, launches=None, errors=None, **seconds):
 LARGE = Case("batch_norm_leaky_relu", "forward", (64, 128, 128, 128))  # 0.54 GB
 
 
+def test_rows_are_as_measured(monkeypatch):
+    """Measured on the CPU by a clock that stands still; one contender fails."""
+
+    def seconds_of(run):
+        run()
+        return 1e-6
+
+    def on_the_cpu(case, *, compiled):
+        return {**contenders(case, "cpu"), "failing": lambda: 1 / 0}
+
+    monkeypatch.setattr(gpu_ops, "seconds_of", seconds_of)
+    monkeypatch.setattr(gpu_ops, "launches_of", lambda run: 2)
+    monkeypatch.setattr(gpu_ops, "contenders", on_the_cpu)
+    for case in (
+        Case("batch_norm_leaky_relu", "forward", (60, 3)),
+        Case("minibatch_discrimination", "backward", (6, 3, 2)),
+    ):
+        row = gpu_ops.measure(case)
+        errors = {"failing": "ZeroDivisionError: division by zero"}
+        launches = 2 if case.bar else None
+        assert json.loads(json.dumps(row)) == measured(case, launches, errors, **row["seconds"])
+        assert row["seconds"]["ours"] == 1e-6
+        assert gpu_check.table([gpu_check.assess(row, 1e12, 1e12)])
+
+
 def test_shares_ratios_and_verdicts():
     bytes_ = LARGE.bytes
     row = gpu_check.assess(measured(LARGE, ours=2e-3, eager=5e-3), bytes_ / 1e-3, None)
