@@ -45,7 +45,7 @@ TENSORS = {
     ("gradient_norm_penalty", "backward"): (2, 2),
     ("gradient_norm_penalty", "double backward"): (3, 5),
     ("interpolate", "forward"): (3, 3),
-    ("minibatch_stddev", "forward"): (1, 1),
+    ("minibatch_stddev", "forward"): (1, 6),
 }
 # Float32 additions of minibatch discrimination to an ordered pair and dimension, some of them fused
 # with a sign: the difference and the distance; in the derivatives the signed sum of weights; in the
