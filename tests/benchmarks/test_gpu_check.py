@@ -50,9 +50,9 @@ def test_a_stage_that_takes_too_long_ends_with_all_it_started(tmp_path):
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); time.sleep(60)"
     )
     begin = time.monotonic()
-    result = run_stage(script(text, budget=2), tmp_path)
-    assert time.monotonic() - begin < 20
-    assert (result.status, result.note, result.output) == ("timed out", "after 2 s", "so far\n")
+    result = run_stage(script(text, budget=5), tmp_path)
+    assert time.monotonic() - begin < 40
+    assert (result.status, result.note, result.output) == ("timed out", "after 5 s", "so far\n")
 
 
 def test_a_stage_that_is_skipped_is_not_run(tmp_path):
