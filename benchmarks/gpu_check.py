@@ -247,7 +247,7 @@ def cells(row: dict) -> list[str]:
         kind, wanted = row["bar"]
         if kind == "launches":
             bar = f"{wanted} launch"
-            reached = f"{row['launches']} launched"
+            reached = "" if shares["launches"] is None else f"{shares['launches']} launched"
         else:
             bar = f"{wanted:.0%}"
         bar += {True: "", False: " !", None: " ?"}[row["bar_met"]]

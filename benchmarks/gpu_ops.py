@@ -345,15 +345,15 @@ def seconds_of(run: Run, *, span: float = 4e-3, replays: int = 15) -> float:
     return statistics.median(once(graph) for _ in range(replays)) / calls
 
 
-def launches_of(run: Run) -> int:
-    """How many kernels a call starts."""
+def launches_of(run: Run) -> int | None:
+    """How many kernels a call starts; None where the profiler sees none at all."""
     run()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
     kernels = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels)
+    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels) or None
 
 
 def copy_bandwidth() -> float:

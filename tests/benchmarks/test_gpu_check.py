@@ -326,6 +326,7 @@ def test_table():
         measured(Case("minibatch_discrimination", "forward", (512, 100, 16)), ours=1e-4),
         measured(Case("gradient_norm_penalty", "forward", (64, 784)), 2, ours=4e-6),
         failing,
+        measured(Case("gradient_norm_penalty", "backward", (64, 784)), ours=4e-6),
     ]
     rows = [gpu_check.assess(row, 2e12, 2e13) for row in rows]
     header, *lines = gpu_check.table(rows).splitlines()
@@ -336,8 +337,9 @@ def test_table():
         "minibatch_discrimination forward 512x100x16 float32 100.0 us 0.837 Gadd 42% FADD 70% !",
         "gradient_norm_penalty forward 64x784 float32 4.0 us 0.2007 MB 2 launched 1 launch !",
         "interpolate forward 4x3 float32 failed 0.000144 MB 1 launched 1 launch",
+        "gradient_norm_penalty backward 64x784 float32 4.0 us 0.4014 MB 1 launch ?",
     ]
-    shapes = ("64x", "512x", "64x", "4x")
+    shapes = ("64x", "512x", "64x", "4x", "64x")
     starts = {line.index(shape) for line, shape in zip(lines, shapes, strict=True)}
     assert len(starts) == 1
 
