@@ -8,6 +8,8 @@ from torch import nn
 
 import gankernels as gk
 
+pytest.importorskip("triton", reason="torch.compile needs Triton on CUDA")
+
 
 class Discriminator(nn.Module):
     def __init__(self):
