@@ -1,7 +1,9 @@
-# make demo    train a conditional GAN on real handwritten digits and leave a picture
-# make test    set everything up and run all tests
-# make bench   the kernels against eager PyTorch and torch.compile
-# make lint    formatting and static checks
+# make demo       train a conditional GAN on real handwritten digits and leave a picture
+# make test       set everything up and run all tests
+# make bench      the kernels against eager PyTorch and torch.compile
+# make gpu-check  all that takes an NVIDIA GPU: tests, compute-sanitizer, CUDA graphs, benchmarks;
+#                 WHEEL=path checks a wheel, OUT=folder takes the results; installs nothing
+# make lint       formatting and static checks
 #
 # Each sets up what it needs: see .ci/prepare.py. TORCH is what pip installs where there is no
 # suitable torch; PyPI's Linux build brings CUDA with it, pytorch.org says how to get another.
@@ -12,7 +14,7 @@ RUN ?= runs/demo
 
 ready = $$($(PYTHON) .ci/prepare.py --torch "$(TORCH)" $(1))
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu-check lint clean
 
 demo:
 	@python=$(call ready,train) && \
@@ -27,10 +29,14 @@ test:
 bench:
 	@python=$(call ready,test) && $$python benchmarks/batch_norm_leaky_relu.py --compiled
 
+# Not by way of `ready`: the machine with the GPU may have no network to install anything from.
+gpu-check:
+	@$(PYTHON) benchmarks/gpu_check.py $(if $(WHEEL),--wheel "$(WHEEL)") $(if $(OUT),--out "$(OUT)")
+
 lint:
 	@python=$(call ready,test) && \
 	$$python -m ruff check . && $$python -m ruff format --check . && \
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | \
+	find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' | \
 	xargs $$python -c "import clang_format; clang_format.clang_format()" --dry-run --Werror
 
 clean:

@@ -13,9 +13,48 @@ import gankernels as gk
 ROOT = Path(__file__).parent.parent
 CAPABILITIES = ("default", "avx2", "avx512")
 
+# What the tests compare in float32 is not to differ by convolutions in 10 bits.
+torch.backends.cudnn.allow_tf32 = False
+
+
+# ---- the device under test -----------------------------------------------------------------------
+#
+# A test marked every_device runs on the CPU and, as a copy marked cuda, with CUDA as PyTorch's
+# default device: its body makes tensors without saying where. The copies are there only where there
+# is a GPU, or where `-m` asks for them, so that elsewhere the suite is as long as it was. Oracles
+# are solved on the CPU, in float64. cpu_only exempts a test of a marked module.
+
+
+def pytest_generate_tests(metafunc):
+    test = metafunc.definition
+    if not test.get_closest_marker("every_device") or test.get_closest_marker("cpu_only"):
+        return
+    asked_for = "cuda" in metafunc.config.option.markexpr.replace("not cuda", "")
+    if asked_for or torch.cuda.is_available():
+        devices = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+        metafunc.parametrize("device", devices, indirect=True)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU, and torch finds none")
+
 
 @pytest.fixture(autouse=True)
-def _restore_global_state():
+def device(request):
+    """Where a test's tensors are made: "cpu" or "cuda"."""
+    name = getattr(request, "param", "cpu")
+    if name == "cpu":
+        yield name
+        return
+    assert gk.build_info()["cuda_off_because"] is None
+    torch.set_default_device(name)
+    yield name
+    torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def _restore_global_state(device):
     """A test may change threads, backend or random state without looking after the next one."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
@@ -54,8 +93,8 @@ def usable():
 
 @pytest.fixture
 def rerun_with_capability(python, usable):
-    """`rerun_with_capability(capability, file, selection)` runs tests, selected as by -k, with
-    kernels of an instruction set other than the best."""
+    """`rerun_with_capability(capability, file, selection)` runs a file's tests on the CPU, selected
+    as by -k, with kernels of an instruction set other than the best."""
 
     def rerun(capability, file, selection):
         wanted = {
@@ -63,8 +102,8 @@ def rerun_with_capability(python, usable):
             "GANKERNELS_TEST_CAPABILITY": usable(capability),
         }
         result = python(
-            "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", selection, env=wanted,
-            check=False,
+            "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", selection,
+            *("-m", "not cuda"), env=wanted, check=False,
         )  # fmt: skip
         assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 

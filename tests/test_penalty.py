@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from ops.oracle import HALVES, LAYOUTS, assert_as_close_as_pytorch, assert_close
+from ops.oracle import HALVES, LAYOUTS, assert_as_close_as_pytorch, assert_close, seeded
+from property_based import given, settings, st
 from torch import nn
 
 import gankernels as gk
@@ -15,12 +14,14 @@ from gankernels import functional
 from gankernels.functional import gradient_norm_penalty, gradient_penalty, interpolate
 from gankernels.ops.gradient_norm_penalty import KINDS, reference
 
+pytestmark = pytest.mark.every_device
+
 DTYPES = [torch.float32, torch.float64, *HALVES]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
@@ -31,7 +32,7 @@ def gradients(shape, dtype=torch.float32, seed=0):
     """Samples with norms from 0.3 to 2, so that both sides of the centre 1 occur."""
     wide = draw(*shape, seed=seed)
     flat = wide.flatten(1) if wide.dim() > 1 else wide.unsqueeze(1)
-    size = 0.3 + 1.7 * torch.rand(shape[0], 1, generator=torch.Generator().manual_seed(seed + 1))
+    size = 0.3 + 1.7 * torch.rand(shape[0], 1, generator=seeded(seed + 1))
     return (flat / flat.norm(dim=1, keepdim=True) * size).reshape(shape).to(dtype)
 
 
@@ -43,7 +44,7 @@ def solve(function, grad, kind, center, tangent):
     """The penalty, its derivative, and that one's derivatives along a tangent."""
     grad = grad.detach().requires_grad_()
     penalty = function(grad, kind, center)
-    factor = torch.tensor(0.7, dtype=penalty.dtype, requires_grad=True)
+    factor = penalty.new_tensor(0.7).requires_grad_()
     (first,) = torch.autograd.grad(penalty, grad, factor, create_graph=True)
     second = torch.autograd.grad(first, (grad, factor), tangent)
     names = ("penalty", "first", "second", "second_factor")
@@ -55,7 +56,7 @@ def check(grad, kind="wgan-gp", center=1.0, tangent=None, floor=0.0):
     if tangent is None:
         tangent = draw(*grad.shape, dtype=grad.dtype, seed=9)
     actual = solve(gradient_norm_penalty, grad, kind, center, tangent)
-    expected = solve(plain, grad.double(), kind, center, tangent.double())
+    expected = solve(plain, grad.double().cpu(), kind, center, tangent.double().cpu())
     if grad.dtype in HALVES:
         pytorch = solve(plain, grad, kind, center, tangent)
         halves, wide = ("first", "second"), ("penalty", "second_factor")
@@ -109,6 +110,7 @@ def test_oracle_widths(dtype):
             check(gradients((n, d), dtype, seed=d), "wgan-gp", 1.0)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(
     ("n", "d"),
@@ -214,7 +216,7 @@ def test_oracle_any_shape(problem, threads):
     grad = LAYOUTS[layout](grad)
     tangent = LAYOUTS[outer](draw(*grad.shape, dtype=grad.dtype, seed=9))
     found = solve(gradient_norm_penalty, grad, kind, center, tangent)
-    expected = solve(plain, grad.double(), kind, center, tangent.double())
+    expected = solve(plain, grad.double().cpu(), kind, center, tangent.double().cpu())
     # Where an excess or a product is next to nothing there is no relative accuracy.
     tolerance = TOLERANCE.get(grad.dtype, 4 * torch.finfo(grad.dtype).eps)
     assert_close(found, expected, tolerance, floor=1.0)
@@ -337,6 +339,7 @@ def test_repeats_bitwise(shape):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets(capability, rerun_with_capability):
     selection = "oracle_widths or oracle_threads or shape0-dtype0 or drift or at_zero"
@@ -393,7 +396,7 @@ def test_interpolate(layout, dtype):
         LAYOUTS[layout](draw(5, 3, 4, 2, dtype=dtype)),
         draw(5, 3, 4, 2, dtype=dtype, seed=1),
     )
-    alpha = torch.rand(5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    alpha = torch.rand(5, generator=seeded(0)).to(dtype)
     found = interpolate(real, fake, alpha)
     assert found.dtype == dtype
     a = alpha.double().reshape(5, 1, 1, 1)
@@ -502,7 +505,9 @@ def problem(name, dtype=torch.float64, n=5):
     with torch.no_grad():
         for parameter in critic.parameters():
             parameter *= 2  # norms on both sides of 1
-    return critic, draw(n, *shape, dtype=dtype), draw(n, *shape, dtype=dtype, seed=1), arguments
+    real, fake = draw(n, *shape, dtype=dtype), draw(n, *shape, dtype=dtype, seed=1)
+    arguments = tuple(a.to(real.device) if isinstance(a, torch.Tensor) else a for a in arguments)
+    return critic, real, fake, arguments
 
 
 def eager(critic, real, fake, kind, center, arguments, state):
@@ -531,8 +536,10 @@ def parameter_gradients(critic, penalty):
     return dict(zip(map(str, range(len(found))), found, strict=True))
 
 
-def seeded(seed=3):
-    return torch.Generator().manual_seed(seed)
+def rng_state():
+    """Of the default device's own generator."""
+    on_cuda = torch.get_default_device().type == "cuda"
+    return torch.cuda.get_rng_state() if on_cuda else torch.get_rng_state()
 
 
 @pytest.mark.parametrize("center", [1.0, 0.1])
@@ -667,13 +674,13 @@ def test_all_parameters_frozen(method):
 
 @pytest.mark.parametrize("method", ["exact", "finite-difference"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast(kind, method):
+def test_autocast(kind, method, device):
     critic, real, fake, _ = problem("(N, 1)", torch.float32, n=32)
     critic = dense(nn.Softplus())
     expected = gradient_penalty(critic, real, fake, kind=kind, center=0.1, generator=seeded())
     dtypes = []
     critic[1].register_forward_hook(lambda m, i, o: dtypes.append(o.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         found = gradient_penalty(
             critic, real, fake.bfloat16(),  # a generator's output is of half precision here
             kind=kind, center=0.1, method=method, generator=seeded(),
@@ -698,14 +705,14 @@ def test_half_precision_critics(dtype):
 def test_generator_makes_it_repeatable_and_leaves_the_default_alone():
     critic, real, fake, _ = problem("(N, 1)")
     for kind in ("wgan-gp", "wgan-lp", "dragan"):
-        before = torch.get_rng_state()
+        before = rng_state()
         options = {"kind": kind, "center": 0.1}
         first = gradient_penalty(critic, real, fake, generator=seeded(3), **options)
         assert first == gradient_penalty(critic, real, fake, generator=seeded(3), **options)
         assert first != gradient_penalty(critic, real, fake, generator=seeded(4), **options)
-        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(rng_state(), before)
         gradient_penalty(critic, real, fake, **options)
-        assert not torch.equal(torch.get_rng_state(), before)
+        assert not torch.equal(rng_state(), before)
 
 
 @pytest.mark.parametrize("method", ["exact", "finite-difference"])
@@ -939,7 +946,7 @@ def test_finite_difference_sees_one_dropout_mask(p):
         torch.manual_seed(11)
         penalty = gradient_penalty(critic, real, fake, method=method, generator=seeded())
         results.append(parameter_gradients(critic, penalty))
-        states.append(torch.get_rng_state())
+        states.append(rng_state())
     assert_close(results[1], results[0], 1e-7, floor=1e-9)
     assert torch.equal(*states)  # what comes after draws the same numbers too
     torch.manual_seed(12)

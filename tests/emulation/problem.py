@@ -31,6 +31,7 @@ class Problem:
     negative_slope: float = 0.2
     eps: float = 0.1  # large, so that few elements per channel are no ill-conditioned problem
     mean: float = 0.5
+    std: float = 1.0
     misalignment: int = 0  # of every array, in elements
     device: int = 1
 
@@ -47,7 +48,8 @@ class Problem:
     def __str__(self) -> str:
         parts = [f"{self.n}x{self.c}x{self.s}", self.dtype]
         default = Problem()
-        for name in ("parameter_dtype", "negative_slope", "eps", "mean", "misalignment", "device"):
+        numbers = ("negative_slope", "eps", "mean", "std", "misalignment", "device")
+        for name in ("parameter_dtype", *numbers):
             if getattr(self, name) != getattr(default, name):
                 parts.append(f"{name}={getattr(self, name)}")
         for name in ("channels_last", "activation_first"):
@@ -96,7 +98,7 @@ class Solution:
             return torch.stack([mean, var]), z * self.weight[:, None] + self.bias[:, None]
 
         shape = (p.n, p.c, p.s)
-        self.x = random(*shape, dtype=p.dtype, offset=p.mean)
+        self.x = random(*shape, dtype=p.dtype, offset=p.mean, scale=p.std)
         if p.affine:
             self.weight = random(p.c, dtype=p.parameter_dtype, offset=1.0, scale=0.3)
             self.bias = random(p.c, dtype=p.parameter_dtype, scale=0.3)

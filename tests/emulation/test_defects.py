@@ -155,6 +155,11 @@ DEFECTS = [
         Substitution(KERNEL, "distance * distance * a.value[0] * share", "A(0)"),
     ),
     Defect(
+        "pivot_not_added_back",
+        r"statistics of .*" + WRONG,
+        Substitution(KERNEL, "? pivot.mean + sums", "? A(0) * pivot.mean + sums"),
+    ),
+    Defect(
         "penalty_head_left_out",
         WRONG,
         Substitution(PENALTY, "sum += dot<1, kSquare>(a, b, s.begin, s.vectors);", ""),
@@ -222,12 +227,12 @@ DEFECTS = [
     Defect(
         "discrimination_sample_meets_itself",
         r"o of .*" + WRONG,
-        Substitution(DISCRIMINATION, "itself = first + j == first_row", "itself = -1 == first_row"),
+        Substitution(DISCRIMINATION, "itself = j == own", "itself = j == -1 - own"),
     ),
     Defect(
         "discrimination_ties_have_a_sign",
         r"grad_m of .*ties=True",
-        Substitution(DISCRIMINATION, "return d != 0 ? w : A(0);", "return w;"),
+        Substitution(DISCRIMINATION, "if (d != 0) sum += w;", "sum += w;"),
     ),
     Defect(
         "discrimination_one_warp_not_merged",

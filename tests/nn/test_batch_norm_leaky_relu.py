@@ -11,6 +11,8 @@ from torch import nn
 
 import gankernels as gk
 
+pytestmark = pytest.mark.every_device
+
 LAYERS = {
     "BatchNormLeakyReLU1d": (nn.BatchNorm1d, (6, 3)),
     "BatchNormLeakyReLU2d": (nn.BatchNorm2d, (6, 3, 4, 5)),

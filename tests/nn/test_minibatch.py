@@ -9,6 +9,8 @@ from torch import nn
 
 import gankernels as gk
 
+pytestmark = pytest.mark.every_device
+
 
 def discrimination(**options):
     torch.manual_seed(0)
@@ -67,9 +69,9 @@ def test_discrimination_dtype_device_and_repr():
     assert meta(torch.zeros(2, 12, device="meta")).shape == (2, 19)
 
 
-def test_discrimination_under_autocast():
+def test_discrimination_under_autocast(device):
     layer, x = discrimination(), torch.randn(6, 12)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y = layer(x)
     assert torch.equal(y[:, :12].float(), x)
     m = (x.bfloat16() @ layer.weight.bfloat16().flatten(1)).unflatten(1, (7, 3))

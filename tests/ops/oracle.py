@@ -18,6 +18,11 @@ INPUTS = ("x", "weight", "bias")
 TANGENTS = ("grad_y", "tangent_x", "tangent_weight", "tangent_bias")
 
 
+def seeded(seed: int = 3) -> torch.Generator:
+    """A generator on the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def channels_last(x: Tensor) -> Tensor:
     """In the order N, spatial, C, for any number of dimensions."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -80,7 +85,7 @@ class Problem:
 
     def __init__(self, case: Case, gradient_layout: str | None = None):
         self.case = case
-        generator = torch.Generator().manual_seed(case.seed)
+        generator = seeded(case.seed)
         channels = case.shape[1]
         parameter_dtype = case.parameter_dtype or case.dtype
 
@@ -122,12 +127,13 @@ class Problem:
         return x
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same problem in another dtype; its numbers are not rounded where that is wider."""
+        """The same problem in another dtype and on the CPU, where oracles are solved; its numbers
+        are not rounded where the dtype is wider."""
         other = object.__new__(Problem)
         other.case = self.case.but(dtype=dtype, parameter_dtype=None)
         for name, value in vars(self).items():
             if name != "case":
-                setattr(other, name, None if value is None else value.detach().to(dtype))
+                setattr(other, name, None if value is None else value.detach().to("cpu", dtype))
         return other
 
 
@@ -177,7 +183,7 @@ def solve(function: Callable, p: Problem) -> dict[str, Tensor]:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm())
+    return float((a.double().cpu() - b.double().cpu()).norm())
 
 
 def assert_close(actual: dict, expected: dict, tolerance: float, floor: float = 0.0) -> None:

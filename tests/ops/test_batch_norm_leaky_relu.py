@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from property_based import HealthCheck, given, settings, st
 
 import gankernels as gk
 from gankernels import functional
@@ -20,8 +19,11 @@ from .oracle import (
     distance,
     ours,
     reference,
+    seeded,
     solve,
 )
+
+pytestmark = pytest.mark.every_device
 
 ORDERS = (False, True)
 SHAPES = [
@@ -198,6 +200,7 @@ def test_results_beyond_16_MiB(shape, dtype, threads, layout):
     return assert_close(solve(ours, problem), solve(reference, problem.to(torch.float32)), 2.0**-7)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("activation_first", ORDERS)
 def test_threads_change_rounding_only(layout, activation_first):
@@ -322,7 +325,7 @@ def test_kernels_survive_empty_tensors(shape):
 @pytest.mark.parametrize("shape", [(64, 8, 16, 16), (4, 3, 100, 100), (4096, 24)], ids=str)
 def test_large_mean_and_small_deviation_do_not_cancel(shape, layout):
     """E[x^2] - E[x]^2 has no correct digit here, a sum in float32 few."""
-    x = LAYOUTS[layout](torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-2 + 1e4)
+    x = LAYOUTS[layout](torch.randn(shape, generator=seeded(0)) * 1e-2 + 1e4)
     mean, var = torch.zeros(shape[1]), torch.zeros(shape[1])
     y = functional.batch_norm_leaky_relu(x, mean, var, None, None, True, 1.0, negative_slope=1.0)
     dims = [d for d in range(x.dim()) if d != 1]
@@ -396,13 +399,13 @@ def test_nan_and_infinity_spread_as_in_pytorch(
     problem.x[1, 2, 0, 1] = value
     y = ours(problem, problem.x, problem.weight, problem.bias)
     mean, var = problem.running_mean, problem.running_var
-    problem = Problem(case.but(negative_slope=slope))
+    problem = Problem(case.but(negative_slope=slope)).to(dtype)
     problem.x[1, 2, 0, 1] = value
     expected = reference(problem, problem.x, problem.weight, problem.bias)
-    assert torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y.isinf(), expected.isinf())
-    assert torch.equal(mean.isfinite(), problem.running_mean.isfinite())
-    assert torch.equal(var.isfinite(), problem.running_var.isfinite())
+    assert torch.equal(y.isnan().cpu(), expected.isnan())
+    assert torch.equal(y.isinf().cpu(), expected.isinf())
+    assert torch.equal(mean.isfinite().cpu(), problem.running_mean.isfinite())
+    assert torch.equal(var.isfinite().cpu(), problem.running_var.isfinite())
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -431,7 +434,7 @@ def test_half_conversions_are_exact(dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_rounding_to_half_is_to_nearest_even(dtype):
     """Scaled by float32 weights, so that results lie between the type's numbers."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x = torch.randn(4000, 1, generator=generator).to(dtype)
     x = torch.cat([x, x * 1e-5, x * 2e4])  # subnormals and overflow in float16
     for weight in (1.0 + 2.0**-9, 1.0 + 2.0**-12, 0.7311, 3.0):
@@ -465,7 +468,7 @@ def test_running_statistics(dtype, parameter_dtype, momentum, activation_first):
         assert results[name].dtype == (parameter_dtype or dtype)
         tolerance = max(torch.finfo(results[name].dtype).eps, 1e-14)
         torch.testing.assert_close(
-            results[name].double(), expected[name], rtol=tolerance, atol=4 * tolerance
+            results[name].double().cpu(), expected[name], rtol=tolerance, atol=4 * tolerance
         )
 
 
@@ -480,6 +483,7 @@ def test_running_statistics_are_untouched_in_evaluation():
 # ---- instruction sets and backends ---------------------------------------------------------------
 
 
+@pytest.mark.cpu_only
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets(capability, rerun_with_capability):
@@ -487,6 +491,7 @@ def test_other_instruction_sets(capability, rerun_with_capability):
     rerun_with_capability(capability, __file__, selection)
 
 
+@pytest.mark.cpu_only
 def test_instruction_sets_agree(python, usable):
     script = """if True:
         import torch, gankernels as gk

@@ -13,6 +13,8 @@ from gankernels import functional
 
 from .oracle import LAYOUTS, Case, Problem, assert_close, cases, ours, reference, solve
 
+pytestmark = pytest.mark.every_device
+
 FUNCTIONS = {
     "batch_norm_leaky_relu": functional.batch_norm_leaky_relu,
     "leaky_relu_batch_norm": functional.leaky_relu_batch_norm,
@@ -276,7 +278,8 @@ def samples():
 
 
 @functools.cache
-def samples_by_op():
+def samples_by_op(device):
+    """Those of the default device, which `device` names."""
     found = {}
     for name, inputs in samples():
         found.setdefault(name, []).append(inputs)
@@ -291,15 +294,15 @@ FAMILY = sorted(
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_opcheck(name):
+def test_opcheck(name, device):
     op = getattr(_ops, name).default
-    for inputs in samples_by_op()[name]:
+    for inputs in samples_by_op(device)[name]:
         torch.library.opcheck(op, inputs)
 
 
-def test_opcheck_covers_the_family():
+def test_opcheck_covers_the_family(device):
     assert len(FAMILY) == 7
-    assert sorted(samples_by_op()) == FAMILY
+    assert sorted(samples_by_op(device)) == FAMILY
 
 
 def test_partial_sums_make_the_whole():
@@ -398,7 +401,9 @@ class Discriminator(torch.nn.Module):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compile_without_graph_breaks(backend, training):
+def test_compile_without_graph_breaks(backend, training, device):
+    if (device, backend) == ("cuda", "inductor"):
+        pytest.importorskip("triton", reason="torch.compile needs Triton on CUDA")
     torch._dynamo.reset()
     torch.manual_seed(0)
     eager = Discriminator().train(training)
@@ -433,10 +438,10 @@ def test_compile_with_other_batch_sizes():
 
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_computes_in_the_dtype_of_x(function, dtype):
+def test_autocast_computes_in_the_dtype_of_x(function, dtype, device):
     weight, bias = torch.rand(3), torch.rand(3)
     mean, var = torch.zeros(3), torch.ones(3)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device, dtype):
         for x in (torch.randn(6, 3, 4), torch.randn(6, 3, 4).to(dtype)):
             y = function(x, mean, var, weight, bias, True)
             assert y.dtype is x.dtype
@@ -446,12 +451,12 @@ def test_autocast_computes_in_the_dtype_of_x(function, dtype):
     assert mean.dtype is var.dtype is torch.float32
 
 
-def test_autocast_model_matches_float32():
+def test_autocast_model_matches_float32(device):
     torch.manual_seed(0)
     model = Discriminator()
     x = torch.randn(8, 3, 8, 8)
     expected = torch.autograd.grad(model(x).mean(), model.norm.weight)[0]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         loss = model(x).float().mean()
     actual = torch.autograd.grad(loss, model.norm.weight)[0]
     assert actual.dtype is torch.float32

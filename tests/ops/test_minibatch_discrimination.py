@@ -5,13 +5,14 @@ import itertools
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from property_based import given, settings, st
 
 import gankernels as gk
 from gankernels.ops.minibatch_discrimination import reference
 
-from .oracle import HALVES, assert_as_close_as_pytorch, assert_close
+from .oracle import HALVES, assert_as_close_as_pytorch, assert_close, seeded
+
+pytestmark = pytest.mark.every_device
 
 ours = gk.functional.minibatch_discrimination
 
@@ -34,7 +35,7 @@ SHAPES = [
 
 def draw(shape, dtype=torch.float32, *, seed=0, ties=True, scale=None):
     """Samples of which some are equal, in all kernels or in some dimensions."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     n, _, c = shape
     m = torch.randn(shape, generator=generator, dtype=torch.float64)
     m *= (2 / max(c, 1)) if scale is None else scale
@@ -48,14 +49,16 @@ class Problem:
     """m, the gradient of o, and the tangent of the gradient of m."""
 
     def __init__(self, shape, dtype=torch.float32, **options):
-        generator = torch.Generator().manual_seed(1)
+        generator = seeded(1)
         self.m = draw(shape, dtype, **options)
         self.grad_o = torch.randn(shape[:2], generator=generator).to(dtype)
         self.tangent = torch.randn(shape, generator=generator).to(dtype)
 
     def solve(self, function, dtype=None):
+        """With a dtype on the CPU, where oracles are solved."""
         m, grad_o, tangent = (
-            t.detach().to(dtype or t.dtype) for t in (self.m, self.grad_o, self.tangent)
+            t.detach().to("cpu", dtype) if dtype else t.detach()
+            for t in (self.m, self.grad_o, self.tangent)
         )
         m.requires_grad_()
         grad_o.requires_grad_()
@@ -233,7 +236,7 @@ def test_oracle_infinity():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_oracle_exp_within_two_units_in_the_last_place(dtype):
+def test_oracle_exp_within_two_units_in_the_last_place(dtype, device):
     """o of two samples, one of them zero, is exp of minus the other."""
     limit = {torch.float32: 87.3365, torch.float64: 708.396}[dtype]
     distances = torch.cat(
@@ -244,10 +247,13 @@ def test_oracle_exp_within_two_units_in_the_last_place(dtype):
         )
     ).to(dtype)
     o = ours(torch.stack((torch.zeros_like(distances), distances)).unsqueeze(-1))[0]
-    expected = numpy.exp(-distances.numpy().astype(numpy.longdouble))  # 64 bits of mantissa on x86
-    unit = numpy.spacing(expected.astype(distances.numpy().dtype)).astype(numpy.longdouble)
-    error = abs(o.numpy() - expected) / unit
-    assert error.max() <= 2, distances[int(error.argmax())]
+    distances = distances.cpu().numpy()
+    expected = numpy.exp(-distances.astype(numpy.longdouble))  # 64 bits of mantissa on x86
+    unit = numpy.spacing(expected.astype(distances.dtype)).astype(numpy.longdouble)
+    error = abs(o.cpu().numpy() - expected) / unit
+    # CUDA's exponent in float32 is rounded once, as the sums are that a distance is made of.
+    allowed = 2 + (2 * distances if device == "cuda" and dtype is torch.float32 else 0)
+    assert (error <= allowed).all(), distances[int((error - allowed).argmax())]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -277,6 +283,7 @@ def test_bitwise_repeatable(shape):
         assert_close(problem.solve(ours), first, 1e-6)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_oracle_threads(threads):
     torch.set_num_threads(threads)
@@ -284,6 +291,7 @@ def test_oracle_threads(threads):
         Problem(shape).check(1e-6)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets(capability, rerun_with_capability):
     rerun_with_capability(capability, __file__, "oracle and not strides and not threads")
@@ -368,6 +376,7 @@ def test_saves_only_its_input():
     assert saved == [m.data_ptr()]
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_workspace(dtype):
     """At most twice the bytes of m, besides results, O(N B) and the blocks of each thread."""

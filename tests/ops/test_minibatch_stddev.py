@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from property_based import given, settings, st
 
 import gankernels as gk
 
 from .oracle import LAYOUTS
+
+pytestmark = pytest.mark.every_device
 
 ours = gk.functional.minibatch_stddev
 

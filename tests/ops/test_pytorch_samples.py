@@ -5,11 +5,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import gankernels as gk
 from gankernels import functional
+
+pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest")
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+
+pytestmark = pytest.mark.every_device
 
 (OP,) = (op for op in op_db if op.name == "nn.functional.batch_norm" and not op.variant_test_name)
 MODULES = {
@@ -55,9 +59,9 @@ def norm_then_leaky(slope):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_sample_inputs(dtype, ours, theirs, slope):
+def test_sample_inputs(dtype, ours, theirs, slope, device):
     torch.manual_seed(0)
-    samples = list(OP.sample_inputs("cpu", dtype, requires_grad=True))
+    samples = list(OP.sample_inputs(device, dtype, requires_grad=True))
     assert len(samples) > 10
     computed = 0
     for sample in samples:
@@ -77,10 +81,10 @@ def test_sample_inputs(dtype, ours, theirs, slope):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
-def test_module_inputs(info, training):
+def test_module_inputs(info, training, device):
     seen = 0
     for sample in info.module_inputs_func(
-        info, device="cpu", dtype=torch.float64, requires_grad=True, training=training
+        info, device=device, dtype=torch.float64, requires_grad=True, training=training
     ):
         arguments = sample.constructor_input
         if "bias" in arguments.kwargs:
@@ -105,9 +109,9 @@ def test_module_inputs(info, training):
 
 
 @pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
-def test_module_error_inputs(info):
+def test_module_error_inputs(info, device):
     samples = info.module_error_inputs_func(
-        info, device="cpu", dtype=torch.float32, requires_grad=False, training=True
+        info, device=device, dtype=torch.float32, requires_grad=False, training=True
     )
     assert samples
     for sample in samples:

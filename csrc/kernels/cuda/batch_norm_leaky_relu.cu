@@ -105,6 +105,11 @@ class Walk {
   int run_, left_in_run_, stride_in_run_;
 };
 
+// In a row of (R, C), or with one channel only, both layouts are the same.
+GK_HOST_DEVICE inline bool is_channels_last(const BatchNormLeakyReLU& p) {
+  return p.c > 1 && (p.channels_last || p.s == 1);
+}
+
 // Per channel: what turns x into z, and the factors it is made of.
 template <typename A>
 struct Normalization {
@@ -162,7 +167,8 @@ struct Forward {
   using Params = BatchNormLeakyReLUForward;
   using Coefficients = ForwardCoefficients<A>;
   static constexpr int kInputs = 1, kOutputs = 1, kSums = 3, kBytesInFlight = 64;
-  using S = Sums<A, kSums>;  // elements, their mean, sum of squared distances from the mean
+  // Elements, their mean as a distance from the pivot, sum of squared distances from the mean.
+  using S = Sums<A, kSums>;
 
   GK_HOST_DEVICE static bool reduces(const Params& p) { return p.compute_statistics; }
   GK_HOST_DEVICE static const void* input(const Params& p, int) { return p.x; }
@@ -178,12 +184,21 @@ struct Forward {
              a.value[2] + b.value[2] + distance * distance * a.value[0] * share}};
   }
 
-  __device__ static Normalization<A> prepare(const Params&, int64_t) { return {}; }
+  // The pivot, in place of the mean: the channel's first element. Distances from it are exact where
+  // the deviations are small beside the mean, when a float32 could not hold the mean itself well
+  // enough. As one of n values it is at most sqrt(n) deviations away, so it never does much harm.
+  __device__ static Normalization<A> prepare(const Params& p, int64_t c) {
+    if (!p.compute_statistics || p.n * p.s == 0) return {};
+    const A first = load_as<A>(p.x, p.dtype, is_channels_last(p) ? c : c * p.s);
+    const A slope = p.activation_first ? static_cast<A>(p.negative_slope) : A(1);
+    return {leaky_relu(first, slope), A(0), A(0), A(0), A(0)};
+  }
 
   // Two passes over the values at hand, which are in registers, then Chan's formula.
   template <bool kActivationFirst, typename T, int V, int kUnroll, int kLanes>
   __device__ static void reduce(S (&sums)[kLanes], const Vector<T, V> (&in)[kUnroll][kInputs],
-                                int valid, const Normalization<A> (&)[kLanes], const Params& p) {
+                                int valid, const Normalization<A> (&pivot)[kLanes],
+                                const Params& p) {
     const A slope = kActivationFirst ? static_cast<A>(p.negative_slope) : A(1);
     const A count = static_cast<A>(valid * (V / kLanes));
     S batch[kLanes] = {};
@@ -191,7 +206,7 @@ struct Forward {
     for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const A value = leaky_relu(accumulator(in[u][0].values[j]), slope);
+        const A value = leaky_relu(accumulator(in[u][0].values[j]), slope) - pivot[j % kLanes].mean;
         batch[j % kLanes].value[1] += u < valid ? value : A(0);
       }
     }
@@ -204,7 +219,7 @@ struct Forward {
     for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const A value = leaky_relu(accumulator(in[u][0].values[j]), slope);
+        const A value = leaky_relu(accumulator(in[u][0].values[j]), slope) - pivot[j % kLanes].mean;
         const A distance = u < valid ? value - batch[j % kLanes].value[1] : A(0);
         batch[j % kLanes].value[2] += distance * distance;
       }
@@ -214,11 +229,11 @@ struct Forward {
   }
 
   __device__ static Coefficients finish(const Params& p, int64_t c, const S& sums,
-                                        const Normalization<A>&, bool write) {
+                                        const Normalization<A>& pivot, bool write) {
     Sums<A, 2> statistics;
     if (p.compute_statistics) {
       const A var = sums.value[2] / static_cast<A>(p.n * p.s);
-      const A mean = sums.value[0] > 0 ? sums.value[1] : var;  // of nothing: 0 / 0
+      const A mean = sums.value[0] > 0 ? pivot.mean + sums.value[1] : var;  // of nothing: 0 / 0
       statistics = {{mean, var}};
       if (write) save_sums(statistics, p.statistics, p.c, c);
     } else {
@@ -541,11 +556,6 @@ inline int round_up_to_power_of_two(int64_t value, int limit) {
   int power = 1;
   while (power < value && power < limit) power *= 2;
   return power;
-}
-
-// In a row of (R, C), or with one channel only, both layouts are the same.
-inline bool is_channels_last(const BatchNormLeakyReLU& p) {
-  return p.c > 1 && (p.channels_last || p.s == 1);
 }
 
 // `vector` elements to an access. parts == 1 means kReduceAndApply.

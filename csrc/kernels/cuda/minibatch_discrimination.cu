@@ -69,9 +69,9 @@ __device__ inline float exp_of_minus(float d) {
 }
 __device__ inline double exp_of_minus(double d) { return exp(-d); }
 
-// w where d > 0, -w where d < 0, 0 where d = 0: by flipping w's sign bit.
+// Adds w where d > 0, -w where d < 0, nothing where d = 0: by flipping w's sign bit.
 template <typename A>
-__device__ inline A with_sign_of(A d, A w) {
+__device__ inline void add_with_sign_of(A d, A w, A& sum) {
   using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
   constexpr Bits kSign = Bits{1} << (8 * sizeof(A) - 1);
   Bits of_d, of_w;
@@ -79,7 +79,7 @@ __device__ inline A with_sign_of(A d, A w) {
   memcpy(&of_w, &w, sizeof(A));
   of_w ^= of_d & kSign;
   memcpy(&w, &of_w, sizeof(A));
-  return d != 0 ? w : A(0);
+  if (d != 0) sum += w;
 }
 
 // The weight of a pair's signs in grad_m, and what the pair adds to the sums of row i.
@@ -95,27 +95,46 @@ __device__ inline A gradient_of_output(const Problem& p, int64_t row, int64_t b)
   return row < p.n ? load_as<A>(p.g, p.dtype, row * p.g_strides[0] + b * p.g_strides[1]) : A(0);
 }
 
+// Calls f with `tensor` as a pointer to what it holds, which is double just where A is.
+template <typename A, typename F>
+__device__ inline void with_type(DType dtype, const void* tensor, const F& f) {
+  if constexpr (std::is_same_v<A, double>) {
+    f(static_cast<const double*>(tensor));
+  } else if (dtype == DType::kFloat32) {
+    f(static_cast<const float*>(tensor));
+  } else if (dtype == DType::kBFloat16) {
+    f(static_cast<const __nv_bfloat16*>(tensor));
+  } else {
+    f(static_cast<const __half*>(tensor));
+  }
+}
+
 // Copies `rows` x `columns` numbers from global to shared memory, and zeros up to kRows x kColumns.
+// A thread keeps to one column, so that it divides once and then only steps from row to row.
 template <int kThreads, int kRows, int kColumns, int kRowStride, int kColumnStride, typename A,
           typename T>
 __device__ inline void stage_as(A* tile, const T* from, int64_t row_stride, int64_t column_stride,
                                 int rows, int columns) {
-  constexpr int kEach = (kRows * kColumns + kThreads - 1) / kThreads;
+  constexpr int kStep = kThreads / kColumns;  // rows at a time; threads beyond them are idle
+  constexpr int kEach = (kRows + kStep - 1) / kStep;
   constexpr int kBatch = kEach < 4 ? kEach : 4;  // loads that are on their way at once
-  for (int first = threadIdx.x; first < kRows * kColumns; first += kBatch * kThreads) {
+  const int first = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
+  if (first >= kStep) return;
+  const int there = column < columns ? rows : 0;
+  from += first * row_stride + column * column_stride;
+  tile += column * kColumnStride;
+  const int64_t step = kStep * row_stride;
+  for (int row = first; row < kRows; row += kBatch * kStep) {
     A values[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
-      const int i = first + u * kThreads, row = i / kColumns, column = i % kColumns;
-      values[u] = 0;
-      if (row < rows && column < columns) {
-        values[u] = static_cast<A>(accumulator(from[row * row_stride + column * column_stride]));
-      }
+      const bool inside = row + u * kStep < there;
+      values[u] = inside ? static_cast<A>(accumulator(*from)) : A(0);
+      from += step;
     }
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
-      const int i = first + u * kThreads, row = i / kColumns, column = i % kColumns;
-      if (i < kRows * kColumns) tile[row * kRowStride + column * kColumnStride] = values[u];
+      if (row + u * kStep < kRows) tile[(row + u * kStep) * kRowStride] = values[u];
     }
   }
 }
@@ -125,19 +144,10 @@ template <int kThreads, int kRows, int kColumns, int kRowStride, int kColumnStri
 __device__ inline void stage(A* tile, const Problem& p, const void* tensor,
                              const int64_t (&strides)[3], int row, int64_t b, int c) {
   const int64_t offset = row * strides[0] + b * strides[1] + c * strides[2];
-  const auto as = [&](auto* from) {
+  with_type<A>(p.dtype, tensor, [&](auto* from) {
     stage_as<kThreads, kRows, kColumns, kRowStride, kColumnStride>(tile, from + offset, strides[0],
                                                                    strides[2], p.n - row, p.c - c);
-  };
-  if constexpr (std::is_same_v<A, double>) {
-    as(static_cast<const double*>(tensor));
-  } else if (p.dtype == DType::kFloat32) {
-    as(static_cast<const float*>(tensor));
-  } else if (p.dtype == DType::kBFloat16) {
-    as(static_cast<const __nv_bfloat16*>(tensor));
-  } else {
-    as(static_cast<const __half*>(tensor));
-  }
+  });
 }
 
 // ---- small C ---------------------------------------------------------------------------------
@@ -194,26 +204,24 @@ __global__ void __launch_bounds__(kSmallThreads)
   const int j_warp = warp / row_warps, j_warps = kSmallWarps / row_warps;
   const unsigned int tiles = (p.n - 1) / (kWarp * I * row_warps) + 1;
   const int64_t b = blockIdx.x / tiles;
-  const int64_t first_row =
-      (static_cast<int64_t>(blockIdx.x % tiles) * row_warps + warp % row_warps) * kWarp * I + lane;
+  const int first_row =
+      (static_cast<int>(blockIdx.x % tiles) * row_warps + warp % row_warps) * kWarp * I + lane;
 
   A x[I][kC], v[D == 2 ? kC : 1], g = 0;
   A sums[I] = {}, grads[D > 0 ? kC : 1] = {};
+  const auto load_own = [&](A* values, const void* tensor, const int64_t (&strides)[3], int row) {
+    with_type<A>(p.dtype, tensor, [&](auto* from) {
+      from += row * strides[0] + b * strides[1];
 #pragma unroll
-  for (int i = 0; i < I; ++i) {
-    const int64_t row = first_row + i * kWarp;
+      for (int c = 0; c < kC; ++c) {
+        const bool inside = row < p.n && c < p.c;
+        values[c] = inside ? static_cast<A>(accumulator(from[c * strides[2]])) : A(0);
+      }
+    });
+  };
 #pragma unroll
-    for (int c = 0; c < kC; ++c) {
-      const bool inside = row < p.n && c < p.c;
-      const auto element = [&](const void* tensor, const int64_t (&strides)[3]) {
-        return inside
-                   ? load_as<A>(tensor, p.dtype, row * strides[0] + b * strides[1] + c * strides[2])
-                   : A(0);
-      };
-      x[i][c] = element(p.m, p.m_strides);
-      if (D == 2) v[c] = element(p.v, p.v_strides);
-    }
-  }
+  for (int i = 0; i < I; ++i) load_own(x[i], p.m, p.m_strides, first_row + i * kWarp);
+  if (D == 2) load_own(v, p.v, p.v_strides, first_row);
   if (D > 0) g = gradient_of_output<A>(p, first_row, b);
 
   for (int first = 0; first < p.n; first += kSmallTile) {
@@ -224,8 +232,9 @@ __global__ void __launch_bounds__(kSmallThreads)
       g_tile[threadIdx.x] = gradient_of_output<A>(p, first + static_cast<int>(threadIdx.x), b);
     }
     __syncthreads();
-    const int count = min(kSmallTile, p.n - first);
+    const int count = min(kSmallTile, p.n - first), own = first_row - first;
     A tile_sums[I] = {};  // apart, which keeps the rounding errors of long sums small
+#pragma unroll D == 0 ? 2 : 1
     for (int j = j_warp; j < count; j += j_warps) {
       A other[kC];
       load_row(x_tile + j * kStride, other);
@@ -235,25 +244,35 @@ __global__ void __launch_bounds__(kSmallThreads)
 #pragma unroll
         for (int i = 0; i < I; ++i) {
           difference[c] = x[i][c] - other[c];
-          distance[i] += fabs(difference[c]);
+          const A absolute = fabs(difference[c]);
+          distance[i] = c == 0 ? absolute : distance[i] + absolute;
         }
       }
       A s = 0;
       if (D == 2) {
         load_row(v_tile + j * kStride, other);
 #pragma unroll
-        for (int c = 0; c < kC; ++c) s += with_sign_of(difference[c], v[D == 2 ? c : 0] - other[c]);
+        for (int c = 0; c < kC; ++c) {
+          // Used twice, and there are too few predicates to keep.
+          difference[c] = difference[c] != 0 ? copysign(A(1), difference[c]) : A(0);
+          s += difference[c] * (v[D == 2 ? c : 0] - other[c]);
+        }
       }
       A weight = 0;
 #pragma unroll
       for (int i = 0; i < I; ++i) {
-        const bool itself = first + j == first_row + i * kWarp;
-        const A e = itself ? A(0) : exp_of_minus(distance[i]);
+        A e = exp_of_minus(distance[i]);
+        const bool itself = j == own + i * kWarp;
+        if (itself) e = 0;
         weight = weigh<D>(e, s, D > 0 ? g + g_tile[j] : A(0), tile_sums[i]);
       }
-      if (D == 1 || (D == 2 && p.grads != nullptr)) {
+      if (D == 1) {
 #pragma unroll
-        for (int c = 0; c < kC; ++c) grads[D > 0 ? c : 0] += with_sign_of(difference[c], weight);
+        for (int c = 0; c < kC; ++c) add_with_sign_of(difference[c], weight, grads[D > 0 ? c : 0]);
+      }
+      if (D == 2 && p.grads != nullptr) {
+#pragma unroll
+        for (int c = 0; c < kC; ++c) grads[D > 0 ? c : 0] += difference[c] * weight;
       }
     }
 #pragma unroll
@@ -331,7 +350,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_kernel(const Problem p
           for (int j = 0; j < V; ++j) {
             const A difference = a.values[i] - o.values[j];
             distance[i][j] += fabs(difference);
-            if (D == 2) s[i][j] += with_sign_of(difference, of_a.values[i] - of_o.values[j]);
+            if (D == 2) add_with_sign_of(difference, of_a.values[i] - of_o.values[j], s[i][j]);
           }
         }
       }
@@ -368,7 +387,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_kernel(const Problem p
           const auto weight = load<V>(weights + (D > 0 ? (j + jj) * kStride + i0 : 0));
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            grads[i] += with_sign_of(a.values[i] - o.values[jj], weight.values[i]);
+            add_with_sign_of(a.values[i] - o.values[jj], weight.values[i], grads[i]);
           }
         }
       }

@@ -1,0 +1,374 @@
+"""What `make gpu-check` does that needs no GPU: its stages, its arithmetic, its table, its JSON."""
+
+import itertools
+import json
+import sys
+import time
+import zipfile
+
+import gpu_check
+import gpu_ops
+import pytest
+import torch
+from gpu_check import Result, Stage, run_stage
+from gpu_ops import Case, cases, contenders, small_cases
+
+PYTHON = sys.executable
+
+
+def script(text, **options):
+    return Stage("fake", [PYTHON, "-c", text], options.pop("budget", 20), **options)
+
+
+# ---- stages ------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_passes(tmp_path):
+    result = run_stage(script("import os; print('x'); print('in', os.getcwd())"), tmp_path)
+    assert (result.status, result.note) == ("passed", f"in {tmp_path}")
+    assert result.output == f"x\nin {tmp_path}\n"
+
+
+@pytest.mark.parametrize(
+    ("stage", "note"),
+    [
+        (script("import sys; print('why'); sys.exit(3)"), "exit status 3"),
+        (script("print('1 error')", must_say="0 errors"), "did not say '0 errors'"),
+        (Stage("fake", ["no-such-program"], 1), "No such file or directory: 'no-such-program'"),
+    ],
+)
+def test_a_stage_that_fails(stage, note, tmp_path):
+    result = run_stage(stage, tmp_path)
+    assert result.status == "failed"
+    assert note in result.note
+
+
+def test_a_stage_that_takes_too_long_ends_with_all_it_started(tmp_path):
+    """Its output so far is kept. The grandchild would hold the pipe open for a minute."""
+    text = (
+        "import subprocess, sys, time; print('so far', flush=True); "
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); time.sleep(60)"
+    )
+    begin = time.monotonic()
+    result = run_stage(script(text, budget=5), tmp_path)
+    assert time.monotonic() - begin < 40
+    assert (result.status, result.note, result.output) == ("timed out", "after 5 s", "so far\n")
+
+
+def test_a_stage_that_is_skipped_is_not_run(tmp_path):
+    stage = Stage("fake", ["no-such-program"], 1, skip_because="it is not there")
+    assert run_stage(stage, tmp_path) == Result("fake", "skipped", 0.0, "it is not there")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were one; `gpu(stage, ...)` says what is done with it."""
+    monkeypatch.setattr(gpu_check, "nvidia_smi", lambda query: "580.1")
+    return lambda *stages: monkeypatch.setattr(gpu_check, "stages", lambda wheel: list(stages))
+
+
+def test_a_failure_keeps_no_other_stage_from_running(gpu, tmp_path, capsys):
+    gpu(
+        script("print('all ' + 'well')"),
+        script("raise SystemExit('a reason')"),
+        script("import time; time.sleep(60)", budget=0.5),
+        script("print('to the ' + 'end')"),
+    )
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 1
+    found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    statuses = ["passed", "failed", "timed out", "passed"]
+    assert [stage["status"] for stage in found["stages"]] == statuses
+    printed = capsys.readouterr().out
+    assert "a reason" in printed
+    assert "to the end" in printed
+    assert "a reason" in (tmp_path / "out" / "gpu_check.log").read_text()
+
+
+def test_all_passed_is_status_0(gpu, tmp_path):
+    gpu(script("print('well')"), Stage("fake", [], 1, skip_because="no tool"))
+    assert gpu_check.main(["--out", str(tmp_path)]) == 0
+
+
+def test_out_is_taken_from_the_environment(gpu, tmp_path, monkeypatch):
+    gpu()
+    monkeypatch.setenv("OUT", str(tmp_path / "there"))
+    assert gpu_check.main([]) == 0
+    assert (tmp_path / "there" / "gpu_check.json").exists()
+
+
+def test_a_wheel_is_what_is_imported(gpu, tmp_path):
+    with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
+        wheel.writestr("gankernels/__init__.py", "name = 'of the wheel'")
+    inside = tmp_path / "inside.py"  # a script's own folder comes first on its path
+    inside.write_text("import gankernels; print(gankernels.name)")
+    gpu(
+        script("import gankernels; print(gankernels.name)", must_say="of the wheel"),
+        Stage("fake", [PYTHON, inside], 20, must_say="of the wheel"),
+    )
+    arguments = ["--wheel", str(tmp_path / "some.whl"), "--out", str(tmp_path)]
+    assert gpu_check.main(arguments) == 0
+
+
+def test_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "nvidia_smi", lambda query: "unknown")
+    monkeypatch.setattr(gpu_check.Path, "exists", lambda path: False)
+    assert gpu_check.main(["--out", str(tmp_path)]) == 1
+    assert "there is no NVIDIA GPU here" in capsys.readouterr().out
+
+
+def test_all_stages_take_less_than_ten_minutes():
+    planned = gpu_check.stages(wheel=False)
+    assert sum(stage.budget for stage in planned) < 600
+    assert [stage.name for stage in gpu_check.stages(wheel=True) if stage.skip_because][:1] == [
+        "build"
+    ]
+    paths = [p for s in planned for p in s.command if isinstance(p, gpu_check.Path)]
+    assert paths
+    assert all(path.exists() for path in paths)
+
+
+def test_tools_are_found_in_the_toolkit_that_is_not_on_the_path(tmp_path, monkeypatch):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho ERROR SUMMARY: 0 errors in $3\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    memcheck = next(s for s in gpu_check.stages(wheel=True) if s.name == "memcheck")
+    assert memcheck.command[0] == str(tool)
+    assert run_stage(memcheck, tmp_path).note == "ERROR SUMMARY: 0 errors in --error-exitcode"
+
+
+def test_missing_tools_are_skipped_and_named(monkeypatch):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path: None)
+    monkeypatch.setattr(gpu_check, "has", lambda module: module not in ("pytest", "xdist"))
+    skipped = {s.name: s.skip_because for s in gpu_check.stages(wheel=False) if s.skip_because}
+    assert skipped == {
+        "tests": "pytest is not installed",
+        "graphs, streams, compile": "pytest is not installed",
+        "memcheck": "compute-sanitizer is not on the PATH",
+        "racecheck": "compute-sanitizer is not on the PATH",
+    }
+    missing = gpu_check.report([])["environment"]["missing"]
+    assert missing.keys() == {"pytest", "xdist"}
+    assert "not installed: xdist: tests run one after" in gpu_check.describe(gpu_check.report([]))
+
+
+# ---- bytes and operations ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "fewest", "moved"),
+    [("forward", 2, 3), ("backward", 3, 5), ("double backward", 5, 8)],
+)
+def test_bytes_of_batch_norm(what, fewest, moved):
+    case = Case("batch_norm_leaky_relu", what, (64, 128, 128, 128), torch.bfloat16)
+    assert case.input_bytes == 268_435_456
+    assert (case.bytes, case.moved_bytes) == (fewest * 268_435_456, moved * 268_435_456)
+    assert case.additions is None
+
+
+@pytest.mark.parametrize("case", [case for case in small_cases() if case.bytes], ids=str)
+def test_tensors_of_the_inputs_size_are_counted(case):
+    """What a pass reads is known from its derivative, what it writes from its results."""
+    results = contenders(case, "cpu")["ours"]()
+    results = results if isinstance(results, tuple) else (results,)
+    size = case.input_bytes // case.dtype.itemsize
+    written = sum(r.numel() == size and r.dim() == len(case.shape) for r in results)
+    read = {"forward": 1, "backward": 2, "double backward": 3}[case.what]
+    if case.op == "interpolate":
+        read = 2
+    if case.op == "minibatch_stddev":
+        written = 0  # one number per group, expanded
+    if case.op == "gradient_norm_penalty" and case.what != "forward":
+        read -= 1  # the incoming gradient is a scalar
+    assert case.bytes == (read + written) * case.input_bytes
+
+
+def test_additions_are_counted_pair_by_pair():
+    n, b, c = 5, 3, 2
+    terms = sum(1 for _ in itertools.permutations(range(n), 2) for _ in range(b * c))
+    for what, each in (("forward", 2), ("backward", 3), ("double backward", 5)):
+        assert Case("minibatch_discrimination", what, (n, b, c)).additions == each * terms
+
+
+def test_bars():
+    def bar(op, shape, what="forward", **options):
+        return Case(op, what, shape, **options).bar
+
+    assert bar("batch_norm_leaky_relu", (64, 128, 128, 128)) == ("bandwidth", 0.9)
+    assert bar("batch_norm_leaky_relu", (64, 256)) == ("launches", 1)
+    assert bar("batch_norm_leaky_relu", (64, 128, 32, 32)) is None
+    assert bar("batch_norm_leaky_relu", (64, 256), "penalty step") is None
+    assert bar("minibatch_discrimination", (512, 100, 16)) == ("additions", 0.7)
+    assert bar("minibatch_discrimination", (512, 100, 5)) is None
+    assert bar("minibatch_discrimination", (512, 100, 16), "backward") is None
+
+
+def test_the_cases_hold_every_bar_and_op():
+    found = list(cases())
+    assert {case.bar for case in found} == {
+        None, ("bandwidth", 0.9), ("launches", 1), ("additions", 0.7)
+    }  # fmt: skip
+    assert {case.op for case in found} == set(gpu_ops._MAKERS) == {c.op for c in small_cases()}
+    assert len(set(found)) == len(found)
+    assert 4 <= sum(case.compiled for case in found) <= 6
+
+
+STEPS = [
+    Case("batch_norm_leaky_relu", "forward", (6, 3, 4, 4)),
+    Case("batch_norm_leaky_relu", "forward + backward", (6, 3, 4, 4), layout="channels_last"),
+    Case("batch_norm_leaky_relu", "penalty step", (6, 3, 4, 4)),
+    Case("batch_norm_leaky_relu", "penalty step", (60, 3), torch.bfloat16),
+    Case("minibatch_discrimination", "forward", (7, 5, 3)),
+    Case("minibatch_discrimination", "forward + backward", (7, 5, 3)),
+    Case("gradient_norm_penalty", "forward", (7, 5, 3)),
+    Case("interpolate", "forward", (7, 5, 3)),
+]
+
+
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def test_contenders_compute_the_same(case):
+    runs = contenders(case, "cpu")
+    results = []
+    for name in ("ours", "eager"):
+        found = runs[name]()
+        results.append([t.float() for t in (found if isinstance(found, tuple) else (found,))])
+    ours, eager = results
+    if case.what == "forward":
+        ours = ours[:1]  # without the statistics, or norms, that are kept
+    tolerance = 3e-2 if case.dtype is torch.bfloat16 else 1e-4
+    torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)
+
+
+def test_small_cases_of_minibatch_discrimination():
+    """Of every size of C that has a kernel of its own, and of none."""
+    found = [case for case in small_cases() if case.op == "minibatch_discrimination"]
+    assert {case.shape[2] for case in found} > {2, 4, 5, 8, 12, 16, 24, 32}
+    for case in found:
+        results = contenders(case, "cpu")["ours"]()
+        for result in results if isinstance(results, tuple) else (results,):
+            assert result.shape in (case.shape, case.shape[:2])
+            assert result.isfinite().all()
+
+
+def test_layouts():
+    case = Case("batch_norm_leaky_relu", "forward", (4, 3, 5, 5), layout="channels_last")
+    y = contenders(case, "cpu")["ours"]()[0]
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- report ------------------------------------------------------------------------------------
+
+
+def measured(case, launches=None, errors=None, **seconds):
+    return {
+        "op": case.op, "what": case.what, "shape": list(case.shape),
+        "dtype": str(case.dtype)[6:], "layout": case.layout, "bytes": case.bytes,
+        "moved_bytes": case.moved_bytes, "additions": case.additions,
+        "bar": case.bar and list(case.bar), "launches": launches, "seconds": seconds,
+        "errors": errors or {},
+    }  # fmt: skip
+
+
+LARGE = Case("batch_norm_leaky_relu", "forward", (64, 128, 128, 128))  # 0.54 GB
+
+
+def test_rows_are_as_measured(monkeypatch):
+    """Measured on the CPU by a clock that stands still; one contender fails."""
+
+    def seconds_of(run):
+        run()
+        return 1e-6
+
+    def on_the_cpu(case, *, compiled):
+        return {**contenders(case, "cpu"), "failing": lambda: 1 / 0}
+
+    monkeypatch.setattr(gpu_ops, "seconds_of", seconds_of)
+    monkeypatch.setattr(gpu_ops, "launches_of", lambda run: 2)
+    monkeypatch.setattr(gpu_ops, "contenders", on_the_cpu)
+    for case in (
+        Case("batch_norm_leaky_relu", "forward", (60, 3)),
+        Case("minibatch_discrimination", "backward", (6, 3, 2)),
+    ):
+        row = gpu_ops.measure(case)
+        errors = {"failing": "ZeroDivisionError: division by zero"}
+        launches = 2 if case.bar else None
+        assert json.loads(json.dumps(row)) == measured(case, launches, errors, **row["seconds"])
+        assert row["seconds"]["ours"] == 1e-6
+        assert gpu_check.table([gpu_check.assess(row, 1e12, 1e12)])
+
+
+def test_shares_ratios_and_verdicts():
+    bytes_ = LARGE.bytes
+    row = gpu_check.assess(measured(LARGE, ours=2e-3, eager=5e-3), bytes_ / 1e-3, None)
+    assert row["shares"]["bandwidth"] == pytest.approx(0.5)
+    assert row["shares"]["moved_bandwidth"] == pytest.approx(0.75)
+    assert row["times_eager"] == pytest.approx(2.5)
+    assert "times_compiled" not in row
+    assert row["bar_met"] is False
+    assert gpu_check.assess(measured(LARGE, ours=1e-3), bytes_ / 1e-3, None)["bar_met"] is True
+    assert gpu_check.assess(measured(LARGE, ours=1e-3), None, None)["bar_met"] is None
+    case = Case("minibatch_discrimination", "forward", (512, 100, 16))
+    for seconds, met in ((1.0, True), (2.0, False)):
+        row = gpu_check.assess(measured(case, ours=seconds), None, case.additions / 0.75)
+        assert row["shares"]["additions"] == pytest.approx(0.75 / seconds)
+        assert row["bar_met"] is met
+    small = Case("gradient_norm_penalty", "forward", (64, 784))
+    for launches, met in ((1, True), (2, False)):
+        row = gpu_check.assess(measured(small, launches, ours=1e-6), 1e12, 1e12)
+        assert row["bar_met"] is met
+
+
+def test_table():
+    failing = measured(Case("interpolate", "forward", (4, 3)), 1, {"ours": "RuntimeError: no"})
+    rows = [
+        measured(LARGE, ours=1e-3, eager=2.5e-3),
+        measured(Case("minibatch_discrimination", "forward", (512, 100, 16)), ours=1e-4),
+        measured(Case("gradient_norm_penalty", "forward", (64, 784)), 2, ours=4e-6),
+        failing,
+        measured(Case("gradient_norm_penalty", "backward", (64, 784)), ours=4e-6),
+    ]
+    rows = [gpu_check.assess(row, 2e12, 2e13) for row in rows]
+    header, *lines = gpu_check.table(rows).splitlines()
+    assert header.split() == " ".join(gpu_check.COLUMNS).split()
+    assert [" ".join(line.split()) for line in lines] == [
+        "batch_norm_leaky_relu forward 64x128x128x128 float32 contiguous 1000.0 us 1074 MB "
+        "54% copy, 81% moved 90% ! 2.5",
+        "minibatch_discrimination forward 512x100x16 float32 100.0 us 0.837 Gadd 42% FADD 70% !",
+        "gradient_norm_penalty forward 64x784 float32 4.0 us 0.2007 MB 2 launched 1 launch !",
+        "interpolate forward 4x3 float32 failed 0.000144 MB 1 launched 1 launch",
+        "gradient_norm_penalty backward 64x784 float32 4.0 us 0.4014 MB 1 launch ?",
+    ]
+    shapes = ("64x", "512x", "64x", "4x", "64x")
+    starts = {line.index(shape) for line, shape in zip(lines, shapes, strict=True)}
+    assert len(starts) == 1
+
+
+def test_report(gpu):
+    gpu()
+    row = measured(LARGE, errors={"eager": "OutOfMemoryError: too large"}, ours=1e-3)
+    lines = [
+        {"copy_bytes_per_second": 4e12},
+        {"additions": {"adds_per_second": 3e13, "clock_hz": 1.9e9, "how": "measured"}},
+        {"row": row},
+    ]
+    output = "\n".join(["a warning", *map(json.dumps, lines), '{"row": {"op": "cut sho'])
+    found = gpu_check.report(
+        [
+            Result("environment", "passed", 1.0, "", '{"device": "NVIDIA X", "torch": "2.11"}'),
+            Result("benchmarks", "timed out", 110.0, "after 110 s", output),
+        ]
+    )
+    assert json.loads(json.dumps(found)) == found
+    assert found.keys() == {"environment", "stages", "ceilings", "rows"}
+    assert found["environment"].keys() == {"device", "torch", "driver", "date", "missing"}
+    assert found["environment"]["device"] == "NVIDIA X"
+    assert found["stages"][1].keys() == {"name", "status", "seconds", "note"}
+    assert found["ceilings"]["copy_bytes_per_second"] == 4e12
+    assert len(found["rows"]) == 1
+    text = gpu_check.describe(found)
+    assert "NVIDIA X, driver 580.1, torch 2.11, 20" in text
+    assert "copy bandwidth 4.00 TB/s" in text
+    assert "additions 30.00 T/s at 1.90 GHz (measured)" in text
+    assert "eager: OutOfMemoryError: too large" in text
+    assert "benchmarks                 timed out   110.0 s  after 110 s" in text
