@@ -21,7 +21,8 @@ __all__ = [
     "minibatch_stddev",
 ]
 
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
+_FLOATING = (torch.float32, torch.float64, *_HALVES)
 
 
 def batch_norm_leaky_relu(
@@ -164,37 +165,20 @@ def _check(
         raise ValueError(f"x has {len(shape)} dimensions; accepted are 2 to 5")
     if (running_mean is None) is not (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    first = None
-    for name, tensor in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
+    # Half-precision activations may go with parameters and statistics in float32, all of them.
+    accepted = (dtype, torch.float32) if dtype in _HALVES else (dtype,)
+    common = None
+    for tensor in (running_mean, running_var, weight, bias):
         if tensor is None:
             continue
-        if tensor.dim() != 1 or tensor.shape[0] != channels:
-            raise RuntimeError(
-                f"{name} should contain {channels} elements, one for each channel of x, "
-                f"but has shape {tuple(tensor.shape)}"
-            )
-        if tensor.dtype is not dtype:
-            # Half-precision activations go with parameters and statistics in float32, all of them.
-            half = dtype is torch.bfloat16 or dtype is torch.float16
-            if not half or tensor.dtype is not torch.float32:
-                accepted = f"{dtype} or torch.float32" if half else f"{dtype}"
-                raise RuntimeError(
-                    f"{name} has dtype {tensor.dtype}, but x has {dtype}: accepted are {accepted}"
-                )
-        if first is None:
-            first = name, tensor
-        elif tensor.dtype is not first[1].dtype:
-            raise RuntimeError(
-                f"{name} has dtype {tensor.dtype}, but {first[0]} has {first[1].dtype}: "
-                "all per-channel tensors share one dtype"
-            )
-        if tensor.device != x.device:
-            raise RuntimeError(f"{name} is on {tensor.device}, but x is on {x.device}")
+        common = common or tensor.dtype
+        if (
+            tensor.dtype is not common
+            or common not in accepted
+            or tensor.shape != (channels,)
+            or tensor.device != x.device
+        ):
+            _explain_mismatch(x, running_mean, running_var, weight, bias, accepted)
     if not training:
         if running_mean is None:
             raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
@@ -208,6 +192,45 @@ def _check(
                 "Expected more than 1 value per channel when training, "
                 f"got input size {tuple(shape)}"
             )
+
+
+def _explain_mismatch(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    accepted: tuple[torch.dtype, ...],
+) -> None:
+    """Raises the error for the first per-channel tensor that does not go with ``x``."""
+    channels = x.shape[1] if x.dim() > 1 else 0
+    first = None
+    for name, tensor in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != (channels,):
+            raise RuntimeError(
+                f"{name} should contain {channels} elements, one for each channel of x, "
+                f"but has shape {tuple(tensor.shape)}"
+            )
+        if tensor.dtype not in accepted:
+            raise RuntimeError(
+                f"{name} has dtype {tensor.dtype}, but x has {x.dtype}: accepted are "
+                f"{' or '.join(map(str, accepted))}"
+            )
+        first = first or (name, tensor)
+        if tensor.dtype is not first[1].dtype:
+            raise RuntimeError(
+                f"{name} has dtype {tensor.dtype}, but {first[0]} has {first[1].dtype}: "
+                "all per-channel tensors share one dtype"
+            )
+        if tensor.device != x.device:
+            raise RuntimeError(f"{name} is on {tensor.device}, but x is on {x.device}")
 
 
 def gradient_norm_penalty(grad: Tensor, kind: str = "wgan-gp", center: float = 1.0) -> Tensor:
