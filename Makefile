@@ -27,7 +27,10 @@ test:
 	@python=$(call ready,train test) && $$python -m pytest
 
 bench:
-	@python=$(call ready,test) && $$python benchmarks/batch_norm_leaky_relu.py --compiled
+	@python=$(call ready,test) && export PYTHONPATH=. && \
+	$$python benchmarks/batch_norm_leaky_relu.py --compiled && \
+	$$python benchmarks/minibatch_discrimination.py --memory && \
+	$$python benchmarks/gradient_penalty.py
 
 # Not by way of `ready`: the machine with the GPU may have no network to install anything from.
 gpu-check:
