@@ -106,62 +106,58 @@ struct DoubleBackwardElement {
 
 // ---- channels first: lanes are neighbours in space ---------------------------------------------
 
-// Adds the run of elements [offset, offset + length) to two chains of sums, to hide the latency of
-// additions, and prefetches what lies `ahead` elements on.
-template <typename Element, typename T, typename V>
-GK_INLINE void reduce_run(const T* const* inputs, int64_t offset, int64_t length, int64_t ahead,
-                          const Accumulate<T>* coefficients, Accumulate<T> slope, V* even, V* odd) {
-  using A = Accumulate<T>;
-  constexpr int W = VectorOf<A>::width, K = Element::kSums, I = Element::kInputs;
-  const T* in[I];
-  for (int j = 0; j < I; ++j) in[j] = inputs[j] + offset;
-  V e[K], o[K], a[I], b[I];
-  for (int k = 0; k < K; ++k) e[k] = even[k], o[k] = odd[k];
-  int64_t i = 0;
-  for (; i + 2 * W <= length; i += 2 * W) {
-    for (int j = 0; j < I; ++j) {
-      prefetch(in[j] + i + ahead);
-      if (sizeof(T) * W >= 64) prefetch(in[j] + i + W + ahead);
-      a[j] = load(in[j] + i);
-      b[j] = load(in[j] + i + W);
-    }
-    Element::reduce(a, coefficients, slope, e);
-    Element::reduce(b, coefficients, slope, o);
-  }
-  if (i + W <= length) {
-    for (int j = 0; j < I; ++j) a[j] = load(in[j] + i);
-    Element::reduce(a, coefficients, slope, e);
-    i += W;
-  }
-  if (i < length) {
-    const int lanes = int(length - i);
-    V tail[K] = {};
-    for (int j = 0; j < I; ++j) {
-      prefetch(in[j] + i + ahead);
-      a[j] = load(in[j] + i, lanes);
-    }
-    Element::reduce(a, coefficients, slope, tail);
-    for (int k = 0; k < K; ++k) o[k] += keep_first<A>(tail[k], lanes);
-  }
-  for (int k = 0; k < K; ++k) even[k] = e[k], odd[k] = o[k];
-}
-
-// Sums over elements [begin, end) of channel c, counted along its runs.
+// Sums over elements [begin, end) of channel c, counted along its runs. Everything is unrolled and
+// in one function, because the sums stay in registers from run to run only then; where there are
+// few of them they go in two chains, to hide the latency of additions.
 template <typename Element, typename T>
-void reduce_runs(const BatchNormLeakyReLU& p, const T* const* in, int64_t c, int64_t begin,
-                 int64_t end, const Accumulate<T>* coefficients, double* sums) {
+void reduce_runs(const BatchNormLeakyReLU& p, const T* const* inputs, int64_t c, int64_t begin,
+                 int64_t end, const Accumulate<T>* coefficients, double* results) {
   using A = Accumulate<T>;
-  Vector<A> even[Element::kSums] = {}, odd[Element::kSums] = {};
+  using V = Vector<A>;
+  constexpr int W = VectorOf<A>::width, K = Element::kSums, I = Element::kInputs;
+  constexpr int kChains = K > 2 ? 1 : 2;
+  const A slope = A(p.negative_slope);
+  V sums[kChains][K];
+  GK_UNROLL for (int x = 0; x < kChains; ++x) {
+    GK_UNROLL for (int k = 0; k < K; ++k) sums[x][k] = V{};
+  }
   int64_t n = begin / p.s, s = begin % p.s;
   // The neighbouring channels' runs come next: as many streams as there are runs here.
   const int64_t ahead = kAheadBytes / int64_t(sizeof(T)) / divide_up(end - begin, p.s);
   for (; begin < end; ++n, s = 0) {
     const int64_t length = minimum(p.s - s, end - begin);
-    reduce_run<Element>(in, (n * p.c + c) * p.s + s, length, ahead, coefficients,
-                        A(p.negative_slope), even, odd);
+    const T* in[I];
+    GK_UNROLL for (int j = 0; j < I; ++j) in[j] = inputs[j] + (n * p.c + c) * p.s + s;
+    V a[I];
+    int64_t i = 0;
+    for (; i + 2 * W <= length; i += 2 * W) {
+      GK_UNROLL for (int j = 0; j < I; ++j) {
+        prefetch(in[j] + i + ahead);
+        if (sizeof(T) * W >= 64) prefetch(in[j] + i + W + ahead);
+      }
+      GK_UNROLL for (int half = 0; half < 2; ++half) {
+        GK_UNROLL for (int j = 0; j < I; ++j) a[j] = load(in[j] + i + half * W);
+        Element::reduce(a, coefficients, slope, sums[half % kChains]);
+      }
+    }
+    if (i + W <= length) {
+      GK_UNROLL for (int j = 0; j < I; ++j) a[j] = load(in[j] + i);
+      Element::reduce(a, coefficients, slope, sums[0]);
+      i += W;
+    }
+    if (i < length) {
+      const int lanes = int(length - i);
+      V tail[K];
+      GK_UNROLL for (int k = 0; k < K; ++k) tail[k] = V{};
+      GK_UNROLL for (int j = 0; j < I; ++j) a[j] = load(in[j] + i, lanes);
+      Element::reduce(a, coefficients, slope, tail);
+      GK_UNROLL for (int k = 0; k < K; ++k) sums[0][k] += keep_first<A>(tail[k], lanes);
+    }
     begin += length;
   }
-  for (int k = 0; k < Element::kSums; ++k) sums[k] = sum_lanes<A>(even[k] + odd[k]);
+  GK_UNROLL for (int k = 0; k < K; ++k) {
+    results[k] = sum_lanes<A>(kChains == 1 ? sums[0][k] : sums[0][k] + sums[kChains - 1][k]);
+  }
 }
 
 // Writes one vector of every wanted output.
@@ -567,7 +563,11 @@ void run_channels_first(const Pass& pass, CpuThreads threads) {
   const auto& p = pass.p;
   const int64_t size = p.n * p.s;
   if (size * p.c < kSerial) threads.count = 1;
-  const auto map = streams<T, Element>(p) ? map_run<Element, true, T> : map_run<Element, false, T>;
+  // A line that is partly stored past the caches and partly not costs several times as much as
+  // either, so vectors shorter than a line need runs of whole ones.
+  const bool whole_lines = VectorOf<A>::width * sizeof(T) == 64 || p.s * sizeof(T) % 64 == 0;
+  const auto map = streams<T, Element>(p) && whole_lines ? map_run<Element, true, T>
+                                                         : map_run<Element, false, T>;
   const A slope = A(p.negative_slope);
   Buffer<A> coefficients(p.c * kMaxCoefficients);
   auto of_channel = [&](int64_t c) { return coefficients.data + c * kMaxCoefficients; };

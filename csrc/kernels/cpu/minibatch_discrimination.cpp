@@ -24,10 +24,6 @@
 #include "exp.h"
 #include "simd.h"
 
-#define GK_INLINE inline __attribute__((always_inline))
-// What keeps an array of vectors in registers.
-#define GK_UNROLL _Pragma("GCC unroll 8")
-
 namespace gankernels::GK_ISA {
 namespace {
 

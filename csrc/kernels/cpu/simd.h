@@ -14,6 +14,8 @@
 
 // For what must melt into a loop; left to itself GCC calls some of it.
 #define GK_INLINE inline __attribute__((always_inline))
+// What keeps an array of vectors in registers.
+#define GK_UNROLL _Pragma("GCC unroll 8")
 
 namespace {
 
