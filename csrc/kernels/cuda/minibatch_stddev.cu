@@ -33,11 +33,14 @@ namespace minibatch_stddev {
 constexpr int kThreads = 512;
 constexpr int kFinishThreads = 128;
 constexpr int kHeld = 4;  // members: what everyone's groups have
+// Positions to a thread: of more, or of two in float64, the second derivative's registers spill.
+template <typename T>
+constexpr int kVector = sizeof(T) > 4 ? 1 : 4;
 
 // A cell is divided until there are this many blocks, which is what a multiprocessor holds.
 constexpr int64_t kBlocksPerMultiprocessor = 2048 / kThreads;
-// But not into parts of less, in vectors for every thread.
-constexpr int64_t kVectorsPerThread = 4;
+// But not into parts of less: four rounds of most types' vectors for every thread.
+constexpr int64_t kLeast = kThreads * 4 * kVector<float>;
 // Blocks find further work by themselves, so no more are started than are worth it.
 constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
@@ -52,18 +55,16 @@ struct Tensors {
 struct Tiling {
   int64_t positions;  // of a cell
   int64_t parts;      // of a cell
-  int64_t part_size;  // positions, of all parts but the last: whole vectors
+  int64_t part_size;  // positions, of all parts but the last: a multiple of kLeast
   int64_t tasks;      // parts of all cells
 };
 
 Tiling make_tiling(const MinibatchStddev& p, int device) {
-  const int64_t vector = 16 / size_of(p.dtype);
-  const int64_t least = kThreads * kVectorsPerThread * vector;
   const int64_t cells = p.groups * p.features;
   const int64_t wanted = multiprocessors(device) * kBlocksPerMultiprocessor / cells;
   Tiling t;
   t.positions = p.rows * p.run;
-  t.part_size = ceil_div(ceil_div(t.positions, std::max<int64_t>(1, wanted)), least) * least;
+  t.part_size = ceil_div(ceil_div(t.positions, std::max<int64_t>(1, wanted)), kLeast) * kLeast;
   t.parts = ceil_div(t.positions, t.part_size);
   t.tasks = cells * t.parts;
   return t;
@@ -280,22 +281,26 @@ const char* run(const MinibatchStddev& p, const Tensors& tensors, const Tiling& 
   using A = typename AccumulatorOf<T>::type;
   const char* error = launch(cell_kernel<kPass, T, V, kMembers>, dim3(blocks_for(tiling.tasks)),
                              dim3(kThreads), 0, stream, p, tensors, tiling, partials);
-  if (error || kPass == Pass::kBackward || tiling.parts == 1) return error;
-  return launch(finish_kernel<kPass, A>, dim3(blocks_for(p.groups * p.features)),
-                dim3(kFinishThreads), 0, stream, p, tiling, partials,
-                static_cast<A*>(tensors.result));
+  if constexpr (kPass != Pass::kBackward) {
+    if (error == nullptr && tiling.parts > 1) {
+      error = launch(finish_kernel<kPass, A>, dim3(blocks_for(p.groups * p.features)),
+                     dim3(kFinishThreads), 0, stream, p, tiling, partials,
+                     static_cast<A*>(tensors.result));
+    }
+  }
+  return error;
 }
 
 template <Pass kPass, typename T>
 const char* run(const MinibatchStddev& p, const Tensors& tensors, const Tiling& tiling,
                 double* partials, cudaStream_t stream) {
-  constexpr int kVector = 16 / sizeof(T);
+  constexpr int V = kVector<T>;
   const auto addresses = reinterpret_cast<uintptr_t>(p.x) |
                          reinterpret_cast<uintptr_t>(tensors.tangent) |
                          reinterpret_cast<uintptr_t>(tensors.grad_x);
-  const bool aligned = addresses % 16 == 0 && p.run % kVector == 0;
+  const bool aligned = addresses % (V * sizeof(T)) == 0 && p.run % V == 0;
   const bool held = members_of(p, 0) <= kHeld;
-  const auto chosen = aligned ? (held ? run<kPass, T, kVector, kHeld> : run<kPass, T, kVector, 0>)
+  const auto chosen = aligned ? (held ? run<kPass, T, V, kHeld> : run<kPass, T, V, 0>)
                               : (held ? run<kPass, T, 1, kHeld> : run<kPass, T, 1, 0>);
   return chosen(p, tensors, tiling, partials, stream);
 }
