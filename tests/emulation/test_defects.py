@@ -280,7 +280,11 @@ DEFECTS = [
     Defect(
         "stddev_without_a_pivot",
         r"forward.stddev of .*mean=10000.0.*" + WRONG,
-        Substitution(STDDEV, "pivot[v] = accumulator(first.values[v]);", "pivot[v] = 0;"),
+        Substitution(
+            STDDEV,
+            "pivot[v] = accumulator(first.values[v]);",
+            "pivot[v] = 0 * accumulator(first.values[v]);",
+        ),
     ),
     Defect(
         "stddev_rows_taken_for_one",
