@@ -46,6 +46,7 @@ STDDEV_PROBLEMS = [
     test_minibatch_stddev.Problem(7, 2, rows=3, features=2, run=7, misalignment=1),
     test_minibatch_stddev.Problem(4, 1, run=40, mean=1e4, std=1e-2),
     test_minibatch_stddev.Problem(11, 2, run=16),
+    test_minibatch_stddev.Problem(7, 2, run=16, output_misalignment=1),
     test_minibatch_stddev.Problem(2, 1, run=17_000, device=2),
     test_minibatch_stddev.Problem(20, 10, run=8200, device=0),
 ]
@@ -273,9 +274,9 @@ DEFECTS = [
         Substitution(STDDEV, "m < count_; ++m) body", "m + 1 < count_; ++m) body"),
     ),
     Defect(
-        "stddev_members_that_are_not_there",
+        "stddev_groups_taken_for_one_size",
         r"forward.stddev of .*" + WRONG,
-        Substitution(STDDEV, "if (m < count_) body(m);", "body(m);"),
+        Substitution("minibatch_stddev.h", "group < p.n % p.groups ?", "group >= 0 ?", STDDEV),
     ),
     Defect(
         "stddev_without_a_pivot",
@@ -299,7 +300,7 @@ DEFECTS = [
     Defect(
         "stddev_alignment_ignored",
         r"misaligned store",
-        Substitution(STDDEV, "addresses % (V * sizeof(T)) == 0 && p.run % V == 0", "true"),
+        Substitution(STDDEV, "addresses % (V * sizeof(T)) == 0 && p.run", "addresses > 0 && p.run"),
     ),
     Defect(
         "stddev_last_part_not_merged",
@@ -313,13 +314,6 @@ DEFECTS = [
             STDDEV,
             "    A sum = 0;\n",
             "    if (begin + threadIdx.x * V >= end) return;\n    A sum = 0;\n",
-        ),
-    ),
-    Defect(
-        "stddev_barrier_between_tasks_removed",
-        WRONG,
-        Substitution(
-            STDDEV, "    __syncthreads();  // shared memory is free for the next task\n", ""
         ),
     ),
 ]

@@ -137,7 +137,7 @@ struct Centre {
   }
 };
 
-// V positions of a group, `offset` elements into its first member. Returns what the pass sums over
+// V positions of a group, the first at from_x in its first member. Returns what the pass sums over
 // positions. u is grad_stddev / (P k).
 template <Pass kPass, typename T, int V, int kMembers, typename A>
 __device__ inline A visit(const T* from_x, const T* from_tangent, T* grad_x, int64_t stride,
