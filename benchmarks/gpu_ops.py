@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gankernels as gk
+from gankernels.ops import minibatch_stddev as stddev
 
 Run = Callable[[], object]
 _ops = torch.ops.gankernels
@@ -45,7 +46,9 @@ TENSORS = {
     ("gradient_norm_penalty", "backward"): (2, 2),
     ("gradient_norm_penalty", "double backward"): (3, 5),
     ("interpolate", "forward"): (3, 3),
-    ("minibatch_stddev", "forward"): (1, 6),
+    ("minibatch_stddev", "forward"): (1, 1),
+    ("minibatch_stddev", "backward"): (2, 2),
+    ("minibatch_stddev", "double backward"): (3, 3),
 }
 # Float32 additions of minibatch discrimination to an ordered pair and dimension, some of them fused
 # with a sign: the difference and the distance; in the derivatives the signed sum of weights; in the
@@ -126,8 +129,9 @@ def cases() -> Iterator[Case]:
         for what in passes:
             yield Case("gradient_norm_penalty", what, shape)
     yield Case("interpolate", "forward", (256, 3, 512, 512))
-    yield Case("minibatch_stddev", "forward", (64, 512, 4, 4))
-    yield Case("minibatch_stddev", "forward", (64, 64, 128, 128))
+    for shape in ((64, 512, 4, 4), (64, 64, 128, 128)):
+        for what in passes:
+            yield Case("minibatch_stddev", what, shape)
     for what in ("forward + backward", "penalty step"):
         for dtype in (f32, bf16):
             for layout in layouts:
@@ -135,6 +139,8 @@ def cases() -> Iterator[Case]:
         yield Case("batch_norm_leaky_relu", what, (64, 1024))
     for shape in ((128, 100, 5), (512, 100, 16)):
         yield Case("minibatch_discrimination", "forward + backward", shape)
+    yield Case("minibatch_stddev", "forward + backward", (64, 512, 4, 4))
+    yield Case("minibatch_stddev", "penalty step", (64, 512, 4, 4), bf16)
 
 
 def small_cases() -> Iterator[Case]:
@@ -151,8 +157,16 @@ def small_cases() -> Iterator[Case]:
                 yield Case("minibatch_discrimination", what, (70, 3, c), dtype)
             for shape in ((3, 43), (2, 40_001), (40, 8)):
                 yield Case("gradient_norm_penalty", what, shape, dtype)
+            for shape in (
+                (7, 4, 3, 3),
+                (6, 3, 5),
+                (4, 2, 70, 70),
+                (4, 3, 53, 53),
+                (17, 36),
+                (9, 7),
+            ):
+                yield Case("minibatch_stddev", what, shape, dtype)
     yield Case("interpolate", "forward", (5, 3, 7))
-    yield Case("minibatch_stddev", "forward", (7, 4, 3, 3))
 
 
 # ---- what is run -------------------------------------------------------------------------------
@@ -250,8 +264,25 @@ def _interpolate(case: Case, draw: Callable[..., Tensor], compiled: bool) -> dic
 
 
 def _stddev(case: Case, draw: Callable[..., Tensor], compiled: bool) -> dict[str, Run]:
-    x = draw(*case.shape)
-    return {"ours": lambda: gk.functional.minibatch_stddev(x)}
+    x, tangent = draw(*case.shape), draw(*case.shape)
+    group_size = 4 if x.dim() > 2 else 8  # of which the kernels hold the members, and do not
+    options = (group_size, 1, stddev.EPS)
+
+    def ours(x: Tensor) -> Tensor:
+        return gk.functional.minibatch_stddev(x, group_size)
+
+    def eager(x: Tensor) -> Tensor:
+        return stddev.reference(x, group_size, 1)
+
+    if case.is_step:
+        step = _penalty_step if case.what == "penalty step" else _first_step
+        return step(ours, eager, (x,), draw(case.shape[0], 1, *case.shape[2:]), compiled)
+    if case.what == "forward":
+        return {"ours": lambda: _ops.minibatch_stddev(x, *options), "eager": lambda: eager(x)}
+    first = (_ops.minibatch_stddev(x, *options), x, *options)
+    if case.what == "backward":
+        return {"ours": lambda: _ops.minibatch_stddev_backward(*first)}
+    return {"ours": lambda: _ops.minibatch_stddev_double_backward(tangent, *first)}
 
 
 _MAKERS = {

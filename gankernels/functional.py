@@ -348,7 +348,8 @@ def minibatch_stddev(x: Tensor, group_size: int = 4, num_channels: int = 1) -> T
     """The feature maps of :class:`gankernels.nn.MinibatchStdDev`, which says how they are computed.
 
     Args:
-        x: ``(N, C)`` or ``(N, C, ...)``, of float32, float64, bfloat16 or float16.
+        x: ``(N, C)`` or ``(N, C, ...)``, of float32, float64, bfloat16 or float16. Dense contiguous
+            and channels_last tensors are used as they lie, others are copied first.
         group_size: samples per group, at most.
         num_channels: the number of maps; C must be divisible by it.
 
@@ -361,8 +362,9 @@ def minibatch_stddev(x: Tensor, group_size: int = 4, num_channels: int = 1) -> T
         ValueError: where ``x`` has no channels to divide by ``num_channels``, or where a number is
             below one.
 
-    Derivatives: of any order. Computed in float32 for half-precision inputs, with 1e-8 added to the
-    variance.
+    Derivatives: the first and the second, each with a kernel of its own; a third raises. With 1e-8
+    added to the variance both are finite where all members of a group agree. Half-precision inputs
+    are computed with in float32, under autocast too.
 
     Reference: Karras et al., 2018, arXiv:1710.10196, section 3.
     """
@@ -376,7 +378,9 @@ def minibatch_stddev(x: Tensor, group_size: int = 4, num_channels: int = 1) -> T
         raise ValueError(
             f"x has {x.shape[1]} channels, which num_channels={num_channels} does not divide"
         )
-    return _stddev.minibatch_stddev(x, group_size, num_channels)
+    if x.numel() == 0 or not has_kernel(x, "minibatch_stddev"):
+        return _stddev.reference(x, group_size, num_channels)
+    return _stddev.fused(x, group_size, num_channels)
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gankernels._library import LOADED
 from gankernels.ops.autograd import differentiable, no_third_derivative
+from gankernels.ops.fake import accumulation_dtype, empty_like_dense
 
 _ops = torch.ops.gankernels
 
@@ -152,30 +153,8 @@ _double_backward = differentiable(
 # ---- fake kernels ------------------------------------------------------------------------------
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the ops take x as it lies: the same rule as layout_of() in csrc/ops/tensor.cpp."""
-    space, channels_first, channels_last = 1, True, x.shape[1] == 1 or x.stride(1) == 1
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
-        if size != 1:
-            channels_first &= stride == space
-            channels_last &= stride == space * x.shape[1]
-        space *= size
-    channels_first &= x.shape[1] == 1 or x.stride(1) == space
-    batch = x.shape[0] == 1 or x.stride(0) == space * x.shape[1]
-    return batch and (channels_first or channels_last)
-
-
-def _empty_like_result(x: Tensor) -> Tensor:
-    strides = x.stride() if _is_dense(x) else torch.empty(x.shape, device="meta").stride()
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
-
-
 def _per_channel(x: Tensor, *rows: int) -> Tensor:
-    return x.new_empty((*rows, x.shape[1]), dtype=_accumulation_dtype(x))
+    return x.new_empty((*rows, x.shape[1]), dtype=accumulation_dtype(x))
 
 
 def _register_fakes() -> None:
@@ -184,8 +163,8 @@ def _register_fakes() -> None:
 
     @fake("batch_norm_leaky_relu")
     def _(x, weight, bias, statistics, eps, negative_slope, activation_first):
-        computed = x.new_empty((0,), dtype=_accumulation_dtype(x))
-        return _empty_like_result(x), _per_channel(x, 2) if statistics is None else computed
+        computed = x.new_empty((0,), dtype=accumulation_dtype(x))
+        return empty_like_dense(x), _per_channel(x, 2) if statistics is None else computed
 
     @fake("batch_norm_leaky_relu_statistics")
     def _(x, negative_slope, activation_first):
@@ -194,7 +173,7 @@ def _register_fakes() -> None:
     @fake("batch_norm_leaky_relu_backward")
     def _(grad_y, x, weight, bias, statistics, sums, count, training, eps, slope, first, want_sums):
         computed = sums is None and (want_sums or training)
-        return _empty_like_result(x), _per_channel(x, 2 if computed else 0)
+        return empty_like_dense(x), _per_channel(x, 2 if computed else 0)
 
     @fake("batch_norm_leaky_relu_backward_sums")
     def _(grad_y, x, weight, bias, statistics, eps, negative_slope, activation_first):
@@ -206,8 +185,8 @@ def _register_fakes() -> None:
         count, training, eps, slope, first, want_grad_grad_y, want_grad_x,
     ):  # fmt: skip
         return (
-            _empty_like_result(x) if want_grad_grad_y else x.new_empty((0,)),
-            _empty_like_result(x) if want_grad_x else x.new_empty((0,)),
+            empty_like_dense(x) if want_grad_grad_y else x.new_empty((0,)),
+            empty_like_dense(x) if want_grad_x else x.new_empty((0,)),
             _per_channel(x),
         )
 

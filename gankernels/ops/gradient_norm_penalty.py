@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gankernels._library import LOADED
 from gankernels.ops.autograd import differentiable, no_third_derivative
+from gankernels.ops.fake import accumulation_dtype
 
 _ops = torch.ops.gankernels
 
@@ -130,9 +131,6 @@ def _like(grad: Tensor) -> Tensor:
 
 
 def _register_fakes() -> None:
-    def accumulation_dtype(x: Tensor) -> torch.dtype:
-        return torch.float64 if x.dtype == torch.float64 else torch.float32
-
     def fake(name: str):
         return torch.library.register_fake(f"gankernels::{name}")
 

@@ -177,10 +177,8 @@ def test_tensors_of_the_inputs_size_are_counted(case):
     read = {"forward": 1, "backward": 2, "double backward": 3}[case.what]
     if case.op == "interpolate":
         read = 2
-    if case.op == "minibatch_stddev":
-        written = 0  # one number per group, expanded
-    if case.op == "gradient_norm_penalty" and case.what != "forward":
-        read -= 1  # the incoming gradient is a scalar
+    if case.op in ("gradient_norm_penalty", "minibatch_stddev") and case.what != "forward":
+        read -= 1  # the incoming gradient is a scalar, or one number per group
     assert case.bytes == (read + written) * case.input_bytes
 
 
@@ -223,6 +221,8 @@ STEPS = [
     Case("minibatch_discrimination", "forward + backward", (7, 5, 3)),
     Case("gradient_norm_penalty", "forward", (7, 5, 3)),
     Case("interpolate", "forward", (7, 5, 3)),
+    Case("minibatch_stddev", "forward + backward", (7, 5, 3)),
+    Case("minibatch_stddev", "penalty step", (16, 5, 3), torch.bfloat16),
 ]
 
 

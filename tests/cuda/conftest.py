@@ -65,7 +65,9 @@ OPS = {
     "minibatch_discrimination, C=40": Op(functional.minibatch_discrimination, ((70, 3, 40),)),
     "gradient_norm_penalty": Op(functional.gradient_norm_penalty, ((6, 3, 40, 41),)),
     "interpolate": Op(functional.interpolate, ((6, 3, 8, 8), (6, 3, 8, 8), (6,))),
-    "minibatch_stddev": Op(functional.minibatch_stddev, ((10, 4, 4, 4),)),
+    # A block to a group, and groups divided among blocks with scratch.
+    "minibatch_stddev, small": Op(functional.minibatch_stddev, ((10, 4, 4, 4),)),
+    "minibatch_stddev, large": Op(functional.minibatch_stddev, ((4, 3, 64, 64),)),
 }
 
 

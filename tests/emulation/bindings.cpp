@@ -17,6 +17,7 @@
 #include "emulation.h"
 #include "gradient_norm_penalty.h"
 #include "minibatch_discrimination.h"
+#include "minibatch_stddev.h"
 #include "self_test.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -311,6 +312,48 @@ void discrimination_double_backward(const py::dict& inputs, const py::dict& outp
   call.finish(cuda::minibatch_discrimination_double_backward(p, get<int>(o, "device"), nullptr));
 }
 
+Call make_stddev_call(MinibatchStddev& p, const py::dict& inputs, const py::dict& outputs,
+                      const py::dict& o) {
+  p.n = get<int64_t>(o, "n");
+  p.groups = get<int64_t>(o, "groups");
+  p.rows = get<int64_t>(o, "rows");
+  p.features = get<int64_t>(o, "features");
+  p.run = get<int64_t>(o, "run");
+  p.dtype = dtype_of(get<std::string>(o, "dtype"));
+  p.eps = get<double>(o, "eps");
+  Call call(inputs, outputs, get<int64_t>(o, "misalignment"),
+            get<int64_t>(o, "output_misalignment"),
+            cuda::minibatch_stddev_scratch_bytes(p, get<int>(o, "device")));
+  p.x = call["x"];
+  return call;
+}
+
+void stddev_forward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  MinibatchStddevForward p;
+  Call call = make_stddev_call(p, inputs, outputs, o);
+  p.stddev = call["stddev"];
+  call.finish(cuda::minibatch_stddev_forward(p, call.scratch(), get<int>(o, "device"), nullptr));
+}
+
+void stddev_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  MinibatchStddevBackward p;
+  Call call = make_stddev_call(p, inputs, outputs, o);
+  p.grad_stddev = call["grad_stddev"];
+  p.grad_x = call["grad_x"];
+  call.finish(cuda::minibatch_stddev_backward(p, call.scratch(), get<int>(o, "device"), nullptr));
+}
+
+void stddev_double_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  MinibatchStddevDoubleBackward p;
+  Call call = make_stddev_call(p, inputs, outputs, o);
+  p.grad_stddev = call["grad_stddev"];
+  p.tangent = call["tangent"];
+  p.grad_grad_stddev = call["grad_grad_stddev"];
+  p.grad_x = call["grad_x"];
+  call.finish(
+      cuda::minibatch_stddev_double_backward(p, call.scratch(), get<int>(o, "device"), nullptr));
+}
+
 void self_test(const std::string& name, const py::dict& inputs, const py::dict& outputs,
                unsigned int blocks, unsigned int threads, size_t shared_bytes) {
   Call call(inputs, outputs, 0, 0, 0);
@@ -337,6 +380,9 @@ PYBIND11_MODULE(emulated, m) {
   m.def("discrimination_forward", &discrimination_forward);
   m.def("discrimination_backward", &discrimination_backward);
   m.def("discrimination_double_backward", &discrimination_double_backward);
+  m.def("stddev_forward", &stddev_forward);
+  m.def("stddev_backward", &stddev_backward);
+  m.def("stddev_double_backward", &stddev_double_backward);
   m.def("self_test", &self_test, py::arg("name"), py::arg("inputs"), py::arg("outputs"),
         py::arg("blocks") = 1, py::arg("threads") = 32, py::arg("shared_bytes") = 0);
   m.def("set_seed", &emulation::set_seed);

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from . import build, test_gradient_norm_penalty, test_minibatch_discrimination
+from . import (
+    build,
+    test_gradient_norm_penalty,
+    test_minibatch_discrimination,
+    test_minibatch_stddev,
+)
 from .build import Substitution
 from .problem import Problem
 from .test_batch_norm_leaky_relu import SEEDS, check_all
@@ -15,6 +20,7 @@ from .test_batch_norm_leaky_relu import SEEDS, check_all
 KERNEL, REDUCE = "cuda/batch_norm_leaky_relu.cu", "cuda/reduce.h"
 PENALTY = "cuda/gradient_norm_penalty.cu"
 DISCRIMINATION = "cuda/minibatch_discrimination.cu"
+STDDEV = "cuda/minibatch_stddev.cu"
 PROBLEMS = [
     Problem(3, 3, 16),
     Problem(9, 6, 3, True),
@@ -35,13 +41,27 @@ DISCRIMINATION_PROBLEMS = [
     test_minibatch_discrimination.Problem(70, 1, 36),
     test_minibatch_discrimination.Problem(70, 1, 36, "bfloat16", "transposed"),
 ]
+STDDEV_PROBLEMS = [
+    test_minibatch_stddev.Problem(7, 2, rows=3, features=2, run=8),
+    test_minibatch_stddev.Problem(7, 2, rows=3, features=2, run=7, misalignment=1),
+    test_minibatch_stddev.Problem(4, 1, run=40, mean=1e4, std=1e-2),
+    test_minibatch_stddev.Problem(11, 2, run=16),
+    test_minibatch_stddev.Problem(7, 2, run=16, output_misalignment=1),
+    test_minibatch_stddev.Problem(2, 1, run=17_000, device=2),
+    test_minibatch_stddev.Problem(20, 10, run=8200, device=0),
+]
 # Fewer sizes of C, which these problems do without: quicker to compile.
 FEWER_SIZES = Substitution(DISCRIMINATION, "float, D, 2, 4, 5, 8, 12, 16, 24, k", "float, D, 8, k")
+# So few blocks that each has several tasks.
+FEWER_BLOCKS = Substitution(STDDEV, "kMaxBlocks = int64_t{1} << 20", "kMaxBlocks = 3")
+# Beside the defect: none of these is one.
+ALSO_CHANGED = {DISCRIMINATION: (FEWER_SIZES,), STDDEV: (FEWER_BLOCKS,)}
 # By the .cu file: the problems that must show its defects, and what runs one.
 SHOWN_BY = {
     KERNEL: (PROBLEMS, check_all),
     PENALTY: (PENALTY_PROBLEMS, test_gradient_norm_penalty.check_all),
     DISCRIMINATION: (DISCRIMINATION_PROBLEMS, test_minibatch_discrimination.check_all),
+    STDDEV: (STDDEV_PROBLEMS, test_minibatch_stddev.check_all),
 }
 # Wrong values, NaNs and results that differ between seeds alike.
 WRONG = r"elements, first|depends on the order"
@@ -62,8 +82,7 @@ class Defect:
 
     @property
     def substitutions(self) -> tuple[Substitution, ...]:
-        fewer = (FEWER_SIZES,) if self.unit == DISCRIMINATION else ()
-        return (self.substitution, *fewer)
+        return (self.substitution, *ALSO_CHANGED.get(self.unit, ()))
 
 
 DEFECTS = [
@@ -249,6 +268,54 @@ DEFECTS = [
         WRONG,
         Substitution(DISCRIMINATION, "visited = row_j < p.n && row_j", "visited = row_j"),
     ),
+    Defect(
+        "stddev_last_member_left_out",
+        WRONG,
+        Substitution(STDDEV, "m < count_; ++m) body", "m + 1 < count_; ++m) body"),
+    ),
+    Defect(
+        "stddev_groups_taken_for_one_size",
+        r"forward.stddev of .*" + WRONG,
+        Substitution("minibatch_stddev.h", "group < p.n % p.groups ?", "group >= 0 ?", STDDEV),
+    ),
+    Defect(
+        "stddev_without_a_pivot",
+        r"forward.stddev of .*mean=10000.0.*" + WRONG,
+        Substitution(
+            STDDEV,
+            "pivot[v] = accumulator(first.values[v]);",
+            "pivot[v] = 0 * accumulator(first.values[v]);",
+        ),
+    ),
+    Defect(
+        "stddev_rows_taken_for_one",
+        r"rows=3.*" + WRONG,
+        Substitution(STDDEV, "p.rows == 1 ? 0", "p.rows >= 1 ? 0"),
+    ),
+    Defect(
+        "stddev_last_positions_left_out",
+        WRONG,
+        Substitution(STDDEV, "i < end; i += kThreads", "i + 4 < end; i += kThreads"),
+    ),
+    Defect(
+        "stddev_alignment_ignored",
+        r"misaligned store",
+        Substitution(STDDEV, "addresses % (V * sizeof(T)) == 0 && p.run", "addresses > 0 && p.run"),
+    ),
+    Defect(
+        "stddev_last_part_not_merged",
+        r"forward.stddev of .*" + WRONG,
+        Substitution(STDDEV, "part < tiling.parts; part", "part < tiling.parts - 1; part"),
+    ),
+    Defect(
+        "stddev_idle_threads_leave_before_the_barrier",
+        r"barrier divergence|that never come",
+        Substitution(
+            STDDEV,
+            "    A sum = 0;\n",
+            "    if (begin + threadIdx.x * V >= end) return;\n    A sum = 0;\n",
+        ),
+    ),
 ]
 # No defect: a limit so small that what it is for is seen.
 SMALL_LIMITS = Substitution(KERNEL, "kMaxPositions = int64_t{1} << 29", "kMaxPositions = 300")
@@ -263,6 +330,7 @@ def compiled():
     todo = [(d.name, d.substitutions) for d in DEFECTS] + [
         ("number_of_batches_race", (RACE,)),
         ("small_limits", (SMALL_LIMITS,)),
+        ("fewer_blocks", (FEWER_BLOCKS,)),
     ]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda d: build.build(d[0], substitutions=d[1]), todo))
@@ -317,6 +385,14 @@ def test_runs_beyond_the_largest_part():
         emulated.take_launches()
         check_all(emulated, Problem(n, c, s, last, misalignment=1))
         assert len(emulated.take_launches()) > 3 * len(SEEDS), "divided"
+
+
+def test_blocks_with_several_tasks():
+    emulated = build.load(build.build("fewer_blocks", substitutions=(FEWER_BLOCKS,)))
+    emulated.take_launches()
+    for problem in STDDEV_PROBLEMS:
+        test_minibatch_stddev.check_all(emulated, problem)
+    assert max(blocks for _, _, blocks, _ in emulated.take_launches()) == 3
 
 
 def test_a_substitution_must_hit():

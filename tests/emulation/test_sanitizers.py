@@ -38,6 +38,7 @@ def environment():
 
 def test_kernels_are_clean(environment):
     names = ("batch_norm_leaky_relu", "gradient_norm_penalty", "minibatch_discrimination")
+    names += ("minibatch_stddev",)
     tests = [build.HERE / f"test_{name}.py" for name in names]
     # -s: or a sanitizer's report is lost with the process.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]

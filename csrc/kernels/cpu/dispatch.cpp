@@ -6,6 +6,7 @@
 #include "../batch_norm_leaky_relu.h"
 #include "../gradient_norm_penalty.h"
 #include "../minibatch_discrimination.h"
+#include "../minibatch_stddev.h"
 
 namespace gankernels::cpu {
 
@@ -81,3 +82,6 @@ GK_DISPATCH_RETURNING(int64_t, minibatch_discrimination_scratch_bytes, Minibatch
 GK_DISPATCH(minibatch_discrimination_forward, MinibatchDiscriminationForward)
 GK_DISPATCH(minibatch_discrimination_backward, MinibatchDiscriminationBackward)
 GK_DISPATCH(minibatch_discrimination_double_backward, MinibatchDiscriminationDoubleBackward)
+GK_DISPATCH(minibatch_stddev_forward, MinibatchStddevForward)
+GK_DISPATCH(minibatch_stddev_backward, MinibatchStddevBackward)
+GK_DISPATCH(minibatch_stddev_double_backward, MinibatchStddevDoubleBackward)

@@ -5,6 +5,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#else
+#include <emmintrin.h>
 #endif
 
 #include <cstdint>
@@ -260,6 +262,26 @@ template <typename A>
 GK_INLINE Vector<A> keep_first(Vector<A> v, int count) {
   static constexpr A kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return load(kLanes) < A(count) ? v : Vector<A>{};
+}
+
+// GCC's vectors have no root of their own. The masked forms for the reason given above.
+GK_INLINE Vector<float> square_root(Vector<float> v) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_sqrt_ps((__m256)v);
+#else
+  return (Vector<float>)_mm_sqrt_ps((__m128)v);
+#endif
+}
+GK_INLINE Vector<double> square_root(Vector<double> v) {
+#if defined(__AVX512F__)
+  return (Vector<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+#elif defined(__AVX2__)
+  return (Vector<double>)_mm256_sqrt_pd((__m256d)v);
+#else
+  return (Vector<double>)_mm_sqrt_pd((__m128d)v);
+#endif
 }
 
 // The sum of the lanes, in a fixed order.

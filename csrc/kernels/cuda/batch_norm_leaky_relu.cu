@@ -132,14 +132,6 @@ __device__ inline Normalization<A> saved_normalization(const BatchNormLeakyReLU&
 }
 
 template <typename A, int K>
-__device__ inline Sums<A, K> added(const Sums<A, K>& a, const Sums<A, K>& b) {
-  Sums<A, K> sum;
-#pragma unroll
-  for (int k = 0; k < K; ++k) sum.value[k] = a.value[k] + b.value[k];
-  return sum;
-}
-
-template <typename A, int K>
 __device__ inline Sums<A, K> saved_sums(const void* sums, int64_t channels, int64_t c) {
   Sums<A, K> saved = {};
   if (sums == nullptr) return saved;
@@ -270,7 +262,7 @@ struct Backward {
   GK_HOST_DEVICE static void* output(const Params& p, int) { return p.grad_x; }
   static bool has_result(const Params& p) { return p.grad_x || (p.compute_sums && p.sums); }
 
-  __device__ static S merge(const S& a, const S& b) { return added(a, b); }
+  __device__ static S merge(const S& a, const S& b) { return Add::merge(a, b); }
 
   __device__ static Normalization<A> prepare(const Params& p, int64_t c) {
     return saved_normalization<A>(p, c);
@@ -342,7 +334,7 @@ struct DoubleBackward {
     return p.grad_grad_y || p.grad_x || p.grad_weight || (p.compute_sums && p.sums);
   }
 
-  __device__ static S merge(const S& a, const S& b) { return added(a, b); }
+  __device__ static S merge(const S& a, const S& b) { return Add::merge(a, b); }
 
   __device__ static Normalization<A> prepare(const Params& p, int64_t c) {
     return saved_normalization<A>(p, c);
@@ -549,8 +541,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     apply<Op, T, false>(p, walk, coefficients);
   }
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int round_up_to_power_of_two(int64_t value, int limit) {
   int power = 1;

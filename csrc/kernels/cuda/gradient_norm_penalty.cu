@@ -50,8 +50,6 @@ struct Tiling {
   int64_t tasks;      // parts of all samples
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 Tiling make_tiling(const GradientNormPenalty& p, int device) {
   const int64_t least = kBytesPerPart / size_of(p.dtype);  // whole vectors for every lane
   const int64_t wanted = multiprocessors(device) * kWarpsPerMultiprocessor;
@@ -72,12 +70,6 @@ __device__ inline A warp_sum(A value) {
   }
   return value;
 }
-
-struct Add {
-  __device__ static Sums<double, 1> merge(const Sums<double, 1>& a, const Sums<double, 1>& b) {
-    return {{a.value[0] + b.value[0]}};
-  }
-};
 
 // The derivatives' factor 2 grad_penalty / N.
 template <typename A>

@@ -8,8 +8,11 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 
 namespace gankernels::cuda {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline const char* error_message(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;

@@ -14,6 +14,16 @@ struct Sums {
   A value[K];
 };
 
+struct Add {
+  template <typename A, int K>
+  __device__ static Sums<A, K> merge(const Sums<A, K>& a, const Sums<A, K>& b) {
+    Sums<A, K> sum;
+#pragma unroll
+    for (int k = 0; k < K; ++k) sum.value[k] = a.value[k] + b.value[k];
+    return sum;
+  }
+};
+
 template <typename A, int K>
 __device__ inline Sums<A, K> shuffle_down(const Sums<A, K>& sums, int lanes) {
   Sums<A, K> other;

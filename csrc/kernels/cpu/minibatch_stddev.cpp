@@ -1,0 +1,185 @@
+// minibatch_stddev on the CPU. Compiled once per instruction set, into the namespace GK_ISA.
+//
+// Bytes: every pass reads and writes each tensor once. A vector of positions is worked on for all
+// members of its group, whose elements stay in registers, or in L1 where they are many, from the
+// first sum to the results.
+#include "../minibatch_stddev.h"
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace gankernels::GK_ISA {
+namespace {
+
+constexpr int64_t kPart = 1024;     // positions to a task, summed in A before going on in double
+constexpr int64_t kSerial = 16384;  // fewer elements are not worth a second thread
+
+enum class Pass { kForward, kBackward, kDoubleBackward };
+
+// Some positions of the members of a group: their elements are `stride` apart.
+template <typename T>
+struct Members {
+  const T *x, *tangent;
+  T* grad_x;
+  int64_t stride, count;
+};
+
+// The members' distances from their mean, by way of their distances from the first of them: those
+// are exact where the mean is large beside them, when the mean itself could not be held well
+// enough.
+template <typename T, typename V = Vector<Accumulate<T>>>
+GK_INLINE void center(const T* from, int64_t stride, int64_t count, int lanes, V* distances) {
+  constexpr int W = VectorOf<Accumulate<T>>::width;
+  auto element = [&](int64_t m) {
+    prefetch(from + m * stride + kAheadBytes / int64_t(sizeof(T)));
+    return lanes == W ? load(from + m * stride) : load(from + m * stride, lanes);
+  };
+  const V pivot = element(0);
+  V sum = distances[0] = pivot - pivot;  // not a number where the pivot is infinite
+  for (int64_t m = 1; m < count; ++m) {
+    distances[m] = element(m) - pivot;
+    sum += distances[m];
+  }
+  const V mean = sum / Accumulate<T>(count);
+  for (int64_t m = 0; m < count; ++m) distances[m] -= mean;
+}
+
+// One vector of positions, or its first `lanes`: adds to `total` what the pass sums over positions.
+// kCount is the number of members where it is known beforehand, else 0; `scratch` then has room for
+// two vectors to a member.
+template <Pass kPass, int kCount, typename T, typename A, typename V = Vector<A>>
+GK_INLINE void visit(const Members<T>& members, int64_t i, int lanes, A eps, A u, V* scratch,
+                     V& total) {
+  constexpr int W = VectorOf<A>::width;
+  const int64_t count = kCount ? kCount : members.count, stride = members.stride;
+  V held[kCount ? 2 * kCount : 1];
+  V* const d = kCount ? held : scratch;
+  V* const c = d + count;
+  auto add = [&](V v) { total += lanes == W ? v : keep_first<A>(v, lanes); };
+  auto put = [&](int64_t m, V v) {
+    T* const to = members.grad_x + m * stride + i;
+    lanes == W ? store(to, v) : store(to, v, lanes);
+  };
+
+  center(members.x + i, stride, count, lanes, d);
+  V squares = {};
+  for (int64_t m = 0; m < count; ++m) squares += d[m] * d[m];
+  const V sigma = square_root(squares / A(count) + eps);
+  if (kPass == Pass::kForward) {
+    add(sigma);
+  } else if (kPass == Pass::kBackward) {
+    const V scale = u / sigma;
+    for (int64_t m = 0; m < count; ++m) put(m, d[m] * scale);
+  } else {
+    center(members.tangent + i, stride, count, lanes, c);
+    V q = {};
+    for (int64_t m = 0; m < count; ++m) q += c[m] * d[m];
+    const V inverse = 1 / sigma, scale = u * inverse;
+    q *= inverse;
+    add(q);
+    q *= inverse / A(count);
+    for (int64_t m = 0; m < count; ++m) put(m, (c[m] - q * d[m]) * scale);
+  }
+}
+
+template <typename T>
+struct Kernel {
+  using A = Accumulate<T>;
+  using V = Vector<A>;
+  const MinibatchStddev& p;
+  CpuThreads threads;
+  int64_t positions, size, parts;  // of a feature; of a sample; of a feature's positions
+
+  Kernel(const MinibatchStddev& parameters, const CpuThreads& available)
+      : p(parameters),
+        threads(available),
+        positions(p.rows * p.run),
+        size(positions * p.features),
+        parts(divide_up(positions, kPart)) {
+    if (p.n * size < kSerial) threads.count = 1;
+  }
+
+  // What a task adds to the sum over its feature's positions.
+  template <Pass kPass, int kCount>
+  double sum(Members<T> members, int64_t begin, int64_t end, int64_t feature, A u,
+             V* scratch) const {
+    constexpr int W = VectorOf<A>::width;
+    V total = {};
+    for (int64_t position = begin; position < end;) {
+      const int64_t row = position / p.run, in_run = position % p.run;
+      const int64_t first = (row * p.features + feature) * p.run + in_run;
+      const int64_t last = first + minimum(end - position, p.run - in_run);
+      int64_t i = first;
+      for (; i + W <= last; i += W) {
+        visit<kPass, kCount>(members, i, W, A(p.eps), u, scratch, total);
+      }
+      if (i < last) {
+        visit<kPass, kCount>(members, i, int(last - i), A(p.eps), u, scratch, total);
+      }
+      position += last - first;
+    }
+    return sum_lanes<A>(total);
+  }
+
+  // The result of a pass that has one per group and feature goes to `result`.
+  template <Pass kPass>
+  void run(const void* tangent, const void* grad_stddev, void* grad_x, void* result) const {
+    const int64_t cells = p.groups * p.features;
+    Buffer<double> partials(cells * parts);
+    // Features in turn, since in channels-last order they are neighbours.
+    parallel(threads, cells * parts, [&](int64_t first, int64_t last) {
+      Buffer<V> scratch(2 * members_of(p, 0));
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t feature = task % p.features, part = task / p.features % parts;
+        const int64_t group = task / p.features / parts, cell = group * p.features + feature;
+        const int64_t count = members_of(p, group), from = group * size;
+        const Members<T> members = {
+            static_cast<const T*>(p.x) + from,
+            kPass == Pass::kDoubleBackward ? static_cast<const T*>(tangent) + from : nullptr,
+            kPass == Pass::kForward ? nullptr : static_cast<T*>(grad_x) + from, p.groups * size,
+            count};
+        const double outer =
+            kPass == Pass::kForward ? 0 : double(static_cast<const A*>(grad_stddev)[cell]);
+        const A u = A(outer / (double(positions) * double(count)));
+        const int64_t begin = part * kPart, end = minimum(begin + kPart, positions);
+        // Four is what everyone uses.
+        const auto of_part = count == 4 ? &Kernel::sum<kPass, 4> : &Kernel::sum<kPass, 0>;
+        partials.data[cell * parts + part] =
+            (this->*of_part)(members, begin, end, feature, u, scratch.data);
+      }
+    });
+    if (!result) return;
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      double total = 0;
+      for (int64_t part = 0; part < parts; ++part) total += partials.data[cell * parts + part];
+      const int64_t count = kPass == Pass::kForward ? 1 : members_of(p, cell / p.features);
+      static_cast<A*>(result)[cell] = A(total / (double(positions) * double(count)));
+    }
+  }
+};
+
+template <Pass kPass>
+void run(const MinibatchStddev& p, const CpuThreads& threads, const void* tangent,
+         const void* grad_stddev, void* grad_x, void* result) {
+  with_storage(p.dtype, [&](auto storage) {
+    const Kernel<typename decltype(storage)::type> kernel(p, threads);
+    kernel.template run<kPass>(tangent, grad_stddev, grad_x, result);
+  });
+}
+
+}  // namespace
+
+void minibatch_stddev_forward(const MinibatchStddevForward& p, const CpuThreads& threads) {
+  run<Pass::kForward>(p, threads, nullptr, nullptr, nullptr, p.stddev);
+}
+
+void minibatch_stddev_backward(const MinibatchStddevBackward& p, const CpuThreads& threads) {
+  run<Pass::kBackward>(p, threads, nullptr, p.grad_stddev, p.grad_x, nullptr);
+}
+
+void minibatch_stddev_double_backward(const MinibatchStddevDoubleBackward& p,
+                                      const CpuThreads& threads) {
+  run<Pass::kDoubleBackward>(p, threads, p.tangent, p.grad_stddev, p.grad_x, p.grad_grad_stddev);
+}
+
+}  // namespace gankernels::GK_ISA
