@@ -18,6 +18,7 @@ import itertools
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CodeType
 
 import torch
 from torch import fx, nn
@@ -216,7 +217,7 @@ class _Calls:
             return None, False, self.hidden[norm]
         if norm not in self.nodes:
             return None, False, "no forward calls it"
-        why = _describe(self.nodes[norm])
+        reasons = []
         for first, beside, back in ((False, _next, _previous), (True, _previous, _next)):
             found = [beside(node) for node in self.nodes[norm]]
             activation = next((m for m in found if type(m) in _ACTIVATIONS), None)
@@ -224,20 +225,22 @@ class _Calls:
                 continue
             place = f"{'preceded' if first else 'followed'} by {self.names[activation]}"
             if any(m is not activation for m in found):
-                why = f"{place}, but not wherever it is used"
+                reasons.append(f"{place}, but not wherever it is used")
             elif activation in self.hidden:
-                why = f"{place}; {self.hidden[activation]}"
+                reasons.append(f"{place}; {self.hidden[activation]}")
             elif any(back(node) is not norm for node in self.nodes[activation]):
-                why = f"{place}, which has other uses too: give it an activation of its own"
+                reasons.append(
+                    f"{place}, which has other uses too: give it an activation of its own"
+                )
             elif unfit := _unfit(activation):
-                why = f"{place}, which cannot be fused: {unfit}"
+                reasons.append(f"{place}, which cannot be fused: {unfit}")
             elif first and any(n.next not in n.users for n in self.nodes[activation]):
-                why = f"{place}, with something else done in between"
+                reasons.append(f"{place}, with something else done in between")
             elif first and activation.inplace and not all(map(_owns_input, self.nodes[activation])):
-                why = f"{place}, in place on what others may see"
+                reasons.append(f"{place}, in place on what others may see")
             else:
                 return activation, first, ""
-        return None, False, why
+        return None, False, (reasons or [_describe(self.nodes[norm])])[0]
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -350,7 +353,7 @@ def _traces(owner: nn.Module) -> list[fx.Graph]:
     return graphs
 
 
-def _branches(owner: nn.Module, concrete: dict[str, None]) -> Iterator[fx.Graph]:
+def _branches(owner: nn.Module, concrete: dict[str, None]) -> list[fx.Graph]:
     graphs, pending, ways = [], [[]], 0
     while pending:
         ways += 1
@@ -397,40 +400,53 @@ def _as_it_was(owner: nn.Module) -> Iterator[None]:
 # ---- reading source, where tracing does not do ---------------------------------------------------
 
 
-def _classes(cls: type) -> list[type]:
-    """The classes, down to nn.Module, that a module's methods come from."""
-    return [c for c in cls.__mro__ if c not in (nn.Module, nn.Sequential, object)]
+def _methods(cls: type) -> list[Callable[..., object]]:
+    """``forward`` and the class's other methods that it may call, by their names."""
+    found, pending = {}, ["forward"]
+    while pending:
+        name = pending.pop()
+        versions = [vars(c)[name] for c in cls.__mro__ if c is not nn.Module and name in vars(c)]
+        for version in versions:
+            method = inspect.unwrap(getattr(version, "fget", version))
+            if method in found or not inspect.isfunction(method):
+                break
+            found[method] = _names(method.__code__)
+            pending += found[method]
+            if "super" not in found[method]:
+                break
+    return list(found)
+
+
+def _names(code: CodeType) -> set[str]:
+    """All global names and attributes in a function and the functions inside of it."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return {*code.co_names}.union(*inner)
 
 
 def _asks_for_types(cls: type) -> bool:
     """Such code sees proxies instead of tensors, and would see other layers when they are fused."""
-    for method in (m for c in _classes(cls) for name, m in vars(c).items() if name != "__init__"):
-        code = getattr(method, "__code__", None)
-        if code and {"isinstance", "issubclass", "type"} & {*code.co_names}:
-            return True
-    return False
+    asking = {"isinstance", "issubclass", "type"}
+    return any(asking & _names(method.__code__) for method in _methods(cls))
 
 
 _TAKE_WHOLE = {"checkpoint", "data_parallel"}
-_TAKE_NOTHING = {
-    "apply", "buffers", "eval", "load_state_dict", "named_buffers", "named_parameters",
-    "parameters", "requires_grad_", "state_dict", "to", "train", "zero_grad",
-}  # fmt: skip
+_TAKE_NOTHING = {"buffers", "named_buffers", "named_parameters", "parameters", "state_dict"}
+_TAKE_ANY = {"_modules", "children", "get_submodule", "getattr", "named_children"}
 
 
 def _is_called_whole(owner: nn.Module, child: str) -> bool:
     """Whether the source of a module calls a child, and does nothing else with it."""
     called = False
-    for cls in _classes(type(owner)):
+    for method in _methods(type(owner)):
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
         except (OSError, TypeError, SyntaxError):
+            return False
+        if _TAKE_ANY & _names(method.__code__):
             return False
         fine = set()
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-                node.body = []
-            elif isinstance(node, ast.Call):
+            if isinstance(node, ast.Call):
                 fine.add(node.func)
                 name = getattr(node.func, "attr", getattr(node.func, "id", None))
                 fine.update(node.args if name in _TAKE_WHOLE else ())
