@@ -334,6 +334,8 @@ def _traces(owner: nn.Module) -> list[fx.Graph]:
         raise _UntraceableError("it is replaced")
     if _asks_for_types(type(owner)):
         raise _UntraceableError(_TYPES)
+    if _catches_errors(type(owner)):
+        raise _UntraceableError("it catches exceptions")
     arguments = list(inspect.signature(type(owner).forward).parameters.values())[2:]
     arguments = [a for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
     if len(arguments) > _MOST_ARGUMENTS:
@@ -427,6 +429,15 @@ def _asks_for_types(cls: type) -> bool:
     """Such code sees proxies instead of tensors, and would see other layers when they are fused."""
     asking = {"isinstance", "issubclass", "type"}
     return any(asking & _names(method.__code__) for method in _methods(cls))
+
+
+def _catches_errors(cls: type) -> bool:
+    """Such code may go another way with tensors than it does when a trace fails in it."""
+    return any(
+        instruction.opname.endswith("EXC_MATCH")
+        for method in _methods(cls)
+        for instruction in dis.get_instructions(method)
+    )
 
 
 _TAKE_WHOLE = {"checkpoint", "data_parallel"}

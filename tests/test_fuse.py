@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 import gankernels as gk
@@ -498,6 +499,36 @@ class OtherMeans(Untraceable):
 
     def step(self, x):
         return getattr(self, "ma" + "in")[:2](x)
+
+
+class Catching(Net):
+    def forward(self, x):
+        try:
+            n = int(x.shape[0])
+        except TypeError:
+            return self.act(self.bn(self.conv(x)))
+        return self.bn(self.conv(x)) * n
+
+
+def test_forward_that_catches_errors():
+    (line,) = assert_same(Catching(act=nn.ReLU()), images())
+    assert line == "left bn: forward of module (Catching) cannot be traced: it catches exceptions"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_pair(reentrant):
+    def forward(self, x):
+        h = self.conv(x)
+        run = torch.utils.checkpoint.checkpoint
+        return run(lambda h: self.act(self.bn(h)), h, use_reentrant=reentrant)
+
+    network = net(forward, act=nn.LeakyReLU(0.2))
+    original, x = copy.deepcopy(network), images()
+    assert fused(network)[0].startswith("fused bn with act")
+    for m in (network, original):
+        m(x).square().sum().backward()
+    grads = [[p.grad for p in m.parameters()] for m in (network, original)]
+    assert difference(*grads) < 1e-10
 
 
 class Initialising(Net):
