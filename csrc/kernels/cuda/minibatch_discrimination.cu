@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kSmallThreads)
     __syncthreads();
     const int count = min(kSmallTile, p.n - first), own = first_row - first;
     A tile_sums[I] = {};  // apart, which keeps the rounding errors of long sums small
-#pragma unroll D == 0 ? 2 : 1
+#pragma unroll D == 0 && sizeof(A) == 4 ? 2 : 1
     for (int j = j_warp; j < count; j += j_warps) {
       A other[kC];
       load_row(x_tile + j * kStride, other);
