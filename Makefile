@@ -30,6 +30,7 @@ bench:
 	@python=$(call ready,test) && export PYTHONPATH=. && \
 	$$python benchmarks/batch_norm_leaky_relu.py --compiled && \
 	$$python benchmarks/minibatch_discrimination.py --memory && \
+	$$python benchmarks/minibatch_stddev.py && \
 	$$python benchmarks/gradient_penalty.py
 
 # Not by way of `ready`: the machine with the GPU may have no network to install anything from.
