@@ -18,7 +18,7 @@ from gankernels.train.config import configure, from_dict
 from gankernels.train.files import write_atomically
 
 MAGIC = "gankernels checkpoint"
-VERSION = 1
+VERSION = 2
 FOLDER = "checkpoints"
 
 
