@@ -21,6 +21,7 @@ from gankernels.games import Batch, Game, Player
 from gankernels.train import checkpoint
 from gankernels.train.callbacks import Callback, Metrics, Progress
 from gankernels.train.config import Config, to_dict
+from gankernels.train.cpus import bound_threads
 from gankernels.train.files import write_json
 from gankernels.train.graph import Graphs, run_eagerly
 from gankernels.train.images import arrange, save_grid
@@ -119,6 +120,7 @@ class Trainer:
                 "load its latest checkpoint or choose another folder"
             )
         gankernels.tune_allocator()
+        bound_threads()
         config = self.config
         if self.ranks.first:
             settings = to_dict(self.game.name, config, self.game.options)
