@@ -83,6 +83,7 @@ class BatchLoader:
         batch_size: images per draw.
         seed: of the draws, not negative.
         first: number of the first draw.
+        part: (i, m): only the i-th of m equal parts of every batch is read and delivered.
         workers: processes that read images; with 0 they are read when they are asked for.
         device: where the batches are delivered; on CUDA through pinned memory, without waiting.
 
@@ -97,6 +98,7 @@ class BatchLoader:
         *,
         seed: int,
         first: int = 0,
+        part: tuple[int, int] = (0, 1),
         workers: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -111,7 +113,7 @@ class BatchLoader:
         self.device = torch.device(device)
         on_cuda = self.device.type == "cuda"
         loader = DataLoader(
-            _Draws(data, batch_size, seed),
+            _Draws(data, batch_size, seed, part),
             sampler=itertools.count(first),
             batch_size=None,
             num_workers=workers,
@@ -160,14 +162,19 @@ class _Draws(Dataset):
     An error is a value here since an exception would arrive with a worker's traceback as its text.
     """
 
-    def __init__(self, data: ImageData | ImageFiles, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, data: ImageData | ImageFiles, batch_size: int, seed: int, part: tuple[int, int]
+    ) -> None:
         self.data = data
         self.batch_size = batch_size
         self.seed = seed
+        self.part = part
 
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor] | ValueError:
         rng = np.random.default_rng((self.seed, k))
         rows = torch.from_numpy(rng.integers(len(self.data), size=self.batch_size))
+        i, m = self.part
+        rows = rows.chunk(m)[i]
         try:
             return self.data.read(rows), self.data.labels[rows]
         except ValueError as error:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gankernels.train import checkpoint
 from gankernels.train.losses import GRADIENT_NORM
 
 if TYPE_CHECKING:
@@ -97,3 +98,44 @@ class Metrics(Callback):
     def on_end(self, trainer: Trainer) -> None:
         if hasattr(self, "file"):
             self.file.close()
+
+
+class Score(Callback):
+    """Scores samples at every checkpoint, and keeps that of the least Fréchet distance as best.pt.
+
+    Reported are score/frechet and, of a conditional game, score/accuracy. The classifier in whose
+    features images are compared is trained at the first score, unless the run folder has it.
+    """
+
+    #: Samples per score: enough to tell generators apart, few enough not to hold up a run.
+    COUNT = 2000
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.classifier = None
+        self.best = checkpoint.best_score(trainer.run)
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        from gankernels import metrics
+
+        if self.classifier is None:
+            self.classifier, _ = metrics.load_or_train_classifier(
+                trainer.data, trainer.run, device=trainer.device
+            )
+            self.features = metrics.features(self.classifier, trainer.data.images)
+        with trainer.sampling() as game:
+            scores = metrics.evaluate(
+                lambda labels, n, rng: game.sample(n, labels, rng),
+                trainer.data,
+                self.classifier,
+                n=min(self.COUNT, len(trainer.data)),
+                conditional=game.conditional,
+                seed=trainer.config.seed,
+                real_features=self.features,
+            )
+        values = {"score/frechet": scores.frechet}
+        if scores.accuracy is not None:
+            values["score/accuracy"] = scores.accuracy
+        trainer.tell("on_report", values)
+        if self.best is None or scores.frechet < self.best:
+            self.best = scores.frechet
+            checkpoint.keep_best(trainer.run, path, self.best)

@@ -7,6 +7,8 @@ checkpoint is complete. It is a zip archive, whose checksums tell whether a disk
 
 from __future__ import annotations
 
+import os
+import shutil
 import textwrap
 import zipfile
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from gankernels import games
 from gankernels.games import DataSpec, Game
 from gankernels.train.config import configure, from_dict
-from gankernels.train.files import write_atomically
+from gankernels.train.files import read_json, write_atomically, write_json
 
 MAGIC = "gankernels checkpoint"
 VERSION = 2
@@ -73,6 +75,25 @@ def save(run: Path, step: int, content: dict[str, Any], keep: int) -> Path:
     return path
 
 
+def keep_best(run: Path, path: Path, score: float) -> None:
+    """Keep the checkpoint `path` as best.pt, under its score, whatever becomes of `path`."""
+    best = run / FOLDER / "best.pt"
+    temporary = best.with_name(".best.pt.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, best)
+    write_json(best.with_suffix(".json"), {"checkpoint": path.name, "frechet": score})
+
+
+def best_score(run: Path) -> float | None:
+    """The score under which best.pt was kept, if there is one."""
+    best = run / FOLDER / "best.json"
+    return read_json(best)["frechet"] if best.exists() else None
+
+
 def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """The content of a checkpoint. Raises CheckpointError for a torn, foreign or newer file."""
     try:
@@ -114,9 +135,16 @@ def _way_out(path: Path) -> str:
 
 
 def load_game(
-    run_or_checkpoint: str | Path, device: str | torch.device = "cpu"
+    run_or_checkpoint: str | Path,
+    device: str | torch.device = "cpu",
+    game: type[Game] | None = None,
 ) -> tuple[Game, dict[str, Any]]:
     """A trained game in evaluation mode, with averaged generator weights if there are any.
+
+    Args:
+        run_or_checkpoint: a run folder, whose newest checkpoint it is, or a file.
+        device: where the game is put.
+        game: its class, where that is not one of `gankernels.games`.
 
     Returns:
         The game, and the settings it was trained with (the content of config.json).
@@ -124,11 +152,18 @@ def load_game(
     Raises:
         FileNotFoundError: no such file or no checkpoint in the folder.
         CheckpointError: the file is damaged, foreign or of another version.
+        ValueError: the file is of a game that is not among `gankernels.games`.
     """
     path = latest_checkpoint(run_or_checkpoint)
     content = read(path, device)
     settings = from_dict(content["config"], path)
-    game_class = games.get(settings.pop("model"))
+    model = settings.pop("model")
+    if game is None and model not in games.names():
+        raise ValueError(
+            f"{path} is of the game {model!r}, which is not one of gankernels': give its class to "
+            "gankernels.train.load_game(path, game=...)"
+        )
+    game_class = game or games.get(model)
     _, options = configure(game_class, settings)
     game = game_class(DataSpec(**content["spec"]), options)
     load_state(game, content["game"], path)

@@ -23,6 +23,8 @@ class Config:
     data: str = option("digits", "digits, a folder or a file")
     size: int | None = option(None, "resize images to size x size; as they are, digits to 28")
     channels: int | None = option(None, "1 (grey) or 3 (colour); as the images are")
+    stream: bool = option(False, "read the files of an image folder when they are drawn")
+    workers: int = option(2, "processes that read images which are not kept on the device")
     steps: int = option(5000, "iterations, each a step of every player")
     batch_size: int = option(64, "images per step")
     out: str = option("run", "folder of the run")
@@ -34,11 +36,12 @@ class Config:
     log_every: int = option(100, "steps between lines of metrics.jsonl")
     sample_every: int = option(500, "steps between sample grids; 0 for none")
     checkpoint_every: int = option(500, "steps between checkpoints; 0 for the last step only")
-    keep: int = option(2, "checkpoints to keep")
+    keep: int = option(2, "checkpoints to keep, the newest")
+    score: bool = option(False, "score samples at every checkpoint, and keep the best as best.pt")
 
     def __post_init__(self) -> None:
         at_least = {"steps": 1, "batch_size": 2, "log_every": 1, "keep": 1}
-        at_least |= {"sample_every": 0, "checkpoint_every": 0, "seed": 0}
+        at_least |= {"sample_every": 0, "checkpoint_every": 0, "seed": 0, "workers": 0}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -51,7 +51,9 @@ def start(model: str | Path, *, resume: bool = False, **settings: Any) -> Traine
         settings = _continued(game_class, str(model), run, settings)
     config, options = configure(game_class, settings)
 
-    images = data.load(config.data, size=_size(config), channels=config.channels)
+    images = data.load(
+        config.data, size=_size(config), channels=config.channels, stream=config.stream
+    )
     # The networks draw their first weights from the default generator.
     torch.manual_seed(config.seed)
     game = game_class(DataSpec(images.channels, images.size, images.num_classes), options)

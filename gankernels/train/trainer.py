@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import gankernels
 from gankernels._shard import shard
-from gankernels.data import ImageData, to_float
+from gankernels.data import BatchLoader, ImageData, ImageFiles, to_float
 from gankernels.games import Batch, Game, Player
 from gankernels.train import checkpoint
-from gankernels.train.callbacks import Callback, Metrics, Progress
+from gankernels.train.callbacks import Callback, Metrics, Progress, Score
 from gankernels.train.config import Config, to_dict
 from gankernels.train.cpus import bound_threads
 from gankernels.train.files import write_json
@@ -43,10 +43,11 @@ class Trainer:
     """Trains a game on images and leaves a run folder behind.
 
     The folder `config.out` gets config.json (reruns the run), metrics.jsonl, samples/step_*.png,
-    samples.png and checkpoints/step_*.pt. Images stay on the device as uint8; batches, noise and
-    labels are drawn there from one `torch.Generator`, and nothing waits for the device between
-    two reports. On CUDA whole iterations are replayed as graphs unless `config.graph` is false.
-    Dropout draws from PyTorch's default generator: seed it for a repeatable run.
+    samples.png and checkpoints/step_*.pt. Images stay on the device as uint8 where they fit, else
+    other processes read them ahead of time. Batches, noise and labels are drawn on the device from
+    one `torch.Generator`, and nothing waits for the device between two reports. On CUDA whole
+    iterations are replayed as graphs unless `config.graph` is false. Dropout draws from PyTorch's
+    default generator: seed it for a repeatable run.
 
     Args:
         game: the networks and what they minimise; moved to the device of `config`.
@@ -61,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         game: Game,
-        data: ImageData,
+        data: ImageData | ImageFiles,
         config: Config,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -71,9 +72,11 @@ class Trainer:
         self.device = choose_device(config.device)
         self.ranks = Ranks(self.device)
         self.share = self.ranks.share(config.batch_size)
-        self.classes = data.classes
-        self.images = data.images.to(self.device)
-        self.labels = data.labels.to(self.device)
+        self.data = data
+        self.resident = _fits(data, self.device)
+        if self.resident:
+            self.images, self.labels = data.images.to(self.device), data.labels.to(self.device)
+        self._loader = None
         self.layout = torch.channels_last if game.channels_last else torch.contiguous_format
         self.game = game.to(self.device, memory_format=self.layout).train()
         if self.ranks.size > 1:
@@ -103,7 +106,12 @@ class Trainer:
         self.step = 0
         self.losses = Losses(self.ranks.average)
         self.call = self._graphs() or run_eagerly
-        self.callbacks = [Progress(), Metrics(), *callbacks] if self.ranks.first else []
+        own = [Progress(), Metrics()]
+        if config.score:
+            if not isinstance(data, ImageData):
+                raise ValueError("score compares with all images: it needs them in memory")
+            own.append(Score())
+        self.callbacks = [*own, *callbacks] if self.ranks.first else []
         self._stop = StopRequest()
 
     def fit(self) -> None:
@@ -149,6 +157,7 @@ class Trainer:
                 self.save()
                 self.save_samples(self.run / "samples.png")
         finally:
+            self._close_loader()
             self.tell("on_end")
 
     def stop(self) -> None:
@@ -169,24 +178,30 @@ class Trainer:
         ]
         measured = (self.step + 1) % self.config.log_every == 0
         key = (measured, *(loss for _, loss in moves))
-        names, values = self.call(key, lambda inputs: self._iterate(moves, measured, inputs), [])
+        streamed = [] if self.resident else [t for _ in moves for t in self._next_batch(len(moves))]
+        names, values = self.call(
+            key, lambda inputs: self._iterate(moves, measured, inputs), streamed
+        )
         self.step += 1
         self.losses.add(self.step, names, values)
 
     def _iterate(
-        self, moves: Sequence[tuple[Player, Loss]], measured: bool, inputs: Sequence[Tensor]
+        self, moves: Sequence[tuple[Player, Loss]], measured: bool, streamed: Sequence[Tensor]
     ) -> tuple[list[Name], Tensor]:
         names, values = [], []
-        for player, loss in moves:
-            terms = self.move(player, loss, measured)
+        for i, (player, loss) in enumerate(moves):
+            batch = self.draw() if self.resident else self._batch(*streamed[2 * i : 2 * i + 2])
+            terms = self.move(player, loss, batch, measured)
             names += [(player.name, term) for term in terms]
             values += [value.detach().float() for value in terms.values()]
         if self.average is not None:
             self.follow()
         return names, torch.stack(values)
 
-    def move(self, player: Player, loss: Loss, measured: bool = False) -> dict[str, Tensor]:
-        """One optimiser step of one player on a fresh batch, all others frozen; the loss terms.
+    def move(
+        self, player: Player, loss: Loss, batch: Batch, measured: bool = False
+    ) -> dict[str, Tensor]:
+        """One optimiser step of one player on a batch, all others frozen; the loss terms.
 
         Where `measured`, the norm of the gradient is one of them.
         """
@@ -194,7 +209,6 @@ class Trainer:
         parameters = self.parameters[player.name]
         for parameter in parameters:
             parameter.requires_grad_(True)
-        batch = self.draw()
         with (
             torch.autocast(self.device.type, self.half, enabled=self.half is not None),
             shard(self.ranks.rank, self.ranks.size),
@@ -220,8 +234,28 @@ class Trainer:
         n = self.config.batch_size
         rows = torch.randint(len(self.images), (n,), generator=self.rng, device=self.device)
         rows = self.ranks.own(rows)
-        images = to_float(self.images[rows]).contiguous(memory_format=self.layout)
-        return Batch(images, self.labels[rows])
+        return self._batch(self.images[rows], self.labels[rows])
+
+    def _batch(self, images: Tensor, labels: Tensor) -> Batch:
+        return Batch(to_float(images).contiguous(memory_format=self.layout), labels)
+
+    def _next_batch(self, per_iteration: int) -> tuple[Tensor, Tensor]:
+        if self._loader is None:
+            self._loader = BatchLoader(
+                self.data,
+                self.config.batch_size,
+                seed=self.config.seed,
+                first=self.step * per_iteration,
+                part=(self.ranks.rank, self.ranks.size),
+                workers=self.config.workers,
+                device=self.device,
+            )
+        return next(self._loader)
+
+    def _close_loader(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -274,8 +308,8 @@ class Trainer:
         return {
             "config": to_dict(self.game.name, self.config, self.game.options),
             "spec": asdict(self.game.spec),
-            "classes": list(self.classes),
-            "count": len(self.images),
+            "classes": list(self.data.classes),
+            "count": len(self.data),
             "device": self.device.type,
             "game": self.game.state_dict(),
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
@@ -291,10 +325,10 @@ class Trainer:
         With another number of processes dropout goes on with other random numbers.
         """
         content = checkpoint.read(path, self.device)
-        if content["spec"] != asdict(self.game.spec) or content["count"] != len(self.images):
+        if content["spec"] != asdict(self.game.spec) or content["count"] != len(self.data):
             raise checkpoint.CheckpointError(
                 f"{path} was trained on {content['count']} images of {content['spec']}, "
-                f"the data are {len(self.images)} of {asdict(self.game.spec)}"
+                f"the data are {len(self.data)} of {asdict(self.game.spec)}"
             )
         if content["device"] != self.device.type:
             raise checkpoint.CheckpointError(
@@ -316,6 +350,7 @@ class Trainer:
         else:
             torch.manual_seed(hash((self.config.seed, content["step"], self.ranks.rank)))
         self.step = content["step"]
+        self._close_loader()
         self.call = self._graphs() or run_eagerly  # what was captured holds older tensors
 
     def _graphs(self) -> Graphs | None:
@@ -372,7 +407,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _check_fit(game: Game, data: ImageData) -> None:
+def _check_fit(game: Game, data: ImageData | ImageFiles) -> None:
     shape = (data.channels, data.size, data.size)
     if shape != game.spec.image_shape:
         raise ValueError(
@@ -382,6 +417,16 @@ def _check_fit(game: Game, data: ImageData) -> None:
         raise ValueError(
             f"the game is built for {game.num_classes} classes, the data have {data.num_classes}"
         )
+
+
+def _fits(data: ImageData | ImageFiles, device: torch.device) -> bool:
+    """Whether the images can stay on the device and leave half of what is free to training."""
+    if not isinstance(data, ImageData):
+        return False
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return data.images.nbytes <= free // 2
 
 
 def _floating(module: nn.Module) -> list[Tensor]:

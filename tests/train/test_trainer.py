@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -13,8 +14,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from gankernels import metrics
 from gankernels.games import DataSpec, Game, Player
-from gankernels.train import Callback, Config, DivergenceError, Trainer
+from gankernels.train import Callback, Config, DivergenceError, Trainer, load_game, start
+from gankernels.train.callbacks import Score
 
 
 class Toy(Game):
@@ -119,6 +122,81 @@ def test_no_step_waits_for_the_device(run, monkeypatch, model):
     trainer.iterate()
     monkeypatch.undo()
     assert trainer.step == 2
+
+
+@pytest.fixture
+def folder(digits, tmp_path):
+    """The first 60 digits as files."""
+    for i, (image, label) in enumerate(zip(digits.images[:60], digits.labels, strict=False)):
+        path = tmp_path / f"files/{label}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(path)
+    return tmp_path / "files"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streamed_images_go_on_where_they_stopped(run, folder, tmp_path, workers):
+    settings = {"data": str(folder), "stream": True, "workers": workers, "checkpoint_every": 0}
+    whole = run("wgan", steps=4, out=str(tmp_path / "whole"), **settings)
+    whole.fit()
+    parts = {"out": str(tmp_path / "parts"), **settings, "workers": 0}
+    run("wgan", steps=2, **parts).fit()
+    resumed = start("wgan", steps=4, resume=True, **parts)
+    resumed.fit()
+    for name, value in whole.game.state_dict().items():
+        assert torch.equal(value, resumed.game.state_dict()[name]), name
+    assert not multiprocessing.active_children()
+
+
+def test_streamed_batches_are_the_files(run, folder, digits):
+    trainer = run("cgan", data=str(folder), stream=True)
+    pairs = zip(digits.images[:60], digits.labels[:60], strict=True)
+    known = {image.numpy().tobytes(): int(y) for image, y in pairs}
+    seen = []
+    player = trainer.players[0]
+    inner = player.loss
+    object.__setattr__(player, "loss", lambda batch, rng: seen.append(batch) or inner(batch, rng))
+    trainer.iterate()
+    trainer._close_loader()
+    for image, label in zip(*seen[0], strict=True):
+        pixels = ((image + 1) * 127.5).round().to(torch.uint8).contiguous().numpy()
+        assert known[pixels.tobytes()] == int(label)
+
+
+def test_scores_and_the_best_checkpoint(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Score, "COUNT", 64)
+    settings = {"steps": 12, "checkpoint_every": 3, "keep": 1}
+    plain = run(out=str(tmp_path / "plain"), **settings)
+    plain.fit()
+    distances = iter([5.0, 2.0, 3.0, 4.0])
+    inner = metrics.evaluate
+
+    def evaluate(*arguments, **more):
+        return replace(inner(*arguments, **more), frechet=next(distances))
+
+    monkeypatch.setattr(metrics, "evaluate", evaluate)
+    trainer = run(score=True, **settings)
+    trainer.fit()
+    # Scores change nothing.
+    for name, value in plain.game.state_dict().items():
+        assert torch.equal(value, trainer.game.state_dict()[name]), name
+    rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    scored = {row["step"]: row["score/frechet"] for row in rows if "score/frechet" in row}
+    assert scored == {3: 5.0, 6: 2.0, 9: 3.0, 12: 4.0}
+    assert all(0 <= row["score/accuracy"] <= 1 for row in rows if "score/accuracy" in row)
+    checkpoints = tmp_path / "run/checkpoints"
+    assert sorted(p.name for p in checkpoints.glob("*.pt")) == ["best.pt", "step_00000012.pt"]
+    assert torch.load(checkpoints / "best.pt")["step"] == 6
+    load_game(checkpoints / "best.pt")
+    # A resumed run knows how good the best one was.
+    distances = iter([2.5])
+    start("cgan", resume=True, out=str(tmp_path / "run"), steps=15).fit()
+    assert torch.load(checkpoints / "best.pt")["step"] == 6
+
+
+def test_scores_need_the_images_in_memory(run, folder):
+    with pytest.raises(ValueError, match="score compares with all images: it needs them in memory"):
+        run("gan", data=str(folder), stream=True, score=True)
 
 
 def test_average_follows_weights_and_statistics(run):
@@ -284,7 +362,8 @@ def test_the_end_is_told_after_an_error_too(run):
 def test_a_discriminator_left_alone_learns_to_tell(run):
     trainer = run("gan")
     (discriminator, _) = trainer.players
-    losses = [sum(trainer.move(discriminator, discriminator.loss).values()) for _ in range(60)]
+    moves = (trainer.move(discriminator, discriminator.loss, trainer.draw()) for _ in range(60))
+    losses = [sum(terms.values()) for terms in moves]
     assert losses[0] > 1.2
     assert losses[-1] < 0.2
 
