@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 FILE = "report.html"
 
-#: What the groups of metrics.jsonl (what stands before the "/") measure; any other is a player,
-#: and what it has are the terms of its loss.
+#: What the groups of metrics.jsonl (what stands before a "/") measure. Any other group is a player,
+#: and its members are the terms of its loss. A name without "/" stands for itself.
 MEASURES = {"score": "score", "gradient_norm": "gradient norm", "weight_norm": "weight norm"}
 
 #: Points of a curve from which on it is smoothed, and points that are then drawn of it.
@@ -71,7 +71,8 @@ def write_report(run: str | Path) -> Path:
     if series:
         page.section("Metrics")
         for group, members in _groups(series).items():
-            quantity = MEASURES.get(group, f"{_words(group)} loss")
+            loss = f"{_words(group)} loss" if group not in series else _words(group)
+            quantity = MEASURES.get(group, loss)
             page.figure(
                 plot(members, quantity),
                 alt=f"{quantity} over steps: {', '.join(members)}",
