@@ -187,7 +187,7 @@ def add_sample(commands: Any) -> None:
         "sample",
         help="save samples: a grid, single files or an array",
         description="Draw samples from a trained generator. The same seed gives the same samples, "
-        "however many are drawn and on whatever device.",
+        "however many are drawn and, but for rounding, on whatever device.",
     )
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="a run folder or a .pt file")
     parser.add_argument(
