@@ -88,8 +88,16 @@ def add_train(commands: Any) -> None:
         action="store_true",
         help="continue the run in DIR bit for bit, or start it where there is none",
     )
-    parser.add_argument("--precision", help="fp32 or bf16")
+    parser.add_argument("--precision", help="fp32, bf16 or fp16 (default: fp32)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--no-graph",
+        dest="graph",
+        action="store_const",
+        const=False,
+        help="on CUDA, launch every kernel by itself instead of replaying whole iterations as "
+        "graphs: the same numbers, slower",
+    )
     discriminator = parser.add_argument_group(
         "remedies for an unstable game, in any model with a discriminator"
     )

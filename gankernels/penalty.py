@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from gankernels._shard import per_sample
 from gankernels.functional import _check_floating, gradient_norm_penalty, interpolate
 from gankernels.ops.gradient_norm_penalty import KINDS
 
@@ -118,8 +119,9 @@ def _points(
         raise ValueError("real is a scalar; a batch (N, ...) is needed")
     if kind == "r1":
         return real
+    where = {"dtype": real.dtype, "device": real.device, "generator": generator}
     if kind == "dragan":
-        noise = torch.rand(real.shape, dtype=real.dtype, device=real.device, generator=generator)
+        noise = per_sample(lambda n: torch.rand(n, *real.shape[1:], **where), len(real))
         return real + 0.5 * real.std() * noise
     if fake is None:
         raise ValueError(f"fake is None, but kind {kind!r} needs generated samples")
@@ -132,7 +134,7 @@ def _points(
     fake = fake.to(real.dtype)  # under autocast a generator's output may be of half precision
     if kind == "r2":
         return fake
-    alpha = torch.rand(real.shape[:1], dtype=real.dtype, device=real.device, generator=generator)
+    alpha = per_sample(lambda n: torch.rand(n, **where), len(real))
     return interpolate(real, fake, alpha)
 
 

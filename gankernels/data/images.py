@@ -79,6 +79,10 @@ class ImageData:
             f"{self.channels}x{self.size}x{self.size}, {self.num_classes} classes)"
         )
 
+    def read(self, rows: Tensor) -> Tensor:
+        """The images of ``rows``, int64 ``(n,)``, as uint8 ``(n, C, S, S)``."""
+        return self.images[rows]
+
     def digest(self) -> str:
         """SHA-256 (hex) of pixels, labels and class names: equal for equal content."""
         digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gankernels.data import cifar10, folder, idx, npz
 from gankernels.data.images import ImageData, convert_channels, resize
+from gankernels.data.stream import ImageFiles
 
 _ACCEPTED = (
     "'digits', a folder with train-images-idx3-ubyte[.gz] and its labels, such an images file, "
@@ -18,8 +20,26 @@ _ACCEPTED = (
 )
 
 
-def load(source: str | Path, *, size: int | None = None, channels: int | None = None) -> ImageData:
-    """Read a labelled image set into memory as uint8.
+@overload
+def load(
+    source: str | Path,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    stream: Literal[False] = False,
+) -> ImageData: ...
+@overload
+def load(
+    source: str | Path, *, size: int | None = None, channels: int | None = None, stream: bool
+) -> ImageData | ImageFiles: ...
+def load(
+    source: str | Path,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    stream: bool = False,
+) -> ImageData | ImageFiles:
+    """Read a labelled image set into memory as uint8, or list the files of a large one.
 
     Args:
         source: one of
@@ -36,6 +56,9 @@ def load(source: str | Path, *, size: int | None = None, channels: int | None = 
             with antialiasing. ``None`` keeps the size, which must be the same for all and square.
         channels: 1 converts colour to luma, 3 repeats grey. ``None`` keeps what is stored (an
             image folder is grey if every file is).
+        stream: return an image folder as :class:`ImageFiles`, which are decoded when they are
+            asked for. With ``size`` and ``channels`` given, no file is opened before. The other
+            kinds of source are read into memory all the same.
 
     The classes are the sorted distinct labels, or the names of the folders.
 
@@ -59,6 +82,9 @@ def load(source: str | Path, *, size: int | None = None, channels: int | None = 
     else:
         path = Path(source)
         name = path.resolve().name
+        if stream and _is_image_folder(path):
+            found = folder.scan(path, size, channels)
+            return ImageFiles(name=name, **vars(found))
         images, labels, classes = _read_path(path, size, channels)
 
     if images.shape[2] != images.shape[3] and size is None:
@@ -94,6 +120,10 @@ def _read_path(
         f"source {str(path)!r} is not the name of a data set, a file or a folder; "
         f"accepted: {_ACCEPTED}"
     )
+
+
+def _is_image_folder(path: Path) -> bool:
+    return path.is_dir() and not idx.find(path) and not cifar10.is_folder(path)
 
 
 def _read_digits() -> tuple[Tensor, Tensor, tuple[str, ...]]:

@@ -87,6 +87,18 @@ class Adversarial(Game):
         """The terms, from the discriminator's outputs `(N,)`, float32, for fake images."""
         raise TypeError(f"{type(self).__name__} does not say what its generator minimises")
 
+    def judge(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The discriminator's outputs for real and fake images, float32.
+
+        In one go where that changes nothing; a discriminator that normalises over its batch has to
+        see real and fake images in batches of their own.
+        """
+        if getattr(self.discriminator, "per_sample", False):
+            both = None if labels is None else torch.cat([labels, labels])
+            real, fake = self.discriminator(torch.cat([real, fake]), both).float().chunk(2)
+            return real, fake
+        return self.discriminator(real, labels).float(), self.discriminator(fake, labels).float()
+
     def discriminator_player(
         self,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
@@ -100,11 +112,8 @@ class Adversarial(Game):
 
         def loss(batch: Batch, rng: torch.Generator, penalised: bool = False) -> dict[str, Tensor]:
             labels = self.condition(batch.labels)
-            real = self.discriminator(batch.images, labels)
             images = self.fake(batch.labels, rng)
-            terms = self.discriminator_loss(
-                real.float(), self.discriminator(images, labels).float()
-            )
+            terms = self.discriminator_loss(*self.judge(batch.images, images, labels))
             if penalised:
                 penalty = gradient_penalty(
                     self.discriminator,

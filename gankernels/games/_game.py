@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gankernels._shard import per_sample
+
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -132,13 +134,16 @@ class Game(nn.Module):
     def noise(self, n: int, rng: torch.Generator | None = None) -> Tensor:
         """Standard normal `(n, latent_dim)`, drawn where `rng` lives, on the game's device."""
         where = self.device if rng is None else rng.device
-        z = torch.randn(n, self.options.latent_dim, generator=rng, device=where)
+        d = self.options.latent_dim
+        z = per_sample(lambda n: torch.randn(n, d, generator=rng, device=where), n)
         return z.to(self.device)
 
     def random_labels(self, n: int, rng: torch.Generator | None = None) -> Tensor:
         """Uniform labels `(n,)`, drawn where `rng` lives, on the game's device."""
         where = self.device if rng is None else rng.device
-        return torch.randint(self.num_classes, (n,), generator=rng, device=where).to(self.device)
+        k = self.num_classes
+        labels = per_sample(lambda n: torch.randint(k, (n,), generator=rng, device=where), n)
+        return labels.to(self.device)
 
     def fake(self, labels: Tensor, rng: torch.Generator) -> Tensor:
         """Generated images `(N, C, H, W)`, one per label; an unconditional game ignores which."""

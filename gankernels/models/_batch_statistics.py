@@ -49,4 +49,5 @@ def with_batch_statistics(
         if old.bias is not None:
             last.bias.copy_(old.bias)
     discriminator.head = nn.Sequential(*layers, last)
+    discriminator.per_sample = False
     return discriminator

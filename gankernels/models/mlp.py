@@ -7,6 +7,7 @@ from math import prod
 
 from torch import Tensor, nn
 
+from gankernels.models._dropout import Dropout
 from gankernels.models._init import init_glorot
 from gankernels.models._labels import check_labels
 from gankernels.nn import BatchNormLeakyReLU1d, LeakyReLUBatchNorm1d
@@ -43,6 +44,8 @@ class MLPGenerator(nn.Module):
 
 class MLPDiscriminator(nn.Module):
     """Dense discriminator or critic: 512-L, 256-L, one logit. No norm, as a critic needs."""
+
+    per_sample = True
 
     def __init__(
         self, image_shape: tuple[int, int, int], widths: tuple[int, ...] = (512, 256)
@@ -97,6 +100,8 @@ class EmbeddingMLPDiscriminator(nn.Module):
     512-L, 512-L-dropout, 512-L-dropout, one logit.
     """
 
+    per_sample = True
+
     def __init__(
         self,
         image_shape: tuple[int, int, int],
@@ -112,10 +117,10 @@ class EmbeddingMLPDiscriminator(nn.Module):
             nn.LeakyReLU(SLOPE),
             nn.Linear(width, width),
             nn.LeakyReLU(SLOPE),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(width, width),
             nn.LeakyReLU(SLOPE),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
         self.head = nn.Linear(width, 1)
         self.apply(init_glorot)

@@ -42,6 +42,8 @@ class DeconvGenerator(nn.Module):
 class ConvCritic(nn.Module):
     """Conv5 stride 2 to width, 2 width, 4 width, each L; then one number. `size` as above."""
 
+    per_sample = True
+
     def __init__(self, channels: int, size: int, width: int = 64) -> None:
         super().__init__()
         eighth = (check_quarters(size) + 1) // 2

@@ -6,12 +6,15 @@
 or, all of it from settings as the command line does, `start(model="cgan", data="digits", ...)`.
 """
 
+from gankernels.train.callbacks import Callback
 from gankernels.train.checkpoint import CheckpointError, latest_checkpoint, load_game
 from gankernels.train.config import Config
+from gankernels.train.losses import DivergenceError
 from gankernels.train.start import start
-from gankernels.train.trainer import DivergenceError, Trainer
+from gankernels.train.trainer import Trainer
 
 __all__ = [
+    "Callback",
     "CheckpointError",
     "Config",
     "DivergenceError",

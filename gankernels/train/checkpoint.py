@@ -2,11 +2,13 @@
 
 A file is a mapping of tensors and plain values, read with `weights_only=True`, so that a foreign
 file cannot run code. It is written to a temporary name and renamed: a file with the name of a
-checkpoint is complete.
+checkpoint is complete. It is a zip archive, whose checksums tell whether a disk has spoiled it.
 """
 
 from __future__ import annotations
 
+import textwrap
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from gankernels.train.config import configure, from_dict
 from gankernels.train.files import write_atomically
 
 MAGIC = "gankernels checkpoint"
-VERSION = 1
+VERSION = 2
 FOLDER = "checkpoints"
 
 
@@ -58,9 +60,12 @@ def save(run: Path, step: int, content: dict[str, Any], keep: int) -> Path:
     content = {"magic": MAGIC, "version": VERSION, "step": step, **content}
     try:
         write_atomically(path, lambda file: torch.save(content, file))
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # Of a full disk torch.save may say no more than "unexpected pos"; the reason lies below.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        text = getattr(reason, "strerror", None) or _first_line(reason)
         raise CheckpointError(
-            f"could not write {path}: {error}; earlier checkpoints are intact"
+            f"could not write {path}: {text}; earlier checkpoints are intact"
         ) from error
     leftovers = path.parent.glob(".step_*.tmp")  # of processes that were killed while writing
     for old in [*checkpoints(run)[:-keep], *leftovers]:
@@ -71,19 +76,41 @@ def save(run: Path, step: int, content: dict[str, Any], keep: int) -> Path:
 def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """The content of a checkpoint. Raises CheckpointError for a torn, foreign or newer file."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load does not look at the checksums: it takes a flipped bit for a weight.
+            if spoiled := archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum of {spoiled}")
         content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # whatever a broken zip or a refused pickle raises
-        first_line = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {first_line}") from error
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint: {_first_line(error)}{_way_out(path)}"
+        ) from error
     if not isinstance(content, dict) or content.get("magic") != MAGIC:
         raise CheckpointError(f"{path} is not a checkpoint of gankernels")
-    if content["version"] != VERSION:
+    if (version := content.get("version")) != VERSION:
         raise CheckpointError(
-            f"{path} has version {content['version']}, this gankernels reads {VERSION}"
+            f"{path} has version {version}, this gankernels reads {VERSION}: "
+            "use the one that wrote it"
         )
     return content
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _way_out(path: Path) -> str:
+    """What to do about a damaged file of a run: the newest intact one before it, if any."""
+    earlier = [beside for beside in path.parent.glob("step_*.pt") if beside < path]
+    for candidate in sorted(earlier, reverse=True):
+        try:
+            read(candidate)
+        except (CheckpointError, OSError):
+            continue
+        return f"; {candidate.name} beside it is intact: delete the damaged file to go on from it"
+    return ""
 
 
 def load_game(
@@ -115,4 +142,6 @@ def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path) -> No
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} holds other networks than these: {error}") from error
+        _, *details = str(error).split("\n")
+        detail = textwrap.shorten(" ".join(details), 160, placeholder=" ...")
+        raise CheckpointError(f"{path} holds other networks than these: {detail}") from error

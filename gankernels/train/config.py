@@ -13,7 +13,7 @@ from typing import Any
 from gankernels.games import Game, Options, option
 
 FORMAT = 1
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Config:
     out: str = option("run", "folder of the run")
     seed: int = option(0, "of weights, noise and batches")
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
-    precision: str = option("fp32", " or ".join(PRECISIONS))
+    precision: str = option("fp32", f"{', '.join(PRECISIONS)}: of activations; weights stay fp32")
+    graph: bool = option(True, "on CUDA, replay whole iterations as graphs: same numbers, faster")
     ema: float = option(0.995, "decay of the generator's moving average, which samples; 0 for none")
     log_every: int = option(100, "steps between lines of metrics.jsonl")
     sample_every: int = option(500, "steps between sample grids; 0 for none")
@@ -44,12 +45,21 @@ class Config:
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, got {self.precision!r}")
+            raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {self.precision!r}")
 
 
 #: What may differ when a run is resumed: how long it runs, where and what it shows, not what it
 #: computes. (Trainer.load refuses another kind of device, whose random numbers are others.)
-RESUMABLE = {"steps", "out", "device", "log_every", "sample_every", "checkpoint_every", "keep"}
+RESUMABLE = {
+    "steps",
+    "out",
+    "device",
+    "graph",
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep",
+}
 
 
 def configure(game: type[Game], settings: Mapping[str, Any]) -> tuple[Config, Options]:

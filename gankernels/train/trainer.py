@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import gankernels
+from gankernels._shard import shard
 from gankernels.data import ImageData, to_float
 from gankernels.games import Batch, Game, Player
 from gankernels.train import checkpoint
+from gankernels.train.callbacks import Callback, Metrics, Progress
 from gankernels.train.config import Config, to_dict
+from gankernels.train.cpus import bound_threads
 from gankernels.train.files import write_json
+from gankernels.train.graph import Graphs, run_eagerly
 from gankernels.train.images import arrange, save_grid
-from gankernels.train.progress import Metrics, Progress
+from gankernels.train.losses import GRADIENT_NORM, DivergenceError, Losses, Name
+from gankernels.train.ranks import Ranks, synchronise
 from gankernels.train.signals import StopRequest
 
 #: Images in the grids that a run saves.
 GRID = 80
+#: Several processes agree on stopping every so many iterations.
+AGREE_EVERY = 10
+#: Below this the gradients have been infinite or NaN some thirty times in a row.
+LEAST_SCALE = 1e-4
 
-
-class DivergenceError(RuntimeError):
-    """A loss or a weight is NaN or infinite; the message says when and whose."""
+Loss = Callable[[Batch, torch.Generator], dict[str, Tensor]]
 
 
 class Trainer:
@@ -38,27 +45,41 @@ class Trainer:
     The folder `config.out` gets config.json (reruns the run), metrics.jsonl, samples/step_*.png,
     samples.png and checkpoints/step_*.pt. Images stay on the device as uint8; batches, noise and
     labels are drawn there from one `torch.Generator`, and nothing waits for the device between
-    two reports. Dropout draws from PyTorch's default generator: seed it for a repeatable run.
+    two reports. On CUDA whole iterations are replayed as graphs unless `config.graph` is false.
+    Dropout draws from PyTorch's default generator: seed it for a repeatable run.
 
     Args:
         game: the networks and what they minimise; moved to the device of `config`.
         data: the real images, of the channels, size and classes that the game was built for.
         config: everything else.
+        callbacks: told what happens, after the trainer's own.
 
     Raises:
         ValueError: data that do not fit the game, or a device that does not exist.
     """
 
-    def __init__(self, game: Game, data: ImageData, config: Config) -> None:
+    def __init__(
+        self,
+        game: Game,
+        data: ImageData,
+        config: Config,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
         _check_fit(game, data)
         self.config = replace(config, size=data.size, channels=data.channels)
         self.run = Path(config.out)
         self.device = choose_device(config.device)
+        self.ranks = Ranks(self.device)
+        self.share = self.ranks.share(config.batch_size)
         self.classes = data.classes
         self.images = data.images.to(self.device)
         self.labels = data.labels.to(self.device)
         self.layout = torch.channels_last if game.channels_last else torch.contiguous_format
         self.game = game.to(self.device, memory_format=self.layout).train()
+        if self.ranks.size > 1:
+            self.ranks.broadcast(self.game)
+            synchronise(self.game)
+            torch.manual_seed(config.seed + self.ranks.rank)  # each drops out on its own
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
         self.players = game.players()
         self.parameters = {
@@ -69,18 +90,28 @@ class Trainer:
             player.name: make_optimizer(player, self.parameters[player.name])
             for player in self.players
         }
+        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+        # One for every player: a step that one of them skips is no reason for another to skip.
+        self.scalers = {
+            player.name: torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+            for player in self.players
+        }
         self.average = None
         if config.ema:
             self.average = copy.deepcopy(game.generator).requires_grad_(False).eval()
             self.followed = _floating(self.average), _floating(game.generator)
         self.step = 0
-        self.losses = Losses()
+        self.losses = Losses(self.ranks.average)
+        self.call = self._graphs() or run_eagerly
+        self.callbacks = [Progress(), Metrics(), *callbacks] if self.ranks.first else []
+        self._stop = StopRequest()
 
     def fit(self) -> None:
         """Train until `config.steps`, or until SIGINT or SIGTERM asks to stop; save either way.
 
-        Raises DivergenceError where a loss or a weight is no longer finite; the checkpoints are
-        then from before. Raises ValueError where the folder holds a run that went further.
+        Raises DivergenceError where a loss, a gradient or a weight is no longer finite; the
+        checkpoints are then from before. Raises ValueError where the folder holds a run that went
+        further.
         """
         saved = checkpoint.checkpoints(self.run)
         if saved and saved[-1] > checkpoint.path_of(self.run, self.step):
@@ -89,22 +120,27 @@ class Trainer:
                 "load its latest checkpoint or choose another folder"
             )
         gankernels.tune_allocator()
+        bound_threads()
         config = self.config
-        write_json(self.run / "config.json", to_dict(self.game.name, config, self.game.options))
-        metrics = Metrics(self.run / "metrics.jsonl", self.step)
-        progress = Progress(self.step, config.steps)
+        if self.ranks.first:
+            settings = to_dict(self.game.name, config, self.game.options)
+            write_json(self.run / "config.json", settings)
+        self._stop = StopRequest()
         began, reported = time.perf_counter(), self.step
         try:
-            with StopRequest() as stop:
-                while self.step < config.steps and not stop.requested:
+            self.tell("on_start")
+            with self._stop:
+                stopping = False
+                while self.step < config.steps and not stopping:
                     self.iterate()
-                    progress.advance()
-                    last = self.step == config.steps or stop.requested
+                    self.tell("on_step")
+                    stopping = self._stopping()
+                    last = self.step == config.steps or stopping
                     if self.step % config.log_every == 0 or last:
                         values = self.losses.take()
+                        self._check_scales()
                         speed = (self.step - reported) / (time.perf_counter() - began)
-                        metrics.write(step=self.step, it_per_s=round(speed, 2), **values)
-                        progress.report(self.step, values, speed)
+                        self.tell("on_report", {"it_per_s": round(speed, 2), **values})
                         began, reported = time.perf_counter(), self.step
                     if _due(self.step, config.sample_every):
                         self.save_samples(self.run / "samples" / f"step_{self.step:08d}.png")
@@ -113,41 +149,77 @@ class Trainer:
                 self.save()
                 self.save_samples(self.run / "samples.png")
         finally:
-            progress.close()
-            metrics.close()
+            self.tell("on_end")
+
+    def stop(self) -> None:
+        """End `fit` after this iteration, as if a signal had asked for it."""
+        self._stop.requested = True
+
+    def tell(self, event: str, *details: Any) -> None:
+        """Call the method of that name of every callback."""
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *details)
 
     def iterate(self) -> None:
         """One iteration: every player makes its steps, then the average follows."""
-        for player in self.players:
-            for i in range(player.steps):
-                self.move(player, self.step * player.steps + i)
+        moves = [
+            (player, player.loss_of(self.step * player.steps + i))
+            for player in self.players
+            for i in range(player.steps)
+        ]
+        measured = (self.step + 1) % self.config.log_every == 0
+        key = (measured, *(loss for _, loss in moves))
+        names, values = self.call(key, lambda inputs: self._iterate(moves, measured, inputs), [])
+        self.step += 1
+        self.losses.add(self.step, names, values)
+
+    def _iterate(
+        self, moves: Sequence[tuple[Player, Loss]], measured: bool, inputs: Sequence[Tensor]
+    ) -> tuple[list[Name], Tensor]:
+        names, values = [], []
+        for player, loss in moves:
+            terms = self.move(player, loss, measured)
+            names += [(player.name, term) for term in terms]
+            values += [value.detach().float() for value in terms.values()]
         if self.average is not None:
             self.follow()
-        self.step += 1
+        return names, torch.stack(values)
 
-    def move(self, player: Player, step: int) -> None:
-        """Optimiser step number `step` of one player, on a fresh batch, all others frozen."""
+    def move(self, player: Player, loss: Loss, measured: bool = False) -> dict[str, Tensor]:
+        """One optimiser step of one player on a fresh batch, all others frozen; the loss terms.
+
+        Where `measured`, the norm of the gradient is one of them.
+        """
         self.game.requires_grad_(False)
-        for parameter in self.parameters[player.name]:
+        parameters = self.parameters[player.name]
+        for parameter in parameters:
             parameter.requires_grad_(True)
         batch = self.draw()
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+        with (
+            torch.autocast(self.device.type, self.half, enabled=self.half is not None),
+            shard(self.ranks.rank, self.ranks.size),
         ):
-            terms = player.loss_of(step)(batch, self.rng)
-        optimizer = self.optimizers[player.name]
-        sum(terms.values()).backward()
-        optimizer.step()
+            terms = loss(batch, self.rng)
+        optimizer, scaler = self.optimizers[player.name], self.scalers[player.name]
+        scaler.scale(sum(terms.values())).backward()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self.ranks.average(gradients)
+        # Scaled gradients may be infinite and are no harm: the scaler then skips the step.
+        if measured and not scaler.is_enabled():
+            terms = {**terms, GRADIENT_NORM: nn.utils.get_total_norm(gradients)}
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         if player.after_step is not None:
             with torch.no_grad():
                 player.after_step()
-        self.losses.add(self.step + 1, player.name, terms)
+        return terms
 
     def draw(self) -> Batch:
         """A batch of real images, drawn with replacement."""
         n = self.config.batch_size
         rows = torch.randint(len(self.images), (n,), generator=self.rng, device=self.device)
+        rows = self.ranks.own(rows)
         images = to_float(self.images[rows]).contiguous(memory_format=self.layout)
         return Batch(images, self.labels[rows])
 
@@ -172,22 +244,34 @@ class Trainer:
 
     def save_samples(self, path: Path) -> None:
         """A grid from the same noise every time; columns are classes in a conditional game."""
+        if not self.ranks.first:
+            return
         classes = list(range(self.game.num_classes)) if self.game.conditional else None
         labels, columns = arrange(GRID, classes)
         fixed = torch.Generator().manual_seed(self.config.seed)
         with self.sampling() as game:
             save_grid(game.sample(GRID, labels, fixed), path, columns)
+        self.tell("on_samples", path)
 
     def save(self) -> Path:
         """Write a checkpoint; DivergenceError where a loss or a weight is no longer finite."""
-        self.losses.check()
+        self.losses.read()
         for player in self.players:
             finite = [p.isfinite().all() for p in self.parameters[player.name]]
             if not torch.stack(finite).all():
                 raise DivergenceError(
                     f"step {self.step}: a weight of player {player.name!r} is not finite"
                 )
-        content = {
+        path = checkpoint.path_of(self.run, self.step)
+        content = self.state_dict()
+        if self.ranks.first:
+            checkpoint.save(self.run, self.step, content, self.config.keep)
+            self.tell("on_checkpoint", path)
+        return path
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on bit for bit: what a checkpoint holds."""
+        return {
             "config": to_dict(self.game.name, self.config, self.game.options),
             "spec": asdict(self.game.spec),
             "classes": list(self.classes),
@@ -195,13 +279,17 @@ class Trainer:
             "device": self.device.type,
             "game": self.game.state_dict(),
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "scalers": {name: s.state_dict() for name, s in self.scalers.items()},
             "ema": None if self.average is None else self.average.state_dict(),
-            "rng": self._rng_state(),
+            "rng": self.rng.get_state(),
+            "default_rng": self.ranks.gather(self._default_rng().get_state()),
         }
-        return checkpoint.save(self.run, self.step, content, self.config.keep)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of this game, bit for bit. Raises CheckpointError."""
+        """Go on from a checkpoint of this game, bit for bit. Raises CheckpointError.
+
+        With another number of processes dropout goes on with other random numbers.
+        """
         content = checkpoint.read(path, self.device)
         if content["spec"] != asdict(self.game.spec) or content["count"] != len(self.images):
             raise checkpoint.CheckpointError(
@@ -220,56 +308,55 @@ class Trainer:
             checkpoint.load_state(self.average, content["ema"], path)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
-        self.rng.set_state(content["rng"]["trainer"].cpu())
-        torch.set_rng_state(content["rng"]["cpu"].cpu())
-        if self.device.type == "cuda" and content["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(content["rng"]["cuda"].cpu(), self.device)
+            self.scalers[name].load_state_dict(content["scalers"][name])
+        self.rng.set_state(content["rng"].cpu())
+        states = content["default_rng"]
+        if len(states) == self.ranks.size:
+            self._default_rng().set_state(states[self.ranks.rank].cpu())
+        else:
+            torch.manual_seed(hash((self.config.seed, content["step"], self.ranks.rank)))
         self.step = content["step"]
+        self.call = self._graphs() or run_eagerly  # what was captured holds older tensors
 
-    def _rng_state(self) -> dict[str, Tensor | None]:
-        on_cuda = self.device.type == "cuda"
-        return {
-            "trainer": self.rng.get_state(),
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None,
-        }
+    def _graphs(self) -> Graphs | None:
+        if not self.config.graph or self.device.type != "cuda" or self.ranks.size > 1:
+            return None
+        # Where an optimiser cannot skip a step on the device, its scaler asks the host.
+        if self.config.precision == "fp16" and not all(
+            getattr(o, "_step_supports_amp_scaling", False) for o in self.optimizers.values()
+        ):
+            return None
+        return Graphs([self.rng])
 
+    def _default_rng(self) -> torch.Generator:
+        if self.device.type != "cuda":
+            return torch.default_generator
+        torch.cuda.init()
+        return torch.cuda.default_generators[self.device.index or 0]
 
-class Losses:
-    """Loss terms since the last report; they stay on the device until somebody asks."""
+    def _stopping(self) -> bool:
+        if self.ranks.size == 1:
+            return self._stop.requested
+        return self.step % AGREE_EVERY == 0 and self.ranks.any(self._stop.requested)
 
-    def __init__(self) -> None:
-        self.history: list[tuple[int, str, str, Tensor]] = []
-
-    def add(self, step: int, player: str, terms: dict[str, Tensor]) -> None:
-        self.history += [(step, player, term, value.detach()) for term, value in terms.items()]
-
-    def check(self) -> list[float]:
-        """All values since the last `take`. DivergenceError names the first that is not finite."""
-        values = torch.stack([value for *_, value in self.history]).tolist() if self.history else []
-        for (step, player, term, _), value in zip(self.history, values, strict=True):
-            if not math.isfinite(value):
+    def _check_scales(self) -> None:
+        for name, scaler in self.scalers.items():
+            if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
                 raise DivergenceError(
-                    f"step {step}: the loss term {term!r} of player {player!r} is {value}"
+                    f"step {self.step}: the gradient of player {name!r} is not finite at any scale"
                 )
-        return values
-
-    def take(self) -> dict[str, float]:
-        """Means since the last call as `{"player/term": mean}`; raises as `check` does."""
-        collected: dict[str, list[float]] = {}
-        for (_, player, term, _), value in zip(self.history, self.check(), strict=True):
-            collected.setdefault(f"{player}/{term}", []).append(value)
-        self.history.clear()
-        return {name: sum(values) / len(values) for name, values in collected.items()}
 
 
 def make_optimizer(player: Player, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The player's optimiser, fused where PyTorch has it fused."""
+    """The player's optimiser, fused where PyTorch has it fused, fit for CUDA graphs on CUDA."""
     factory = player.optimizer
-    kind = getattr(factory, "func", factory)
-    if "fused" in inspect.signature(kind).parameters:
-        return factory(parameters, fused=True)
-    return factory(parameters)
+    accepted = inspect.signature(getattr(factory, "func", factory)).parameters
+    options = {}
+    if "fused" in accepted:
+        options["fused"] = True
+    if "capturable" in accepted and parameters and parameters[0].is_cuda:
+        options["capturable"] = True
+    return factory(parameters, **options)
 
 
 def choose_device(name: str) -> torch.device:
@@ -286,10 +373,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def _check_fit(game: Game, data: ImageData) -> None:
-    if tuple(data.images.shape[1:]) != game.spec.image_shape:
+    shape = (data.channels, data.size, data.size)
+    if shape != game.spec.image_shape:
         raise ValueError(
-            f"the game is built for images of {game.spec.image_shape}, "
-            f"the data have {tuple(data.images.shape[1:])}"
+            f"the game is built for images of {game.spec.image_shape}, the data have {shape}"
         )
     if data.num_classes > game.num_classes:
         raise ValueError(

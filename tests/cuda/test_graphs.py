@@ -65,41 +65,82 @@ GAMES = {
 }
 
 
-def make_trainer(name, folder):
-    settings = {"out": folder, "device": "cuda", "batch_size": 16, **GAMES[name]}
+def make_trainer(name, folder, graph, **more):
+    settings = {"out": folder, "device": "cuda", "batch_size": 16, "log_every": 3, "graph": graph}
+    settings |= GAMES[name] | more
     config, options = configure(games.get(name), settings)
     generator = torch.Generator().manual_seed(0)
     shape = (64, 1, config.size, config.size)
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     data = ImageData(images, torch.arange(64) % 10, tuple("0123456789"), "noise")
     torch.manual_seed(0)
-    trainer = Trainer(games.get(name)(DataSpec(1, config.size, 10), options), data, config)
-    for optimizer in trainer.optimizers.values():
-        for group in optimizer.param_groups:
-            group["capturable"] = True
-    return trainer
+    return Trainer(games.get(name)(DataSpec(1, config.size, 10), options), data, config)
 
 
 @pytest.mark.parametrize("name", GAMES)
 def test_a_whole_training_iteration(name, tmp_path, monkeypatch):
     """Batches, noise, every player's steps, penalties, optimisers and the moving average."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    captured, eager = (make_trainer(name, tmp_path / part) for part in ("captured", "eager"))
-    torch.manual_seed(1)  # of dropout
-    warm_up(captured.iterate)
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(captured.rng)
-    with torch.cuda.graph(graph):
-        captured.iterate()
-    before = [t.clone() for t in captured.game.state_dict().values()]
-    for _ in range(4):
-        graph.replay()
-    torch.manual_seed(1)
-    for _ in range(3 + 4):
-        eager.iterate()
-    after = captured.game.state_dict()
-    assert any(not torch.equal(a, b) for a, b in zip(after.values(), before, strict=True))
-    torch.testing.assert_close(after, eager.game.state_dict(), rtol=1e-4, atol=1e-5)
-    averages = (t.average.state_dict() for t in (captured, eager))
+    runs = []
+    for graph in (True, False):
+        trainer = make_trainer(name, tmp_path / str(graph), graph)
+        torch.manual_seed(1)  # of dropout
+        for _ in range(12):
+            trainer.iterate()
+        runs.append(trainer)
+    captured, eager = runs
+    # Every third iteration is another one: it takes the gradient norms.
+    assert len(captured.call.captured) == 2
+    assert captured.losses.take() == pytest.approx(eager.losses.take(), rel=1e-3)
+    torch.testing.assert_close(
+        captured.game.state_dict(), eager.game.state_dict(), rtol=1e-4, atol=1e-5
+    )
+    averages = (trainer.average.state_dict() for trainer in runs)
     torch.testing.assert_close(*averages, rtol=1e-4, atol=1e-5)
     assert torch.equal(captured.rng.get_state(), eager.rng.get_state())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_iterations(precision, tmp_path):
+    trainer = make_trainer("cgan", tmp_path, True, precision=precision)
+    for _ in range(12):
+        trainer.iterate()
+    values = trainer.losses.take()  # raises where one is not finite
+    assert "discriminator/penalty" in values
+    if precision == "fp16":
+        assert trainer.scalers["generator"].get_scale() > 1
+
+
+def test_going_on_from_a_checkpoint_captures_anew(tmp_path):
+    trainer = make_trainer("cgan", tmp_path, True)
+    for _ in range(8):
+        trainer.iterate()
+    path = trainer.save()
+    for _ in range(8):
+        trainer.iterate()
+    again = make_trainer("cgan", tmp_path, True)
+    again.load(path)
+    for _ in range(8):
+        again.iterate()
+    torch.testing.assert_close(
+        again.game.state_dict(), trainer.game.state_dict(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_game_that_reads_back_is_refused(tmp_path):
+    trainer = make_trainer("cgan", tmp_path, True)
+    player = trainer.players[0]
+    inner = player.loss
+
+    def loss(batch, rng):
+        terms = inner(batch, rng)
+        terms["real"].item()
+        return terms
+
+    object.__setattr__(player, "loss", loss)
+    trainer.iterate()
+    trainer.iterate()  # the first and second of ordinary iterations; the next takes norms
+    trainer.iterate()
+    trainer.iterate()
+    with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph .*--no-graph"):
+        trainer.iterate()

@@ -157,7 +157,7 @@ def test_foreign_files(tmp_path):
     with pytest.raises(CheckpointError, match=r"other.pt is not a checkpoint of gankernels"):
         load_game(tmp_path / "other.pt")
     torch.save({"magic": checkpoint_module.MAGIC, "version": 99}, tmp_path / "newer.pt")
-    with pytest.raises(CheckpointError, match="version 99, this gankernels reads 1"):
+    with pytest.raises(CheckpointError, match="version 99, this gankernels reads 2"):
         load_game(tmp_path / "newer.pt")
     (tmp_path / "empty.pt").touch()
     with pytest.raises(CheckpointError, match="damaged"):

@@ -60,7 +60,7 @@ def test_values(name, given, value):
         ("steps", 0, "steps must be at least 1, got 0"),
         ("batch_size", 1, "batch_size must be at least 2, got 1"),
         ("ema", 1, r"ema must lie in \[0, 1\), got 1"),
-        ("precision", "fp8", "precision must be fp32 or bf16, got 'fp8'"),
+        ("precision", "fp8", "precision must be fp32, bf16, fp16, got 'fp8'"),
     ],
 )
 def test_errors(name, given, message):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from gankernels.games import DataSpec, Game, Player
-from gankernels.train import Config, DivergenceError, Trainer
+from gankernels.train import Callback, Config, DivergenceError, Trainer
 
 
 class Toy(Game):
@@ -153,14 +154,139 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights(run, tmp_path):
     assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=0.05)
 
 
+def test_gradient_norms_are_told_with_every_report(toy):
+    trainer = toy(ema=0, log_every=2)
+    trainer.iterate()
+    assert "opponent/gradient_norm" not in trainer.losses.take()
+    trainer.game.opponent.weight.data.fill_(3.0)
+    trainer.game.generator.weight.data.fill_(2.0)
+    trainer.iterate()
+    values = trainer.losses.take()
+    # The opponent's gradient is the generator's weight; then 3 - 1 - 1 = 1 of it is left.
+    assert values["opponent/gradient_norm"] == 2.0
+    assert values["generator/gradient_norm"] == 2.0 + 1.0
+
+
+def test_a_gradient_that_is_not_finite_is_named(run):
+    class Trap(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("nan")
+
+    trainer = run(steps=40, log_every=10)
+    player = trainer.players[1]
+    inner = player.loss
+
+    def loss(batch, rng):
+        terms = inner(batch, rng)
+        return {name: Trap.apply(t) if trainer.step == 19 else t for name, t in terms.items()}
+
+    object.__setattr__(player, "loss", loss)
+    with pytest.raises(DivergenceError, match="step 20: the gradient of player 'generator' is nan"):
+        trainer.fit()
+
+
+def test_fp16_computes_in_fp16_and_trains(run):
+    trainer = run("gan", precision="fp16", steps=60, lr=1e-3)
+    seen = []
+    trainer.game.generator.layers[0].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    trainer.fit()
+    assert set(seen[:-1]) == {torch.float16}  # the last grid is drawn without autocast
+    assert {p.dtype for p in trainer.game.parameters()} == {torch.float32}
+
+
+def test_fp16_skips_the_steps_of_one_player_only(run):
+    trainer = run("gan", precision="fp16")
+    for _ in range(3):
+        trainer.iterate()
+    _, generator = trainer.players
+    inner = generator.loss
+
+    def overflowing(batch, rng):
+        terms = inner(batch, rng)
+        return {name: t + (t - t.detach()) * 1e38 * 1e3 for name, t in terms.items()}
+
+    object.__setattr__(generator, "loss", overflowing)
+    before = {name: t.clone() for name, t in trainer.game.state_dict().items()}
+    scales = {name: s.get_scale() for name, s in trainer.scalers.items()}
+    trainer.iterate()
+    moved = {p: any(not torch.equal(t, before[f"{p}.{name}"]) for name, t in part) for p, part in (
+        ("discriminator", list(trainer.game.discriminator.named_parameters())),
+        ("generator", list(trainer.game.generator.named_parameters())),
+    )}  # fmt: skip
+    assert moved == {"discriminator": True, "generator": False}
+    assert trainer.scalers["discriminator"].get_scale() == scales["discriminator"]
+    assert trainer.scalers["generator"].get_scale() == scales["generator"] / 2
+    trainer.config = replace(trainer.config, steps=100, log_every=10, checkpoint_every=0)
+    with pytest.raises(DivergenceError, match="gradient of player 'generator' is not finite at"):
+        trainer.fit()
+
+
+def test_callbacks_are_told_in_order_and_can_stop(run, tmp_path):
+    class Witness(Callback):
+        def __init__(self):
+            self.events = []
+
+        def on_start(self, trainer):
+            self.events.append("start")
+
+        def on_step(self, trainer):
+            self.events.append(trainer.step)
+            if trainer.step == 7:
+                trainer.stop()
+
+        def on_report(self, trainer, values):
+            self.events.append(sorted(values)[-1])
+
+        def on_samples(self, trainer, path):
+            assert path.exists()
+            self.events.append(path.name)
+
+        def on_checkpoint(self, trainer, path):
+            assert path.exists()
+            self.events.append(path.name)
+
+        def on_end(self, trainer):
+            self.events.append("end")
+
+    trainer = run("gan", steps=100, log_every=6, sample_every=5, checkpoint_every=4)
+    witness = Witness()
+    trainer.callbacks.append(witness)
+    trainer.fit()
+    told = "it_per_s"
+    assert witness.events == [
+        "start", 1, 2, 3, 4, "step_00000004.pt", 5, "step_00000005.png", 6, told, 7, told,
+        "step_00000007.pt", "samples.png", "end",
+    ]  # fmt: skip
+
+
+def test_the_end_is_told_after_an_error_too(run):
+    class Fails(Callback):
+        ended = False
+
+        def on_step(self, trainer):
+            raise KeyError("mine")
+
+        def on_end(self, trainer):
+            self.ended = True
+
+    trainer, callback = run("gan"), Fails()
+    trainer.callbacks.append(callback)
+    with pytest.raises(KeyError, match="mine"):
+        trainer.fit()
+    assert callback.ended
+
+
 def test_a_discriminator_left_alone_learns_to_tell(run):
     trainer = run("gan")
     (discriminator, _) = trainer.players
-    for _ in range(60):
-        trainer.move(discriminator, 0)
-    first, last = trainer.losses.history[:2], trainer.losses.history[-2:]
-    assert sum(loss for *_, loss in first) > 1.2
-    assert sum(loss for *_, loss in last) < 0.2
+    losses = [sum(trainer.move(discriminator, discriminator.loss).values()) for _ in range(60)]
+    assert losses[0] > 1.2
+    assert losses[-1] < 0.2
 
 
 def test_run_folder(run, tmp_path):
@@ -180,7 +306,9 @@ def test_run_folder(run, tmp_path):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [20, 40, 50]
     terms = {"discriminator/real", "discriminator/fake", "generator/adversarial"}
-    assert all(terms | {"step", "it_per_s"} == row.keys() for row in rows)
+    norms = {"discriminator/gradient_norm", "generator/gradient_norm"}
+    assert all(terms | {"step", "it_per_s"} | norms == row.keys() for row in rows[:2])
+    assert terms | {"step", "it_per_s"} == rows[2].keys()  # cut short: norms are not taken
     grid = np.asarray(Image.open(folder / "samples.png"))
     assert grid.shape == (8 * 10 + 2, 10 * 10 + 2)  # 80 digits, a column per class
     assert grid.std() > 10

@@ -1,0 +1,195 @@
+"""Image sets that do not fit into memory, or not onto the device: decoded and drawn as needed."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import util
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gankernels.data import folder
+from gankernels.data.images import ImageData
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageFiles:
+    """A labelled set of image files, which :func:`load` lists with ``stream=True``.
+
+    Pixels are those that :class:`ImageData` would hold. A damaged file is found when it is read.
+
+    Args:
+        files: the paths, encoded, as an array ``(N,)``.
+        labels: int64 tensor ``(N,)`` of indices into ``classes``.
+        classes: the name of each class.
+        size: height and width to which every image is cut and resized.
+        channels: 1 (grey) or 3 (RGB).
+        name: what the set is called in logs and reports.
+    """
+
+    files: np.ndarray
+    labels: Tensor
+    classes: tuple[str, ...]
+    size: int
+    channels: int
+    name: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __repr__(self) -> str:
+        return (
+            f"ImageFiles({self.name!r}: {len(self)} images, "
+            f"{self.channels}x{self.size}x{self.size}, {self.num_classes} classes)"
+        )
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Decode the images of ``rows``, int64 ``(n,)``, into uint8 ``(n, C, S, S)``.
+
+        Raises:
+            ValueError: a file is missing or damaged; it is named.
+        """
+        images = torch.empty(len(rows), self.channels, self.size, self.size, dtype=torch.uint8)
+        for image, row in zip(images, rows.tolist(), strict=True):
+            image.copy_(folder.decode(self.files[row], self.size, self.channels))
+        return images
+
+
+class BatchLoader:
+    """An endless iterator of random batches: uint8 ``(batch_size, C, S, S)`` and int64 labels.
+
+    Rows are drawn with replacement. Draw number k depends on ``seed`` and k alone, so that a loader
+    with ``first=k`` goes on where another stopped, whatever their workers. PyTorch's random state
+    is left alone.
+
+    Workers are processes that prepare two batches each ahead of time. They leave SIGINT and SIGTERM
+    to the process that started them, which may want a last batch before it stops. Call
+    :meth:`close` to end them; they also end with the loader and with the process.
+
+    Args:
+        data: the images, in host memory or in files.
+        batch_size: images per draw.
+        seed: of the draws, not negative.
+        first: number of the first draw.
+        workers: processes that read images; with 0 they are read when they are asked for.
+        device: where the batches are delivered; on CUDA through pinned memory, without waiting.
+
+    Iterating raises ValueError for a damaged file, naming it, and ChildProcessError after a worker
+    was killed.
+    """
+
+    def __init__(
+        self,
+        data: ImageData | ImageFiles,
+        batch_size: int,
+        *,
+        seed: int,
+        first: int = 0,
+        workers: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("first", first, 0),
+            ("workers", workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.device = torch.device(device)
+        on_cuda = self.device.type == "cuda"
+        loader = DataLoader(
+            _Draws(data, batch_size, seed),
+            sampler=itertools.count(first),
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=_ignore_stop_signals,
+            pin_memory=on_cuda,
+            # Left out, the default generator would be drawn from: a resumed run would differ.
+            generator=torch.Generator(),
+        )
+        others = set(multiprocessing.active_children())
+        # The thread that pins memory works on the device that is current now.
+        current = torch.accelerator.device_index(self.device.index if on_cuda else None)
+        with _sigchld_kept(), current:
+            self._items: Iterator = iter(loader)
+        self._workers = [w for w in multiprocessing.active_children() if w not in others]
+        # At exit multiprocessing would end them by SIGTERM and wait, for ever.
+        self._end_workers = util.Finalize(self, _kill, args=(self._workers,), exitpriority=0)
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        try:
+            drawn = next(self._items)
+        except (RuntimeError, OSError, EOFError) as error:
+            for worker in self._workers:
+                if not worker.is_alive():
+                    raise ChildProcessError(
+                        f"a process that reads images ended with status {worker.exitcode}; if it "
+                        "was killed for want of memory, use fewer workers or smaller batches"
+                    ) from error
+            raise
+        if isinstance(drawn, ValueError):
+            raise drawn
+        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in drawn)
+        return images, labels
+
+    def close(self) -> None:
+        """End the workers. Iterating then stops at once."""
+        self._items = iter(())  # the end of PyTorch's iterator asks them to leave
+        self._end_workers()
+
+
+class _Draws(Dataset):
+    """Draw number k as item k: images and labels, or the ValueError that reading them raised.
+
+    An error is a value here since an exception would arrive with a worker's traceback as its text.
+    """
+
+    def __init__(self, data: ImageData | ImageFiles, batch_size: int, seed: int) -> None:
+        self.data = data
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor] | ValueError:
+        rng = np.random.default_rng((self.seed, k))
+        rows = torch.from_numpy(rng.integers(len(self.data), size=self.batch_size))
+        try:
+            return self.data.read(rows), self.data.labels[rows]
+        except ValueError as error:
+            return error
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill(workers: list[multiprocessing.Process]) -> None:
+    for worker in workers:
+        worker.kill()
+        worker.join()
+
+
+@contextmanager
+def _sigchld_kept() -> Iterator[None]:
+    """Undo what a DataLoader does to SIGCHLD: its handler raises wherever the program happens to
+    be, in the middle of a checkpoint, say. Without it the next batch tells of a dead worker."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)

@@ -1,0 +1,38 @@
+"""How many threads this process may keep busy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available(cgroup: Path = CGROUP) -> int:
+    """Processors that the scheduler and the container's quota (cgroup v2 or v1) leave to us."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (cgroup / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (cgroup / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return count
+    if not quota.isdigit() or not period.isdigit():  # "max" or -1: no quota
+        return count
+    return max(1, min(count, int(quota) // int(period)))
+
+
+def bound_threads() -> None:
+    """Lower PyTorch's threads to `available`: more than that make each other wait.
+
+    PyTorch counts the processors it may run on, but knows nothing of a container's quota.
+    """
+    if torch.get_num_threads() > (most := available()):
+        torch.set_num_threads(most)

@@ -1,0 +1,88 @@
+"""Whole iterations as CUDA graphs: one launch in the place of thousands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Calls that run as they are before one is captured: PyTorch asks for it, since libraries set
+#: themselves up and optimisers allocate their state in the first.
+WARM_UP = 3
+
+
+class Graphs:
+    """Calls functions of device tensors; from the fourth call on it replays a graph instead.
+
+    There is a graph for every key, since what a graph computes is fixed: an iteration with a
+    regulariser that does not come every time has two. Random numbers go on as they would without
+    a graph.
+
+    Args:
+        generators: what the functions draw from, PyTorch's default generator apart.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = generators
+        self.stream = torch.cuda.Stream(generators[0].device)
+        # The graphs never run at the same time and leave nothing behind that another one reads, so
+        # that all of them can work in the same memory.
+        self.pool = torch.cuda.graph_pool_handle()
+        self.calls: dict[Hashable, int] = {}
+        self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor], Any, Tensor]] = {}
+
+    def __call__(
+        self,
+        key: Hashable,
+        function: Callable[[Sequence[Tensor]], tuple[Any, Tensor]],
+        inputs: Sequence[Tensor],
+    ) -> tuple[Any, Tensor]:
+        """`function(inputs)`: anything that is the same for every call, and a tensor."""
+        calls = self.calls[key] = self.calls.get(key, 0) + 1
+        if calls <= WARM_UP:
+            return self._run(function, inputs)
+        if key not in self.captured:
+            self.captured[key] = self._capture(function, inputs)
+        graph, places, constant, result = self.captured[key]
+        for place, value in zip(places, inputs, strict=True):
+            place.copy_(value, non_blocking=True)
+        graph.replay()
+        return constant, result.clone()
+
+    def _run(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        # On the stream that captures: PyTorch remembers where gradients were accumulated first.
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            outputs = function(inputs)
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        return outputs
+
+    def _capture(
+        self, function: Callable[..., Any], inputs: Sequence[Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        places = [value.clone() for value in inputs]
+        try:
+            # Other threads may pin memory for batches to come meanwhile.
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                constant, result = function(places)
+        except RuntimeError as error:
+            first_line = str(error).strip().split("\n")[0]
+            raise RuntimeError(
+                f"this game's iteration cannot be captured in a CUDA graph ({first_line}); "
+                "train it with graph=False (--no-graph)"
+            ) from error
+        return graph, places, constant, result
+
+
+def run_eagerly(
+    key: Hashable,
+    function: Callable[[Sequence[Tensor]], tuple[Any, Tensor]],
+    inputs: Sequence[Tensor],
+) -> tuple[Any, Tensor]:
+    """What stands in for Graphs where there are none."""
+    return function(inputs)

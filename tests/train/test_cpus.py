@@ -1,0 +1,40 @@
+"""Threads within what a container may use."""
+
+import os
+
+import pytest
+import torch
+
+from gankernels.train import cpus
+
+ALL = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, ALL),
+        ({"cpu.max": "max 100000\n"}, ALL),
+        ({"cpu.max": "100000 100000\n"}, 1),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "99900000 100000\n"}, ALL),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, ALL),
+        ({"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+    ],
+)
+def test_quota(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpus.available(tmp_path) == expected
+
+
+def test_threads_are_lowered_and_never_raised(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(cpus, "available", lambda: 3)
+    cpus.bound_threads()
+    monkeypatch.setattr(cpus, "available", lambda: 16)
+    cpus.bound_threads()
+    assert chosen == [3]
