@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 FILE = "report.html"
 
-#: What the groups of metrics.jsonl (what stands before a "/") measure. Any other group is a player,
-#: and its members are the terms of its loss. A name without "/" stands for itself.
+#: Groups of metrics.jsonl (what stands before a "/"), and what they measure. Any other group is a
+#: player, and its members are the terms of its loss, but for those of a name that stands here:
+#: "critic/gradient_norm" goes with the other norms. A name without "/" stands for itself.
 MEASURES = {"score": "score", "gradient_norm": "gradient norm", "weight_norm": "weight norm"}
 
 #: Points of a curve from which on it is smoothed, and points that are then drawn of it.
@@ -211,10 +212,15 @@ def _note(members: dict[str, Series]) -> str:
 
 
 def _groups(series: dict[str, Series]) -> dict[str, dict[str, Series]]:
-    """The series by what stands before the "/" of their names, each under what stands after it."""
+    """The series by what stands before the "/" of their names, each under what stands after it.
+
+    Where the latter is a measure, the other way round.
+    """
     groups: dict[str, dict[str, Series]] = {}
     for name, values in series.items():
         group, _, member = name.partition("/")
+        if member in MEASURES:
+            group, member = member, group
         groups.setdefault(group, {})[member or group] = values
     return groups
 

@@ -112,16 +112,20 @@ def test_damaged_lines_and_strange_values_are_passed_over(folder):
 
 
 def test_metrics_are_grouped_by_what_stands_before_the_slash(folder):
-    rows = [
-        row(step, **{"score/frechet": 200.0, "gradient_norm/critic": 2.0, "critic/penalty": 0.3,
-                     "score/accuracy": 0.5, "lr": 0.1})
-        for step in (1, 2)
-    ]  # fmt: skip
+    more = {
+        "score/frechet": 200.0,
+        "critic/gradient_norm": 2.0,
+        "gradient_norm/generator": 1.0,
+        "critic/penalty": 0.3,
+        "score/accuracy": 0.5,
+        "lr": 0.1,
+    }
+    rows = [row(step, **more) for step in (1, 2)]
     html = read(write_report(folder(rows)))
     assert re.findall(r'<svg[^>]* aria-label="([^"]*)"', html) == [
         "critic loss over steps: wasserstein, penalty",
         "score over steps: frechet, accuracy",
-        "gradient norm over steps: critic",
+        "gradient norm over steps: critic, generator",
         "lr over steps: lr",
         "Iterations per second over steps",
     ]
