@@ -193,50 +193,136 @@ def _setting(name: str, default: str, help: str) -> str:
 def add_sample(commands: Any) -> None:
     parser = commands.add_parser(
         "sample",
-        help="save a grid of samples",
-        description="Draw samples from a trained generator and save them as one PNG.",
+        help="save samples: a grid, single files or an array",
+        description="Draw samples from a trained generator. The same seed gives the same samples, "
+        "however many are drawn and, but for rounding, on whatever device.",
     )
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="a run folder or a .pt file")
     parser.add_argument(
-        "--out", metavar="PNG", default="samples.png", help="(default: %(default)s)"
+        "--out", metavar="PATH", help="(default: samples.png, samples.npz, or the folder samples)"
     )
-    parser.add_argument("--count", type=int, default=64, help="images (default: %(default)s)")
+    parser.add_argument(
+        "--format",
+        choices=["grid", "png", "npz"],
+        help="grid: one PNG of all; png: a folder with a PNG of each, in a subfolder per class "
+        "where there are classes; npz: images and labels as --data takes them "
+        "(default: npz where PATH ends in .npz, else grid)",
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="images (default: 64)")
     parser.add_argument(
         "--labels",
         help="classes to draw in turn, as indices: 0,1,2 (default: all; conditional models only)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the noise (default: 0)")
+    parser.add_argument(
+        "--interpolate",
+        metavar="A,B",
+        help="every row walks from an image of seed A to one of seed B, with one label, by "
+        "spherical interpolation of their noise: normal noise lies near a sphere",
+    )
+    parser.add_argument(
+        "--columns",
+        type=int,
+        metavar="N",
+        help="of the grid (default: as suits the count and the labels; 10 with --interpolate)",
+    )
+    parser.add_argument(
+        "--truncation",
+        type=float,
+        metavar="T",
+        help="keep every coordinate of the noise within [-T, T] by drawing from the truncated "
+        "normal distribution (the truncation trick): 2, 1 and 0.5 give ever more typical images "
+        "of ever less variety (default: the whole distribution, as in training)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=256,
+        metavar="B",
+        help="images computed at a time, which bounds memory (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
     parser.set_defaults(run=run_sample)
 
 
 def run_sample(args: argparse.Namespace) -> int:
-    import torch
-
-    from gankernels import train
-    from gankernels.train.images import arrange, save_grid
-
     with user_errors():
-        if args.count < 1:
-            raise ValueError(f"--count must be at least 1, got {args.count}")
-        game, _ = train.load_game(args.source)
-        labels = None
-        if args.labels is not None:
-            labels = parse_labels(args.labels)
-        elif game.conditional:
-            labels = list(range(game.num_classes))
-        labels, columns = arrange(args.count, labels)
-        rng = torch.Generator().manual_seed(args.seed)
-        save_grid(game.sample(args.count, labels, rng), args.out, columns)
-    print(f"{args.out}: {args.count} samples")
+        out, count = sample_run(args)
+    print(f"{out}: {count} samples")
     return 0
 
 
-def parse_labels(text: str) -> list[int]:
-    """`"0,1,2"` as numbers. Raises ValueError for anything else."""
+def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
+    """What `sample` does; returns where the samples are and how many."""
+    import torch
+
+    from gankernels import train
+    from gankernels.train import sample
+    from gankernels.train.images import arrange, save_grid
+    from gankernels.train.trainer import choose_device
+
+    for name in ("count", "columns", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    form, out = choose_format(args.format, args.out)
+    game, _ = train.load_game(args.source, choose_device(args.device))
+    labels = None
+    if args.labels is not None:
+        labels = parse_numbers("--labels", args.labels, "0,1,2")
+    elif game.conditional:
+        labels = list(range(game.num_classes))
+
+    if args.interpolate is None:
+        count = args.count or 64
+        labels, columns = arrange(count, labels)
+        columns = args.columns or columns
+        noise = sample.draw(game, count, args.seed or 0, args.truncation)
+    else:
+        if args.seed is not None:
+            raise ValueError("--seed and --interpolate both choose the noise: give one of them")
+        seeds = parse_numbers("--interpolate", args.interpolate, "1,2", length=2)
+        columns = args.columns or 10
+        count = args.count or columns * (len(labels) if labels else 8)
+        if count % columns:
+            raise ValueError(f"--count must be a multiple of the {columns} columns, got {count}")
+        labels, _ = arrange(count // columns, labels)
+        labels = None if labels is None else labels.repeat_interleave(columns)
+        noise = sample.walk(game, count // columns, columns, seeds, args.truncation)
+
+    images = sample.generate(game, noise, labels, args.batch_size)
+    if form == "grid":
+        save_grid(torch.cat(list(images)), out, columns)
+    elif form == "png":
+        sample.save_folder(images, labels, out)
+    else:
+        sample.save_npz(images, torch.zeros(count).long() if labels is None else labels, out)
+    return out, count
+
+
+def choose_format(form: str | None, out: str | None) -> tuple[str, Path]:
+    """What `sample` writes, and where. Raises ValueError for a name that belies it."""
+    is_npz = out is not None and out.endswith(".npz")
+    if form is None:
+        form = "npz" if is_npz else "grid"
+    if out is None:
+        out = {"grid": "samples.png", "png": "samples", "npz": "samples.npz"}[form]
+    elif is_npz != (form == "npz"):
+        raise ValueError(f"npz goes with names that end in .npz: --format {form}, --out {out}")
+    elif form == "png" and out.endswith(".png"):
+        raise ValueError(f"--format png makes a folder, and grid one PNG: got --out {out}")
+    return form, Path(out)
+
+
+def parse_numbers(option: str, text: str, example: str, length: int | None = None) -> list[int]:
+    """`"0,1,2"` as numbers. Raises ValueError for anything else, or for another number of them."""
     try:
-        return [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
+        if length not in (None, len(numbers)):
+            raise ValueError
     except ValueError:
-        raise ValueError(f"--labels takes numbers like 0,1,2, got {text!r}") from None
+        raise ValueError(f"{option} takes numbers like {example}, got {text!r}") from None
+    return numbers
 
 
 def add_evaluate(commands: Any) -> None:

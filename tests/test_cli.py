@@ -8,9 +8,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from gankernels import games
+from gankernels import data, games
 from gankernels.cli import describe_build, main
 
 FAST = ["--steps", "4", "--batch-size", "8", "--device", "cpu", "--set", "size=12"]
@@ -88,6 +89,62 @@ def test_sample(trained, tmp_path):
     assert np.array_equal(grid, np.asarray(Image.open(path)))
 
 
+def test_sample_any_number_as_files_or_an_array(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common = ["sample", str(trained), "--count", "23", "--batch-size", "10", "--device", "cpu"]
+    assert main([*common, "--out", "set.npz"]) == 0
+    assert capsys.readouterr().out == "set.npz: 23 samples\n"
+    assert main([*common, "--format", "png", "--out", "set"]) == 0
+    array, folder = data.load("set.npz"), data.load("set")
+    assert array.images.shape == (23, 1, 12, 12)
+    assert array.labels.tolist() == [i % 10 for i in range(23)]
+    assert torch.equal(folder.images, array.images[array.labels.argsort(stable=True)])
+    for form, name in (("npz", "samples.npz"), ("png", "samples"), ("grid", "samples.png")):
+        assert main([*common, "--format", form]) == 0
+        assert (tmp_path / name).exists()
+    assert main([*common[:2], "--out", "more.npz", "--count", "31"]) == 0
+    more = data.load("more.npz").images[:23].int()
+    assert (more - array.images.int()).abs().max() <= 1  # but for rounding
+
+
+def test_sample_without_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train("run", "gan") == 0
+    assert main(["sample", "run", "--count", "5", "--format", "npz"]) == 0
+    assert data.load("samples.npz").labels.tolist() == [0] * 5
+    assert main(["sample", "run", "--count", "5", "--format", "png"]) == 0
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 5
+    assert main(["sample", "run", "--interpolate", "1,2", "--columns", "4"]) == 0
+    assert Image.open("samples.png").size == (4 * 14 + 2, 8 * 14 + 2)
+
+
+def test_interpolate(trained, tmp_path):
+    def sample(name, *arguments):
+        path = tmp_path / name
+        assert main(["sample", str(trained), "--out", str(path), *arguments]) == 0
+        return data.load(path)
+
+    walk = sample("walk.npz", "--interpolate", "3,4", "--columns", "5")
+    assert walk.labels.tolist() == [label for label in range(10) for _ in range(5)]
+    rows = walk.images.unflatten(0, (10, 5)).int()
+    for seed, end in (("3", rows[:, 0]), ("4", rows[:, -1])):
+        images = sample(f"{seed}.npz", "--seed", seed, "--count", "10").images
+        assert (images.int() - end).abs().max() <= 1
+    assert not torch.equal(rows[:, 1], rows[:, 0])
+    some = sample("some.npz", "--interpolate", "3,4", "--labels", "7,1", "--count", "30")
+    assert some.labels.tolist() == [1] * 10 + [0] * 10 + [1] * 10  # indices into "1" and "7"
+
+
+def test_truncation_narrows_what_is_drawn(trained, tmp_path):
+    spread = {}
+    for threshold in ("0.01", "1", "9"):
+        path = tmp_path / f"{threshold}.npz"
+        arguments = ["--truncation", threshold, "--labels", "3", "--count", "50"]
+        assert main(["sample", str(trained), "--out", str(path), *arguments]) == 0
+        spread[threshold] = data.load(path).images.float().std(dim=0).mean().item()
+    assert spread["0.01"] < 0.1 * spread["1"] < 0.1 * spread["9"]
+
+
 def test_train_help_is_enough(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--help"])
@@ -152,13 +209,26 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
         (["--labels", "0,11"], "labels must lie in 0..9, got 0..11"),
         (["--labels", "one"], "--labels takes numbers like 0,1,2, got 'one'"),
         (["--count", "0"], "--count must be at least 1, got 0"),
+        (["--columns", "-1"], "--columns must be at least 1, got -1"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--seed", str(2**64)], f"seed must fit into 64 bits, got {2**64}"),
+        (["--truncation", "0"], "truncation must be above 0, got 0.0"),
+        (["--device", "warp"], "device 'warp' cannot be used: "),
+        (["--interpolate", "1"], "--interpolate takes numbers like 1,2, got '1'"),
+        (["--interpolate", "1,2", "--seed", "0"], "--seed and --interpolate both choose the noise"),
+        (["--interpolate", "1,2", "--count", "64"], "a multiple of the 10 columns, got 64"),
+        (["--format", "npz"], "npz goes with names that end in .npz: --format npz, --out "),
+        (["--format", "png"], "--format png makes a folder, and grid one PNG: got --out "),
     ],
 )
 def test_sample_errors(trained, tmp_path, capsys, arguments, message):
     out = tmp_path / "grid.png"
     assert main(["sample", str(trained), "--out", str(out), *arguments]) == 2
-    assert capsys.readouterr().err == f"gankernels: error: {message}\n"
-    assert not out.exists()
+    error = capsys.readouterr().err
+    assert error.startswith("gankernels: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_checkpoint_is_the_users_to_put_right(tmp_path, capsys):

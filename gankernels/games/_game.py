@@ -160,6 +160,7 @@ class Game(nn.Module):
         labels: Tensor | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = 256,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """`n` images as float32 `(n, C, H, W)` in [-1, 1], with the networks in their own mode.
 
@@ -167,15 +168,22 @@ class Game(nn.Module):
             labels: int64 `(n,)` for a conditional game; drawn uniformly when missing.
             generator: where noise and missing labels come from; the default one when missing.
             batch_size: images computed at a time.
+            noise: `(n, latent_dim)`; drawn when missing.
 
         Raises:
-            ValueError: labels for an unconditional game, of another length or out of range.
+            ValueError: labels for an unconditional game, of another length or out of range, or
+                noise of another shape.
         """
         if labels is not None:
             self._check_labels(labels, n)
         elif self.conditional:
             labels = self.random_labels(n, generator)
-        noise = self.noise(n, generator)
+        if noise is None:
+            noise = self.noise(n, generator)
+        elif noise.shape != (n, self.options.latent_dim):
+            raise ValueError(
+                f"noise must have shape ({n}, {self.options.latent_dim}), got {tuple(noise.shape)}"
+            )
         parts = []
         for rows in torch.arange(n, device=self.device).split(batch_size):
             chosen = None if labels is None else labels.to(self.device)[rows]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gankernels.data import to_uint8
 from gankernels.train.files import write_atomically
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def arrange(count: int, labels: list[int] | None) -> tuple[Tensor | None, int]:
@@ -40,11 +44,16 @@ def make_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
-    """Write images `(N, C, H, W)` in [-1, 1], C 1 or 3, as one PNG."""
+    """Write images `(N, C, H, W)`, C 1 or 3, uint8 or in [-1, 1], as one PNG."""
+    pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+    picture = to_picture(make_grid(pixels.cpu(), columns))
+    write_atomically(Path(path), lambda file: picture.save(file, "PNG"))
+
+
+def to_picture(pixels: Tensor) -> Image:
+    """uint8 `(C, H, W)` on the CPU, C 1 or 3, as a picture of Pillow's."""
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError("pictures need Pillow: pip install gankernels[train]") from error
-    grid = make_grid(to_uint8(images).cpu(), columns)
-    picture = Image.fromarray(grid.permute(1, 2, 0).squeeze(2).contiguous().numpy())
-    write_atomically(Path(path), lambda file: picture.save(file, "PNG"))
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())

@@ -119,6 +119,16 @@ def test_sample_repeats_and_is_an_image():
     torch.testing.assert_close(images, game.sample(5, labels, rng(1), batch_size=2))
 
 
+def test_sample_of_given_noise():
+    game = make("cgan").eval()
+    labels = torch.tensor([0, 1, 2])
+    noise = game.noise(3, rng(1))
+    images = game.sample(3, labels, noise=noise, batch_size=2)
+    torch.testing.assert_close(images, game.sample(3, labels, rng(1)))
+    with pytest.raises(ValueError, match=r"noise must have shape \(3, 100\), got \(2, 100\)"):
+        game.sample(3, labels, noise=noise[:2])
+
+
 def test_sample_draws_missing_labels():
     game = make("cdcgan").eval()
     state = rng(1)

@@ -1,0 +1,315 @@
+"""The page that shows a run: state, samples, curves, settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from gankernels._version import __version__
+from gankernels.report import WIDTH, Page, png_size, style
+from gankernels.train.files import read_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FILE = "report.html"
+
+#: Groups of metrics.jsonl (what stands before a "/"), and what they measure. Any other group is a
+#: player, and its members are the terms of its loss, but for those of a name that stands here:
+#: "critic/gradient_norm" goes with the other norms. A name without "/" stands for itself.
+MEASURES = {"score": "score", "gradient_norm": "gradient norm", "weight_norm": "weight norm"}
+
+#: Points of a curve from which on it is smoothed, and points that are then drawn of it.
+MANY = 200
+DRAWN = 400
+
+#: Sample grids shown, and the pixels that are enough for the width of one.
+GRIDS = 12
+GRID_PIXELS = 480
+
+
+def available() -> bool:
+    """Whether matplotlib, without which there is no report, is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def write_report(run: str | Path) -> Path:
+    """Write `report.html` into the folder of a run, finished or not, and return its path.
+
+    It is one file that can be sent on, made of what is there: config.json, metrics.jsonl (a torn
+    line is passed over), samples.png, samples/step_*.png, and scores.json, for which there is
+    `evaluate --json`.
+
+    Raises:
+        FileNotFoundError, ValueError: no config.json, or one that is no JSON.
+        ImportError: matplotlib, or Pillow where grids are large, is missing.
+    """
+    run = Path(run)
+    config = read_json(run / "config.json")
+    rows = read_metrics(run / "metrics.jsonl")
+    series = collect(rows)
+    data = str(config.get("data", "unknown data"))
+    title = f"{config.get('model', 'GAN')} on {Path(data).name or data}"
+
+    page = Page(title)
+    page.facts(dict(_state(config, rows)))
+    _add_samples(page, run)
+    if (run / "scores.json").exists():
+        scores = read_json(run / "scores.json")
+        page.section("Scores")
+        page.facts({_words(name): value for name, value in scores.items()})
+    speed = series.pop("it_per_s", None)
+    if series:
+        page.section("Metrics")
+        for group, members in _groups(series).items():
+            loss = f"{_words(group)} loss" if group not in series else _words(group)
+            quantity = MEASURES.get(group, loss)
+            page.figure(
+                plot(members, quantity),
+                alt=f"{quantity} over steps: {', '.join(members)}",
+                caption=_note(members),
+            )
+        page.table(["metric", "first", "last", "lowest", "highest"], list(_ranges(series)))
+    if speed:
+        page.section("Speed")
+        page.figure(
+            plot({"it/s": speed}, "iterations per second", from_zero=True),
+            alt="Iterations per second over steps",
+            caption=_note({"it/s": speed}),
+        )
+    page.section("Configuration")
+    settings = [(name, _setting(value)) for name, value in config.items() if name != "format"]
+    page.table(["setting", "value"], settings)
+    page.footer(
+        f"{run.resolve().name}, {time.strftime('%Y-%m-%d %H:%M')}, gankernels {__version__}"
+    )
+    page.write(run / FILE)
+    return run / FILE
+
+
+class Series(NamedTuple):
+    """A metric: its steps and its values, float64 arrays of the same length, all finite."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl by step; lines that are torn or lack a step are left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and _is_number(row.get("step")):
+            rows.append(row)
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def collect(rows: list[dict[str, Any]]) -> dict[str, Series]:
+    """What the rows say of each name but `step`, where it is a finite number."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "step" and _is_number(value):
+                points.setdefault(name, []).append((row["step"], value))
+    return {name: Series(*np.array(pairs, float).T) for name, pairs in points.items()}
+
+
+def smooth(series: Series) -> Series:
+    """The running mean over a fiftieth of a series, at up to DRAWN points of it."""
+    n = len(series.values)
+    chosen = np.unique(np.linspace(0, n - 1, DRAWN).astype(int))
+    sums = np.concatenate([[0.0], np.cumsum(series.values)])
+    reach = max(1, n // 100)
+    low, high = np.maximum(chosen - reach, 0), np.minimum(chosen + reach + 1, n)
+    return Series(series.steps[chosen], (sums[high] - sums[low]) / (high - low))
+
+
+def thin(series: Series) -> Series:
+    """The least and the greatest value of each of DRAWN parts: drawn, it looks like the whole."""
+    if len(series.values) <= 2 * DRAWN:
+        return series
+    starts = np.linspace(0, len(series.values), DRAWN, endpoint=False).astype(int)
+    extremes = [extreme.reduceat(series.values, starts) for extreme in (np.minimum, np.maximum)]
+    return Series(np.repeat(series.steps[starts], 2), np.stack(extremes, axis=1).ravel())
+
+
+def plot(members: dict[str, Series], quantity: str, from_zero: bool = False) -> Figure:
+    """Curves over steps, in one panel, or in one each where one would flatten another.
+
+    Args:
+        members: by the name that the legend gives them.
+        quantity: what the vertical axis measures.
+        from_zero: whether it begins at zero.
+    """
+    with style():
+        from matplotlib.figure import Figure
+
+        panels = [[name] for name in members] if _differ(members) else [list(members)]
+        figure = Figure(figsize=(WIDTH, 0.7 + 2.2 * len(panels)))
+        axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        for ax, names in zip(axes, panels, strict=True):
+            for name in names:
+                _draw(ax, name, members[name])
+            _scale(ax, [members[name] for name in names], from_zero)
+            ax.set_ylabel(quantity)
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6)
+        axes[-1].set_xlabel("step")
+    return figure
+
+
+def _draw(ax: Axes, name: str, series: Series) -> None:
+    if len(series.values) < MANY:
+        marker = "o" if len(series.values) == 1 else None
+        ax.plot(*series, label=name, marker=marker, markersize=4)
+        return
+    (line,) = ax.plot(*smooth(series), label=name, zorder=3)
+    ax.plot(*thin(series), color=line.get_color(), linestyle="-", linewidth=0.7, alpha=0.25)
+
+
+def _scale(ax: Axes, shown: list[Series], from_zero: bool) -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    ax.xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.margins(x=0.01)
+    many = [series for series in shown if len(series.values) >= MANY]
+    if many:  # a few extreme values do not decide the scale
+        parts = [np.quantile(series.values, [0.005, 0.995]) for series in many]
+        parts += [smooth(series).values for series in many]
+        parts += [series.values for series in shown if len(series.values) < MANY]
+        values = np.concatenate(parts)
+        margin = 0.05 * np.ptp(values) or 0.5
+        ax.set_ylim(values.min() - margin, values.max() + margin)
+    if from_zero:
+        ax.set_ylim(bottom=0)
+
+
+def _differ(members: dict[str, Series]) -> bool:
+    """Whether the largest of the curves is far beyond the smallest."""
+    reach = [np.quantile(np.abs(series.values), 0.95) for series in members.values()]
+    return max(reach) > 20 * min(reach)
+
+
+def _note(members: dict[str, Series]) -> str:
+    if all(len(series.values) < MANY for series in members.values()):
+        return ""
+    return "Running mean over a fiftieth of the run; faint behind it, what was logged."
+
+
+def _groups(series: dict[str, Series]) -> dict[str, dict[str, Series]]:
+    """The series by what stands before the "/" of their names, each under what stands after it.
+
+    Where the latter is a measure, the other way round.
+    """
+    groups: dict[str, dict[str, Series]] = {}
+    for name, values in series.items():
+        group, _, member = name.partition("/")
+        if member in MEASURES:
+            group, member = member, group
+        groups.setdefault(group, {})[member or group] = values
+    return groups
+
+
+def _ranges(series: dict[str, Series]) -> Iterator[tuple[str, float, float, float, float]]:
+    for name, (_, values) in series.items():
+        ends = values[0], values[-1], values.min(), values.max()
+        yield name, *map(float, ends)
+
+
+def _state(config: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """What stands at the top."""
+    step, steps = (rows[-1]["step"] if rows else 0), config.get("steps")
+    of = f" of {steps:,}" if isinstance(steps, int) else ""
+    yield "step", f"{step:,}{of}"
+    if of:
+        yield "state", "finished" if step >= steps else "not finished"
+    speeds = [(row["step"], row["it_per_s"]) for row in rows if _is_number(row.get("it_per_s"))]
+    speeds = [(step, speed) for step, speed in speeds if speed > 0]
+    if speeds:
+        yield "iterations per second", f"{speeds[-1][1]:.1f}"
+        before = [0, *(step for step, _ in speeds)]
+        seconds = sum((step - last) / v for (step, v), last in zip(speeds, before, strict=False))
+        yield "time of the steps", _duration(seconds)
+    for name in ("batch_size", "precision"):
+        if name in config:
+            yield _words(name), config[name]
+
+
+def _add_samples(page: Page, run: Path) -> None:
+    grids = {}
+    for path in (run / "samples").glob("step_*.png"):
+        if found := re.fullmatch(r"step_(\d+)\.png", path.name):
+            grids[int(found[1])] = path
+    steps = sorted(grids)
+    final = run / "samples.png"
+    if final.exists() or steps:
+        page.section("Samples")
+        # A run that was resumed has newer grids than the picture of its former end.
+        if final.exists() and not (steps and _age(grids[steps[-1]]) > _age(final)):
+            png, shown = final.read_bytes(), "samples of the trained generator"
+        else:
+            png, shown = grids[steps[-1]].read_bytes(), f"samples at step {steps[-1]:,}"
+        own = png_size(png)[0]
+        enlarged = own * max(1, int(900 // own))  # whole pixels stay sharp
+        page.figure(png, alt=f"A grid of {shown}", caption=shown.capitalize(), width=enlarged)
+    if len(steps) > 1:
+        page.section("Samples over time")
+        chosen = sorted({steps[round(i)] for i in np.linspace(0, len(steps) - 1, GRIDS)})
+        page.gallery(
+            (_small(grids[step]), f"A grid of samples at step {step:,}", f"step {step:,}")
+            for step in chosen
+        )
+
+
+def _small(path: Path) -> bytes:
+    """A PNG file, made smaller where it is larger than the page shows it."""
+    png = path.read_bytes()
+    width, height = png_size(png)
+    if width <= GRID_PIXELS:
+        return png
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("pictures need Pillow: pip install gankernels[train]") from error
+    picture = Image.open(io.BytesIO(png))
+    file = io.BytesIO()
+    picture.resize((GRID_PIXELS, max(1, round(height * GRID_PIXELS / width)))).save(file, "PNG")
+    return file.getvalue()
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _setting(value: Any) -> str:
+    """As config.json and `--set` have it, so that it can be copied."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"

@@ -1,0 +1,66 @@
+"""The run as TensorBoard shows it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+
+class TensorBoard:
+    """Writes event files into a folder for `tensorboard --logdir`.
+
+    Args:
+        folder: made where it does not exist.
+        step: the step that the run goes on from, 0 for a new one. What a killed run had logged
+            beyond it no longer shows.
+
+    Raises:
+        ImportError: tensorboard is not installed; `available` tells beforehand.
+    """
+
+    def __init__(self, folder: str | Path, step: int = 0) -> None:
+        try:  # not at the top of this file: the import takes a fifth of a second and more
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "logs for TensorBoard need tensorboard: pip install gankernels[train]"
+            ) from error
+        # What has purge_step or more no longer shows; `step` itself stays, as in metrics.jsonl.
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    @staticmethod
+    def available() -> bool:
+        """Whether tensorboard is installed."""
+        return importlib.util.find_spec("tensorboard") is not None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """A point of every curve; names with the same part before a "/" stand together."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, picture: str | Path | Tensor, name: str = "samples") -> None:
+        """A picture: a PNG file, or uint8 `(C, H, W)` with C 1 or 3.
+
+        Raises TypeError or ValueError for another tensor.
+        """
+        if isinstance(picture, Tensor):
+            if picture.dim() != 3 or picture.shape[0] not in (1, 3):
+                raise ValueError(
+                    f"picture must be (C, H, W) with C 1 or 3, got {tuple(picture.shape)}"
+                )
+            if str(picture.dtype) != "torch.uint8":
+                raise TypeError(f"picture must be torch.uint8, got {picture.dtype}")
+            pixels = picture.permute(1, 2, 0).cpu().numpy()
+        else:
+            from PIL import Image  # tensorboard needs it as well
+
+            with Image.open(picture) as opened:
+                pixels = np.asarray(opened.convert("RGB"))
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+        self._writer.flush()  # grids are rare, and what led to one is then there as well
+
+    def close(self) -> None:
+        self._writer.close()
