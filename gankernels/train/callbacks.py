@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gankernels.train import checkpoint
+from gankernels.train import checkpoint, report
 from gankernels.train.losses import GRADIENT_NORM
+from gankernels.train.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from gankernels.train.trainer import Trainer
@@ -98,6 +99,29 @@ class Metrics(Callback):
     def on_end(self, trainer: Trainer) -> None:
         if hasattr(self, "file"):
             self.file.close()
+
+
+class Boards(Callback):
+    """TensorBoard's event files and report.html, where the libraries they need are installed."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.board = None
+        if TensorBoard.available():
+            self.board = TensorBoard(trainer.run / "tensorboard", trainer.step)
+
+    def on_report(self, trainer: Trainer, values: dict[str, float]) -> None:
+        if self.board is not None:
+            self.board.write(trainer.step, values)
+
+    def on_samples(self, trainer: Trainer, path: Path) -> None:
+        if self.board is not None:
+            self.board.image(trainer.step, path)
+        if report.available():
+            report.write_report(trainer.run)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if getattr(self, "board", None) is not None:
+            self.board.close()
 
 
 class Score(Callback):

@@ -19,7 +19,7 @@ from gankernels._shard import shard
 from gankernels.data import BatchLoader, ImageData, ImageFiles, to_float
 from gankernels.games import Batch, Game, Player
 from gankernels.train import checkpoint
-from gankernels.train.callbacks import Callback, Metrics, Progress, Score
+from gankernels.train.callbacks import Boards, Callback, Metrics, Progress, Score
 from gankernels.train.config import Config, to_dict
 from gankernels.train.cpus import bound_threads
 from gankernels.train.files import write_json
@@ -43,11 +43,11 @@ class Trainer:
     """Trains a game on images and leaves a run folder behind.
 
     The folder `config.out` gets config.json (reruns the run), metrics.jsonl, samples/step_*.png,
-    samples.png and checkpoints/step_*.pt. Images stay on the device as uint8 where they fit, else
-    other processes read them ahead of time. Batches, noise and labels are drawn on the device from
-    one `torch.Generator`, and nothing waits for the device between two reports. On CUDA whole
-    iterations are replayed as graphs unless `config.graph` is false. Dropout draws from PyTorch's
-    default generator: seed it for a repeatable run.
+    samples.png, checkpoints/step_*.pt, report.html and tensorboard/. Images stay on the device as
+    uint8 where they fit, else other processes read them ahead of time. Batches, noise and labels
+    are drawn on the device from one `torch.Generator`, and nothing waits for the device between two
+    reports. On CUDA whole iterations are replayed as graphs unless `config.graph` is false. Dropout
+    draws from PyTorch's default generator: seed it for a repeatable run.
 
     Args:
         game: the networks and what they minimise; moved to the device of `config`.
@@ -106,7 +106,7 @@ class Trainer:
         self.step = 0
         self.losses = Losses(self.ranks.average)
         self.call = self._graphs() or run_eagerly
-        own = [Progress(), Metrics()]
+        own = [Progress(), Metrics(), Boards()]
         if config.score:
             if not isinstance(data, ImageData):
                 raise ValueError("score compares with all images: it needs them in memory")

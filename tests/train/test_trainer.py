@@ -373,11 +373,13 @@ def test_run_folder(run, tmp_path):
     trainer.fit()
     folder = tmp_path / "run"
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert files.pop().startswith("tensorboard/events.out")
     assert files == [
         "checkpoints/step_00000040.pt",
         "checkpoints/step_00000050.pt",
         "config.json",
         "metrics.jsonl",
+        "report.html",
         "samples.png",
         "samples/step_00000025.png",
         "samples/step_00000050.png",
