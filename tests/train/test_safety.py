@@ -176,16 +176,18 @@ def reached(run, since):
 # ---- a full disk ---------------------------------------------------------------------------------
 
 
-def test_file_that_may_not_grow(command, tmp_path):
-    """The kernel itself refuses to let the second checkpoint grow beyond 50 kB."""
+@pytest.mark.parametrize(("model", "limit"), [(SMALL, 50_000), (("gan",), 5_000_000)])
+def test_file_that_may_not_grow(command, tmp_path, model, limit):
+    """The kernel itself refuses to let the second checkpoint grow."""
 
     def child(steps, **settings):
-        process = children.start(command(steps, *SMALL), tmp_path / "log", **settings)
+        process = children.start(command(steps, *model), tmp_path / "log", **settings)
         process.join()
         return process.exitcode, (tmp_path / "log").read_text()
 
     assert child(10)[0] == 0
-    status, text = child(20, largest_file=50_000)
+    assert checkpoint(tmp_path / "run", 10).stat().st_size > 2 * limit
+    status, text = child(20, largest_file=limit)
     check_failed_write(status, text, tmp_path / "run", "File too large")
     assert child(20)[0] == 0
     assert checkpoint(tmp_path / "run", 20).exists()
