@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal, overload
 
@@ -82,6 +83,8 @@ def load(
     else:
         path = Path(source)
         name = path.resolve().name
+        if path.is_dir():
+            os.scandir(path).close()  # a folder that may not be read is the error, not its files
         if stream and _is_image_folder(path):
             found = folder.scan(path, size, channels)
             return ImageFiles(name=name, **vars(found))

@@ -13,6 +13,10 @@ from torch import Tensor
 
 def read(path: Path) -> tuple[Tensor, np.ndarray]:
     """Images uint8 ``(N, C, H, W)`` and labels ``(N,)``, integers or strings."""
+    # Asked first: numpy takes anything else for a pickle, and recommends to trust it.
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb"):  # where it cannot be opened at all, that is the error
+            raise ValueError(f"{path}: not a readable .npz of plain arrays: not a zip archive")
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = list(archive.files)

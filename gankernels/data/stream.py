@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import util
+from multiprocessing import connection, util
 
 import numpy as np
 import torch
@@ -138,6 +138,8 @@ class BatchLoader:
         try:
             drawn = next(self._items)
         except (RuntimeError, OSError, EOFError) as error:
+            # A connection may break a moment before its process has ended.
+            connection.wait([worker.sentinel for worker in self._workers], timeout=1)
             for worker in self._workers:
                 if not worker.is_alive():
                     raise ChildProcessError(
