@@ -439,6 +439,7 @@ def quality_table(rows: list[dict[str, Any]]) -> list[str]:
             other, other_error = mean_and_error(baseline)
             allowed = 2 * math.hypot(error, other_error)
             verdict = "the same" if abs(mean - other) <= allowed else "differs"
+            verdict = "too few runs" if math.isnan(allowed) else verdict
             line += f"  {mean - other:+.3f}, 2 standard errors are {allowed:.3f}: {verdict}"
         lines.append(line)
     return lines
