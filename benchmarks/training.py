@@ -372,7 +372,7 @@ def compare_quality(arguments: argparse.Namespace) -> None:
                     "contender": contender,
                     "seed": seed,
                     "iterations": iterations,
-                    "data": arguments.data or "blobs",
+                    "data": Path(arguments.data).name if arguments.data else "blobs",
                 }
                 wanted.append(key)
     for key in wanted:
