@@ -60,6 +60,8 @@ class DenseGenerator(nn.Module):
 class ConditionalDiscriminator(nn.Module):
     """512 three times, dropout before the activation; embedded labels joined to the pixels."""
 
+    per_sample = True
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(CLASSES, CLASSES)
@@ -75,6 +77,8 @@ class ConditionalDiscriminator(nn.Module):
 
 class Critic(nn.Module):
     """512, 256, 1. No norm."""
+
+    per_sample = True
 
     def __init__(self, size: int) -> None:
         super().__init__()

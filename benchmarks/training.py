@@ -83,12 +83,9 @@ class SameFakes(Adversarial):
         return {"adversarial": self.loss(self.discriminator(images, labels).float(), 1.0)}
 
     def discriminate(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        real = self.discriminator(batch.images, self.condition(batch.labels))
-        fake = self.discriminator(*self.fakes)
-        return {
-            "real": self.loss(real.float(), 1.0) / 2,
-            "fake": self.loss(fake.float(), 0.0) / 2,
-        }
+        fakes, labels = self.fakes
+        real, fake = self.judge(batch.images, fakes, self.condition(batch.labels), labels)
+        return {"real": self.loss(real, 1.0) / 2, "fake": self.loss(fake, 0.0) / 2}
 
 
 class CGAN(SameFakes):
