@@ -58,6 +58,10 @@ class Linear(nn.Linear):
         product = _Product.apply(input, self.weight)
         return product if self.bias is None else product + self.bias
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles go without the casts."""
+        return {name: value for name, value in self.__dict__.items() if name != "_casts"}
+
 
 class Sequential(nn.Sequential):
     """Runs a nearest upsampling by 2 and the 3x3 convolution after it as one.
@@ -137,14 +141,20 @@ class _As(torch.autograd.Function):
 
 
 def _cast_once(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
-    """A parameter in `dtype`, cast again only after it has changed."""
+    """A parameter in `dtype`, cast again only after it has changed.
+
+    Its uses share one node of the graph, so that gradients are added up before they are cast back,
+    as under autocast.
+    """
     parameter = getattr(module, name)
     casts = module.__dict__.setdefault("_casts", {})
-    of, version, cast = casts.get(name, (None, None, None))
+    of, version, cast, tracked = casts.get(name, (None, None, None, None))
     if of is not parameter or version != parameter._version or cast.dtype != dtype:
-        cast = parameter.detach().to(dtype)
-        casts[name] = parameter, parameter._version, cast
-    return _As.apply(parameter, cast) if parameter.requires_grad else cast
+        cast, tracked = parameter.detach().to(dtype), None
+    if tracked is None and parameter.requires_grad and torch.is_grad_enabled():
+        tracked = _As.apply(parameter, cast)
+    casts[name] = parameter, parameter._version, cast, tracked
+    return tracked if parameter.requires_grad and torch.is_grad_enabled() else cast
 
 
 # ---- upsampling ----------------------------------------------------------------------------------
