@@ -2,7 +2,8 @@
 
 Builds the kernels in place, or takes a wheel (WHEEL=path), and runs in stages of a limited time
 each: the environment; the tests of the CPU on CUDA; CUDA graphs, streams and torch.compile;
-compute-sanitizer's memcheck and racecheck; benchmarks. A stage that fails does not keep the next
+compute-sanitizer's memcheck and racecheck; benchmarks of the kernels, then of whole training
+iterations. A stage that fails does not keep the next
 from running, and the exit status tells. The table is printed, the figures are written as JSON, with
 all output in a log beside it, to $OUT or to benchmarks/results. Installs nothing: what is missing
 is named, and what it would have been for is left out.
@@ -29,6 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ROOT / "benchmarks" / "gpu_ops.py"
+TRAINING = ROOT / "benchmarks" / "training.py"
 
 # What is absent is not installed: the machine may have no network.
 OPTIONAL = {
@@ -131,6 +133,9 @@ def stages(wheel: bool) -> list[Stage]:
     tests += ["-c", ROOT / "pyproject.toml", "-m", "cuda"]
     parallel = ["-n", "8"] if has("xdist") else []
     same = [ROOT / "tests" / part for part in ("ops", "nn", "test_penalty.py")]
+    on_cuda = ["--device", "cuda", "--models", "keras cgan,wgan_gp"]
+    on_cuda += ["--rounds", "2", "--seconds", "2", "--warm-up", "1", "--json"]
+    no_pillow = "" if has("PIL") else "Pillow is not installed"
     no_pytest = "" if has("pytest") else "pytest is not installed"
     build = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
     # Without PyTorch's cache every tensor is an allocation of its own, with bounds to overstep.
@@ -141,19 +146,20 @@ def stages(wheel: bool) -> list[Stage]:
         found = shutil.which(command[0], path=search_path())
         skip = "" if found else "compute-sanitizer is not on the PATH"
         command[0] = found or command[0]
-        return Stage(tool, [*command, python, OPS, "--once"], 50, must_say, separate, skip)
+        return Stage(tool, [*command, python, OPS, "--once"], 45, must_say, separate, skip)
 
     return [
-        Stage("build", build, 100, "", build_settings(), "a wheel was given" if wheel else ""),
+        Stage("build", build, 90, "", build_settings(), "a wheel was given" if wheel else ""),
         Stage("environment", [python, "-c", ENVIRONMENT], 20),
-        Stage("tests", [*tests, *parallel, *same], 170, r"\d passed", {}, no_pytest),
+        Stage("tests", [*tests, *parallel, *same], 150, r"\d passed", {}, no_pytest),
         Stage(
             "graphs, streams, compile",
-            [*tests, *parallel, ROOT / "tests" / "cuda"], 60, r"\d passed", {}, no_pytest,
+            [*tests, *parallel, ROOT / "tests" / "cuda"], 50, r"\d passed", {}, no_pytest,
         ),
         sanitizer("memcheck", "ERROR SUMMARY: 0 errors"),
         sanitizer("racecheck", "RACECHECK SUMMARY: 0 hazards"),
-        Stage("benchmarks", [python, OPS], 140),
+        Stage("benchmarks", [python, OPS], 110),
+        Stage("training", [python, TRAINING, *on_cuda], 85, "keras cgan", {}, no_pillow),
     ]  # fmt: skip
 
 
@@ -287,6 +293,7 @@ def report(results: list[Result]) -> dict:
             rows.append(record["row"])
         else:
             ceilings |= record
+    training = records(by_name["training"].output) if "training" in by_name else []
     bandwidth = ceilings.get("copy_bytes_per_second")
     additions = ceilings.get("additions", {}).get("adds_per_second")
     return {
@@ -296,6 +303,7 @@ def report(results: list[Result]) -> dict:
         ],
         "ceilings": ceilings,
         "rows": [assess(row, bandwidth, additions) for row in rows],
+        "training": [record["row"] for record in training],
     }
 
 
@@ -324,6 +332,10 @@ def describe(found: dict) -> str:
         for row in found["rows"]:
             name = f"{row['op']} {row['what']} {tuple(row['shape'])}"
             lines += [f"{name}, {which}: {why}" for which, why in row["errors"].items()]
+    for row in found["training"]:
+        bar = "" if row["bar"] is None else f" (bar {row['bar']:g}{'' if row['met'] else ' !'})"
+        times = "" if row["times_script"] is None else f", {row['times_script']:.1f}x PyTorch-GAN's"
+        lines.append(f"{row['model']}, {row['contender']}: {row['it_per_s']:.0f} it/s{times}{bar}")
     lines.append("")
     for stage in found["stages"]:
         lines.append(

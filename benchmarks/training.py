@@ -222,7 +222,7 @@ class Worker:
             name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
         }
         root = str(Path(__file__).resolve().parent.parent)
-        paths = (root, environment.get("PYTHONPATH"))
+        paths = (environment.get("PYTHONPATH"), root)  # a wheel under test comes first
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps({"contender": contender, **options})],
@@ -305,9 +305,12 @@ BARS_ON_CUDA = {
 }
 
 
+HEADER = f"{'model':10} {'contender':14} {'it/s':>8}  x script (bar)  x memory  x memory, malloc"
+
+
 def compare_speed(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
-    print(f"{'model':10} {'contender':14} {'it/s':>8}  x script (bar)  x memory  x memory, malloc")
+    print(HEADER)
     for model in arguments.models:
         names = contenders_of(model, arguments.device)
         options = worker_options(arguments, model) | {"warm_up": arguments.warm_up}
@@ -318,7 +321,7 @@ def compare_speed(arguments: argparse.Namespace) -> None:
             ]
         for name in names:
             row = summarise(model, name, rounds, arguments.device)
-            print(describe(row), flush=True)
+            print(json.dumps({"row": row}) if arguments.json else describe(row), flush=True)
             rows.append(row)
     if arguments.save:
         print(harness.save(arguments.save, rows))
@@ -548,6 +551,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=float, default=2, help="seconds per contender")
     parser.add_argument("--quick", action="store_true", help="see that it runs")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
+    parser.add_argument("--json", action="store_true", help="a line of JSON per row of the table")
     parser.add_argument("--profile", metavar="MODEL", choices=GAMES, help="where the time goes")
     parser.add_argument("--operators", type=int, default=4, help="that a profile names per group")
     parser.add_argument("--quality", action="store_true", help="compare samples, not speed")

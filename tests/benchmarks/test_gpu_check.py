@@ -344,6 +344,12 @@ def test_table():
     assert len(starts) == 1
 
 
+TRAINED = {
+    "model": "wgan_gp", "contender": "bf16", "it_per_s": 1234.0, "times_script": 9.5,
+    "bar": 10.0, "met": False,
+}  # fmt: skip
+
+
 def test_report(gpu):
     gpu()
     row = measured(LARGE, errors={"eager": "OutOfMemoryError: too large"}, ours=1e-3)
@@ -357,10 +363,11 @@ def test_report(gpu):
         [
             Result("environment", "passed", 1.0, "", '{"device": "NVIDIA X", "torch": "2.11"}'),
             Result("benchmarks", "timed out", 110.0, "after 110 s", output),
+            Result("training", "passed", 80.0, "", json.dumps({"row": TRAINED})),
         ]
     )
     assert json.loads(json.dumps(found)) == found
-    assert found.keys() == {"environment", "stages", "ceilings", "rows"}
+    assert found.keys() == {"environment", "stages", "ceilings", "rows", "training"}
     assert found["environment"].keys() == {"device", "torch", "driver", "date", "missing"}
     assert found["environment"]["device"] == "NVIDIA X"
     assert found["stages"][1].keys() == {"name", "status", "seconds", "note"}
@@ -369,6 +376,7 @@ def test_report(gpu):
     text = gpu_check.describe(found)
     assert "NVIDIA X, driver 580.1, torch 2.11, 20" in text
     assert "copy bandwidth 4.00 TB/s" in text
+    assert "wgan_gp, bf16: 1234 it/s, 9.5x PyTorch-GAN's (bar 10 !)" in text
     assert "additions 30.00 T/s at 1.90 GHz (measured)" in text
     assert "eager: OutOfMemoryError: too large" in text
     assert "benchmarks                 timed out   110.0 s  after 110 s" in text

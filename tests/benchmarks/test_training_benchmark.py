@@ -57,9 +57,13 @@ class Recorder:
         game.generator.register_forward_pre_hook(
             lambda _, given: self.generated.append(tuple(map(copy, given)))
         )
-        game.discriminator.register_forward_pre_hook(
-            lambda _, given: self.judged.append(tuple(map(copy, given)))
-        )
+        game.discriminator.register_forward_pre_hook(lambda _, given: self.judge(given))
+
+    def judge(self, given: tuple[Tensor | None, ...]) -> None:
+        """Real and generated images that are judged in one go are two entries nevertheless."""
+        batches = len(given[0]) // pytorch_gan.BATCH
+        parts = ([None] * batches if x is None else x.chunk(batches) for x in given)
+        self.judged += [tuple(map(copy, part)) for part in zip(*parts, strict=True)]
 
 
 def copy(value: Tensor | None) -> Tensor | None:
@@ -233,6 +237,10 @@ def test_speed_table_and_json(tmp_path, monkeypatch, capsys):
     assert [row["contender"] for row in rows] == ["script", "bf16"]
     assert all(row["it_per_s"] > 0 for row in rows)
     assert capsys.readouterr().out.count("wgan_gp") == len(rows)
+    monkeypatch.setattr("sys.argv", ["training.py", *options.split()[:-2], "--json"])
+    training.main()
+    records = [json.loads(x) for x in capsys.readouterr().out.splitlines() if x.startswith("{")]
+    assert [record["row"]["contender"] for record in records] == ["script", "bf16"]
 
 
 def test_quality_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
