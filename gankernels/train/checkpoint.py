@@ -19,6 +19,7 @@ import torch
 from gankernels import games
 from gankernels.games import DataSpec, Game
 from gankernels.train.config import configure, from_dict
+from gankernels.train.cpu import accelerate
 from gankernels.train.files import read_json, write_atomically, write_json
 
 MAGIC = "gankernels checkpoint"
@@ -169,6 +170,8 @@ def load_game(
     load_state(game, content["game"], path)
     if content["ema"] is not None:
         load_state(game.generator, content["ema"], path)
+    if torch.device(device).type == "cpu":
+        accelerate(game)  # so that it samples what it sampled in training, to the last bit
     return game.to(device).eval(), content["config"]
 
 
