@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd import Function, forward_ad
 
+from gankernels._library import called_while_tracing
+
 
 def differentiable(
     name: str, compute: Callable, setup_context: Callable, backward: Callable
@@ -47,17 +49,13 @@ def differentiable(
             return compute(*inputs)
         return eager.apply(*inputs)
 
-    def hide_from_compiler() -> bool:
+    @called_while_tracing
+    def hide_from_compiler() -> None:
         torch.compiler.allow_in_graph(apply)
-        return True
-
-    # Calls it while it traces, with the effect that it needs right after. To call it here would
-    # import the compiler, which takes seconds, for all who do not use it.
-    hide_from_compiler._dynamo_marked_constant = True
 
     def function(*inputs):
         if torch.compiler.is_dynamo_compiling():
-            hide_from_compiler()
+            hide_from_compiler()  # now, since what it calls imports the compiler
         return apply(*inputs)
 
     return function
