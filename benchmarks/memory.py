@@ -1,11 +1,11 @@
 """What a training step keeps for its backward pass, and what it allocates at most.
 
-``python benchmarks/memory.py`` prints a table in Markdown, ``--save NAME`` writes results/. Networks
-are those of examples/dcgan.py. "DCGAN" is a step of both players; "WGAN-GP" is one of its critic,
-gradient penalty included. "Saved" is the most that autograd holds at a time, as distinct storages
-seen by ``saved_tensors_hooks``, without parameters and buffers; "allocated" is the most that the
-step allocates on top of what there was before it, from PyTorch's profiler (what a library allocates
-for itself, such as oneDNN, does not show).
+``python benchmarks/memory.py`` prints a table in Markdown, ``--save NAME`` writes results/. The
+networks are those of examples/dcgan.py. "DCGAN" is a step of both players; "WGAN-GP" is one of its
+critic, gradient penalty included. "Saved" is the most that autograd holds at a time, as distinct
+storages seen by ``saved_tensors_hooks``, without parameters and buffers; "allocated" is the most
+that the step allocates on top of what there was before it, from PyTorch's profiler (what a library
+allocates for itself, such as oneDNN, does not show).
 
 Of a BatchNorm + LeakyReLU pair, with x going in, z in between and y coming out, there is kept
   - by eager PyTorch x and z, and by the next convolution y;
@@ -154,6 +154,13 @@ def variants(width: int) -> dict[str, tuple[nn.Module, nn.Module]]:
     }
 
 
+def line(row: dict) -> str:
+    """Of the table in Markdown."""
+    figures = (row["saved"], row["allocated"])
+    cells = ("-" if f is None else f"{f / 2**20:.1f}" for f in figures)
+    return f"| {row['step']} | {row['network']} | {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=64)
@@ -171,10 +178,9 @@ def main() -> None:
             if variant == "fused" and make is dcgan:
                 table["in-place ABN, computed"] = {"saved": without, "allocated": None}
             for label, values in table.items():
-                row = {"step": name, "network": label, "batch": arguments.batch, **values}
-                rows.append({**row, "width": arguments.width})
-                cells = ("-" if v is None else f"{v / 2**20:.1f}" for v in values.values())
-                print(f"| {name} | {label} | {' | '.join(cells)} |", flush=True)
+                size = {"batch": arguments.batch, "width": arguments.width}
+                rows.append({"step": name, "network": label, **size, **values})
+                print(line(rows[-1]), flush=True)
     if arguments.save:
         print(save(arguments.save, rows))
 

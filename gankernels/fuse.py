@@ -224,9 +224,7 @@ class _Calls:
             if not child._modules or not _is_called_whole(owner, name):
                 self.hidden.update(dict.fromkeys(child.modules(), why))
 
-    def partner(
-        self, norm: nn.Module
-    ) -> tuple[nn.Module | None, bool, tuple[nn.Module, ...], str]:
+    def partner(self, norm: nn.Module) -> tuple[nn.Module | None, bool, tuple[nn.Module, ...], str]:
         """The activation to fuse with, whether it comes first, and all norms that share it, this
         one among them; or None, and why."""
         if norm in self.hidden:

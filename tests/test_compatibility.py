@@ -1,4 +1,4 @@
-"""What of PyTorch goes together with the ops and with fused networks: docs/compatibility.md's table.
+"""What of PyTorch goes with the ops and with fused networks: the table of docs/compatibility.md.
 
 Each row stands here, at the test that shows it or beside the names of tests elsewhere that do, and
 the page has to say the same. ``python tests/test_compatibility.py`` writes the table into the page.
@@ -236,9 +236,7 @@ def dense_critic():
     ("backend", "make", "x"),
     [
         ("aot_eager", plain_critic, images()),
-        pytest.param(
-            "inductor", dense_critic, torch.randn(6, 4).double(), marks=pytest.mark.slow
-        ),
+        pytest.param("inductor", dense_critic, torch.randn(6, 4).double(), marks=pytest.mark.slow),
     ],
     ids=["aot_eager", "inductor"],
 )

@@ -66,7 +66,7 @@ def _missing(what: str) -> staticmethod:
 
     def raise_error(*_):
         raise NotImplementedError(
-            f"{what}; with gankernels.use_backend(\"reference\") it is computed by PyTorch's ops, "
+            f'{what}; with gankernels.use_backend("reference") it is computed by PyTorch\'s ops, '
             "which have one"
         )
 

@@ -58,3 +58,9 @@ def test_table_and_json(tmp_path, monkeypatch, capsys):
     assert saved["DCGAN", "in-place ABN, computed"] < saved["DCGAN", "fused"]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == len(rows) + 2
+
+
+def test_page_has_the_figures():
+    rows = json.loads((harness.RESULTS / "memory.json").read_text())["rows"]
+    page = (harness.RESULTS.parents[1] / "docs" / "kernels.md").read_text()
+    assert "\n" + "\n".join(map(memory.line, rows)) + "\n\n" in page
