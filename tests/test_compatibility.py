@@ -548,6 +548,15 @@ def test_multiprocessing(method, tmp_path, python):
     assert python(tmp_path / "script.py", method).stdout == "same gradients\n"
 
 
+row(
+    "`nn.SyncBatchNorm`",
+    "yes",
+    "becomes a layer with `sync=True`, which has both derivatives, on CPUs too; breaks a graph of "
+    "`torch.compile`",
+    "tests/test_fuse.py::test_sync",
+    "tests/nn/test_sync.py::test_processes_together_do_what_one_does",
+)
+
 # ---- export ------------------------------------------------------------------------------------
 
 row(

@@ -11,7 +11,12 @@ from gankernels._library import called_while_tracing
 
 
 def differentiable(
-    name: str, compute: Callable, setup_context: Callable, backward: Callable
+    name: str,
+    compute: Callable,
+    setup_context: Callable,
+    backward: Callable,
+    *,
+    compilable: bool = True,
 ) -> Callable:
     """Returns ``compute`` as a differentiable function.
 
@@ -25,7 +30,8 @@ def differentiable(
 
     torch.compile does not look inside: where it traces a Function itself, the second derivative of
     a step with torch.func.grad in it is lost without a word, since ``backward`` is recorded as if
-    nothing in it needed gradients (seen with torch 2.13).
+    nothing in it needed gradients (seen with torch 2.13). What is not ``compilable``, since it
+    exchanges something with other processes, breaks the graph.
     """
 
     def forward(ctx, *inputs):
@@ -55,6 +61,8 @@ def differentiable(
 
     def function(*inputs):
         if torch.compiler.is_dynamo_compiling():
+            if not compilable:
+                return torch.compiler.disable(apply)(*inputs)
             hide_from_compiler()  # now, since what it calls imports the compiler
         return apply(*inputs)
 
