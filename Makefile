@@ -31,7 +31,8 @@ bench:
 	$$python benchmarks/batch_norm_leaky_relu.py --compiled && \
 	$$python benchmarks/minibatch_discrimination.py --memory && \
 	$$python benchmarks/minibatch_stddev.py && \
-	$$python benchmarks/gradient_penalty.py
+	$$python benchmarks/gradient_penalty.py && \
+	$$python benchmarks/memory.py
 
 # Not by way of `ready`: the machine with the GPU may have no network to install anything from.
 gpu-check:

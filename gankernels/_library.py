@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -73,11 +74,22 @@ class use_backend(AbstractContextManager):  # noqa: N801  (reads as a function, 
         _backend = self._previous
 
 
+def called_while_tracing(function: Callable) -> Callable:
+    """Lets torch.compile call a function of constants instead of looking inside: the same as
+    torch.compiler.assume_constant_result, which imports the compiler, and that takes seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def has_kernel(x: Tensor, op: str) -> bool:
     """Whether a compiled kernel of this op serves this tensor; warns once where none does."""
     if _backend == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False  # an exported graph is to run where there is no gankernels
-    kind = x.device.type
+    return _serves(x.device.type, op)
+
+
+@called_while_tracing
+def _serves(kind: str, op: str) -> bool:
     if (kind, op) in _served:
         return True
     if LOADED and (kind == "meta" or _registered(op, kind)):
@@ -86,7 +98,7 @@ def has_kernel(x: Tensor, op: str) -> bool:
     if (kind, op) not in _warned:
         _warned.add((kind, op))
         reason = why_not(kind) or f"{op} has no kernel for {kind} yet"
-        warnings.warn(f"{op} runs as plain PyTorch on {kind}: {reason}", stacklevel=4)
+        warnings.warn(f"{op} runs as plain PyTorch on {kind}: {reason}", stacklevel=5)
     return False
 
 

@@ -47,8 +47,9 @@ def fuse(
     """Lets a network compute its BatchNorm + LeakyReLU pairs by the fused layers, in place.
 
     BatchNorm followed by LeakyReLU or ReLU, and LeakyReLU or ReLU followed by BatchNorm, in an
-    ``nn.Sequential`` or as attributes that a ``forward`` calls one after the other. The BatchNorm
-    becomes a :class:`gankernels.nn.BatchNormLeakyReLU2d` (or its relative), the activation an
+    ``nn.Sequential`` or as attributes that a ``forward`` calls one after the other; one activation
+    may serve several BatchNorms, if nothing else uses it. The BatchNorm becomes a
+    :class:`gankernels.nn.BatchNormLeakyReLU2d` (or its relative), the activation an
     ``nn.Identity``. Parameters and buffers are the very same, the keys of ``state_dict()`` too, so
     optimisers and checkpoints of before go on as they are. Results differ by rounding only. A
     SyncBatchNorm becomes a layer with ``sync=True`` and keeps its process group.
@@ -94,14 +95,19 @@ def fuse(
     norms = [m for m in names if isinstance(m, _BatchNorm)]
     calls = _Calls(module, names) if any(type(m) in _NORMS for m in norms) else None
     lines = [] if norms else ["no BatchNorm to fuse"]
+    partners: dict[nn.Module, nn.Module] = {}
     for norm in norms:
-        if why := _unfit(norm):
+        why = None if norm in partners else _unfit(norm)
+        if why:
             lines.append(f"left {names[norm]}: {why}")
             continue
-        activation, first, why = calls.partner(norm)
-        if activation is not None:
-            _become_pair(norm, activation, first)
-            lines.append(f"fused {names[norm]} with {names[activation]}: {norm}")
+        if norm not in partners:
+            activation, first, sharing, why = calls.partner(norm)
+            if activation is not None:
+                _become_pairs(sharing, activation, first)
+                partners.update(dict.fromkeys(sharing, activation))
+        if norm in partners:
+            lines.append(f"fused {names[norm]} with {names[partners[norm]]}: {norm}")
         elif lone and not why.endswith(_TYPES):
             _become(norm, _NORMS[type(norm)][0], ())
             norm.negative_slope = 1.0
@@ -129,10 +135,14 @@ def unfuse(module: nn.Module) -> nn.Module:
         TypeError: where ``module`` is no module.
     """
     _check(module)
-    for norm in module.modules():
+    pending = list(module.modules())
+    for norm in pending:
         if type(norm) in _FUSED and "_before_fusion" in vars(norm):
-            for layer in (norm, *norm._before_fusion[1]):
-                layer.__class__ = vars(layer).pop("_before_fusion")[0]
+            norm.__class__, activations = vars(norm).pop("_before_fusion")
+            for layer in activations:
+                if "_before_fusion" in vars(layer):
+                    layer.__class__, sharing = vars(layer).pop("_before_fusion")
+                    pending += sharing  # which lose their activation too
             del norm.negative_slope
             vars(norm).pop("sync", None)  # which may have been set meanwhile
     return module
@@ -145,11 +155,14 @@ def _check(module: nn.Module) -> None:
         raise TypeError("module is compiled by TorchScript; fuse the module it was made from")
 
 
-def _become_pair(norm: nn.Module, activation: nn.Module, activation_first: bool) -> None:
+def _become_pairs(
+    norms: tuple[nn.Module, ...], activation: nn.Module, activation_first: bool
+) -> None:
     slope = activation.negative_slope if type(activation) is nn.LeakyReLU else 0.0
-    _become(norm, _NORMS[type(norm)][activation_first], (activation,))
-    norm.negative_slope = slope
-    _become(activation, nn.Identity, ())
+    for norm in norms:
+        _become(norm, _NORMS[type(norm)][activation_first], (activation,))
+        norm.negative_slope = slope
+    _become(activation, nn.Identity, norms)
 
 
 def _become(layer: nn.Module, cls: type[nn.Module], others: tuple[nn.Module, ...]) -> None:
@@ -213,12 +226,13 @@ class _Calls:
             if not child._modules or not _is_called_whole(owner, name):
                 self.hidden.update(dict.fromkeys(child.modules(), why))
 
-    def partner(self, norm: nn.Module) -> tuple[nn.Module | None, bool, str]:
-        """The activation to fuse with and whether it comes first; or None, and why."""
+    def partner(self, norm: nn.Module) -> tuple[nn.Module | None, bool, tuple[nn.Module, ...], str]:
+        """The activation to fuse with, whether it comes first, and all norms that share it, this
+        one among them; or None, and why."""
         if norm in self.hidden:
-            return None, False, self.hidden[norm]
+            return None, False, (), self.hidden[norm]
         if norm not in self.nodes:
-            return None, False, "no forward calls it"
+            return None, False, (), "no forward calls it"
         reasons = []
         for first, beside, back in ((False, _next, _previous), (True, _previous, _next)):
             found = [beside(node) for node in self.nodes[norm]]
@@ -226,11 +240,12 @@ class _Calls:
             if activation is None:
                 continue
             place = f"{'preceded' if first else 'followed'} by {self.names[activation]}"
+            sharing = tuple(dict.fromkeys(back(node) for node in self.nodes[activation]))
             if any(m is not activation for m in found):
                 reasons.append(f"{place}, but not wherever it is used")
             elif activation in self.hidden:
                 reasons.append(f"{place}; {self.hidden[activation]}")
-            elif any(back(node) is not norm for node in self.nodes[activation]):
+            elif not all(self._always_goes_to(m, activation, beside) for m in sharing):
                 reasons.append(
                     f"{place}, which has other uses too: give it an activation of its own"
                 )
@@ -241,8 +256,16 @@ class _Calls:
             elif first and activation.inplace and not all(map(_owns_input, self.nodes[activation])):
                 reasons.append(f"{place}, in place on what others may see")
             else:
-                return activation, first, ""
-        return None, False, (reasons or [_describe(self.nodes[norm])])[0]
+                return activation, first, sharing, ""
+        return None, False, (), (reasons or [_describe(self.nodes[norm])])[0]
+
+    def _always_goes_to(
+        self, norm: nn.Module | None, activation: nn.Module, beside: Callable[..., object]
+    ) -> bool:
+        """Whether this is a BatchNorm that can be fused, with this activation wherever it is."""
+        if type(norm) not in _NORMS or norm in self.hidden or _unfit(norm):
+            return False
+        return all(beside(node) is activation for node in self.nodes[norm])
 
 
 def _is_wrapper(module: nn.Module) -> bool:

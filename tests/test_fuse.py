@@ -380,8 +380,13 @@ def shared_activation(self, x):
     return self.act(self.norm(self.act(self.bn(self.conv(x)))) + 1)
 
 
-def one_activation(self, x):
-    return self.act(self.norm(self.act(self.bn(self.conv(x)))))
+def activation_on_either_side(self, x):
+    return self.norm(self.act(self.act(self.bn(self.conv(x))) * 2))
+
+
+def activation_of_a_norm_that_is_used_twice(self, x):
+    h = self.norm(self.act(self.bn(self.conv(x))) * 2)
+    return self.act(h) + h
 
 
 def shared_norm(self, x):
@@ -403,7 +408,12 @@ def shared_norm(self, x):
         (in_place_on_input, {"act": nn.ReLU(True), "norm": 3}, "left bn: no for"),
         (in_place_and_seen, {"act": nn.ReLU(True), "norm": 3}, "left bn: no for"),
         (shared_activation, {"norm": 4}, "left bn: followed by act, which has"),
-        (one_activation, {"norm": 4}, "left bn: followed by act, which has"),
+        (activation_on_either_side, {"norm": 4}, "left bn: followed by act, which has"),
+        (
+            activation_of_a_norm_that_is_used_twice,
+            {"norm": 4},
+            "left bn: followed by act, which has",
+        ),
         (shared_norm, {}, "left bn: followed by act, but not wherever it is used"),
     ],
 )
@@ -616,6 +626,59 @@ def test_shared_activation():
     )
 
 
+class MyBatchNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Block(nn.Module):
+    """One activation for all norms, as torchvision's blocks have; there it also follows the sum."""
+
+    def __init__(self, act, first=False, after_sum=False, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
+        self.conv2, self.bn2 = nn.Conv2d(3, 3, 1, bias=False), norm(3)
+        self.act, self.first, self.after_sum = act, first, after_sum
+
+    def pair(self, norm, x):
+        return norm(self.act(x)) if self.first else self.act(norm(x))
+
+    def forward(self, x):
+        h = self.pair(self.bn2, self.conv2(self.pair(self.bn1, self.conv1(x)))) + x
+        return self.act(h) if self.after_sum else h
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.3, inplace=True)], ids=str)
+def test_activation_of_several_norms(activation, first):
+    activation = copy.deepcopy(activation)
+    network = nn.Sequential(Block(activation, first), Block(activation, first))
+    lines = assert_same(network, images())
+    kind = "LeakyReLUBatchNorm2d" if first else "BatchNormLeakyReLU2d"
+    names = ("0.bn1", "0.bn2", "1.bn1", "1.bn2")
+    for line, name in zip(lines, names, strict=True):
+        assert line.startswith(f"fused {name} with 0.act: {kind}(3, negative_slope=0.")
+    assert type(activation) is nn.Identity
+    other = pickle.loads(pickle.dumps(network))
+    x = images()
+    assert difference(everything(other, x), everything(network, x)) == 0
+    gk.unfuse(network[1])  # takes the activation back, so all who shared it need theirs again
+    assert str(network) == str(nn.Sequential(*(Block(activation, first) for _ in range(2))))
+    assert type(other[0].bn1) in (B2, L2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"after_sum": True}, {"norm": MyBatchNorm}], ids=["after the sum", "unfit norm"]
+)
+def test_activation_of_several_norms_and_something_else(options):
+    for network in (Block(nn.ReLU(), **options), Block(nn.LeakyReLU(0.2), **options)):
+        lines = assert_same(network, images())
+        assert lines[0] == (
+            "left bn1: followed by act, which has other uses too: give it an activation of its own"
+        )
+        assert lines[1].startswith("left bn2")
+
+
 def test_layers_that_are_also_held_in_a_list():
     """They stay the same objects."""
 
@@ -631,11 +694,6 @@ def test_layers_that_are_also_held_in_a_list():
 
 
 # ---- layers that are left alone ------------------------------------------------------------------
-
-
-class MyBatchNorm(nn.BatchNorm2d):
-    def forward(self, x):
-        return super().forward(x) * 2
 
 
 class MyReLU(nn.ReLU):

@@ -124,7 +124,7 @@ def _forward_backward(ctx, grad_y, *_):
 
 
 batch_norm_leaky_relu = differentiable(
-    "SyncBatchNormLeakyReLU", _forward, _forward_context, _forward_backward
+    "SyncBatchNormLeakyReLU", _forward, _forward_context, _forward_backward, compilable=False
 )
 
 
