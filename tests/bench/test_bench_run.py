@@ -139,6 +139,15 @@ def test_games(monkeypatch):
     assert gk.build_info()["backend"] == "auto"
 
 
+def test_a_bar_on_a_terminal(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    bench.compare(bench.Plan(tuple(tiny[:3]), (), CPU, quick=True, seconds=0))
+    told = capsys.readouterr().err
+    assert "0/3 [" in told
+    assert str(tiny[2]) in told
+    assert "[1/3]" not in told
+
+
 # ---- results -------------------------------------------------------------------------------------
 
 
