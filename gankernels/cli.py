@@ -155,8 +155,11 @@ def run_train(args: argparse.Namespace) -> int:
     except train.DivergenceError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
-    except (train.CheckpointError, OSError) as error:  # a full disk, say
+    except (train.CheckpointError, OSError, ValueError) as error:
+        # A full disk, say, or a damaged file among those that are read while it trains.
         raise UserError(str(error)) from error
+    if not trainer.ranks.first:
+        return 0
     print(f"{trainer.run / 'samples.png'} shows samples at step {trainer.step}")
     if trainer.step < trainer.config.steps:
         print(f"stopped early; continue with: {PROGRAM} train {trainer.game.name} --resume", end="")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from gankernels._library import has_kernel
 from gankernels.ops import batch_norm_leaky_relu as _bn
 from gankernels.ops import gradient_norm_penalty as _gnp
 from gankernels.ops import minibatch_discrimination as _mbd
 from gankernels.ops import minibatch_stddev as _stddev
+from gankernels.ops import sync_batch_norm_leaky_relu as _sync_bn
 
 __all__ = [
     "batch_norm_leaky_relu",
@@ -114,13 +116,25 @@ def _batch_norm(
     negative_slope: float,
     *,
     activation_first: bool,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Both orders. ``num_batches_tracked`` is counted up in training; with ``momentum=None`` it
-    makes the running statistics a cumulative average, without the host waiting for the device."""
-    _check(x, running_mean, running_var, weight, bias, training, eps)
+    makes the running statistics a cumulative average, without the host waiting for the device.
+    With a group, which there is in training only, the batch is that of all its processes."""
+    _check(x, running_mean, running_var, weight, bias, training, eps, alone=group is None)
     averaging = training and running_mean is not None
     if momentum is None and averaging and num_batches_tracked is None:
         raise TypeError("momentum is None; a float is needed")
+    if group is not None:
+        op = _sync_bn.batch_norm_leaky_relu
+        if not has_kernel(x, "batch_norm_leaky_relu"):
+            op = _sync_bn.reference
+        y, statistics, count = op(x, weight, bias, eps, negative_slope, activation_first, group)
+        if averaging:
+            _sync_bn.update_running_statistics(
+                running_mean, running_var, num_batches_tracked, statistics, momentum, count
+            )
+        return y
     # Which empty batches are accepted, and what becomes of them, is PyTorch's to decide.
     if x.dim() < 2 or x.numel() == 0 or not has_kernel(x, "batch_norm_leaky_relu"):
         if averaging and num_batches_tracked is not None:
@@ -156,6 +170,7 @@ def _check(
     bias: Tensor | None,
     training: bool,
     eps: float,
+    alone: bool,
 ) -> None:
     _check_floating("x", x)
     dtype = x.dtype
@@ -187,7 +202,7 @@ def _check(
     else:
         if eps <= 0:
             raise ValueError(f"eps must be positive during training, but got {eps}")
-        if channels and x.numel() == channels:
+        if alone and channels and x.numel() == channels:
             raise ValueError(
                 "Expected more than 1 value per channel when training, "
                 f"got input size {tuple(shape)}"

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gankernels import nn as fused
+from gankernels.nn.batch_norm_leaky_relu import LeakyReLUSyncBatchNorm, SyncBatchNormLeakyReLU
 
 __all__ = ["fuse", "unfuse"]
 
@@ -34,6 +35,7 @@ _NORMS = {
     nn.BatchNorm1d: (fused.BatchNormLeakyReLU1d, fused.LeakyReLUBatchNorm1d),
     nn.BatchNorm2d: (fused.BatchNormLeakyReLU2d, fused.LeakyReLUBatchNorm2d),
     nn.BatchNorm3d: (fused.BatchNormLeakyReLU3d, fused.LeakyReLUBatchNorm3d),
+    nn.SyncBatchNorm: (SyncBatchNormLeakyReLU, LeakyReLUSyncBatchNorm),
 }
 _ACTIVATIONS = (nn.LeakyReLU, nn.ReLU)
 _FUSED = tuple(itertools.chain(*_NORMS.values()))
@@ -48,7 +50,8 @@ def fuse(
     ``nn.Sequential`` or as attributes that a ``forward`` calls one after the other. The BatchNorm
     becomes a :class:`gankernels.nn.BatchNormLeakyReLU2d` (or its relative), the activation an
     ``nn.Identity``. Parameters and buffers are the very same, the keys of ``state_dict()`` too, so
-    optimisers and checkpoints of before go on as they are. Results differ by rounding only.
+    optimisers and checkpoints of before go on as they are. Results differ by rounding only. A
+    SyncBatchNorm becomes a layer with ``sync=True`` and keeps its process group.
 
     Args:
         module: the whole network. A part of it will do where no other part calls its layers.
@@ -63,13 +66,13 @@ def fuse(
     Raises:
         TypeError: where an argument is not of its type, or ``module`` is compiled by TorchScript.
 
-    Left alone, with the reason in the report: layers with hooks, subclasses of BatchNorm,
-    SyncBatchNorm (the fused layers do not synchronise yet: convert before, since
-    ``convert_sync_batchnorm`` passes them by), a BatchNorm whose output is used twice, an
-    activation that has other uses too or is a function (``F.leaky_relu``), pairs that are divided
-    between modules, an in-place activation whose input may be seen by others, and what is called by
-    a ``forward`` that torch.fx cannot trace. (In that case an ``nn.Sequential`` is still looked at
-    where its owner only ever calls it as a whole.)
+    Left alone, with the reason in the report: layers with hooks, subclasses of BatchNorm, a
+    BatchNorm whose output is used twice, an activation that has other uses too or is a function
+    (``F.leaky_relu``), pairs that are divided between modules, an in-place activation whose input
+    may be seen by others, and what is called by a ``forward`` that torch.fx cannot trace. (In that
+    case an ``nn.Sequential`` is still looked at where its owner only ever calls it as a whole.)
+
+    ``convert_sync_batchnorm`` passes the fused layers by: convert before, or set their ``sync``.
 
     ``forward`` is read as it goes at the time of the call: where it depends on attributes other
     than ``training``, set them first. Code that calls one of the two layers by itself from
@@ -131,6 +134,7 @@ def unfuse(module: nn.Module) -> nn.Module:
             for layer in (norm, *norm._before_fusion[1]):
                 layer.__class__ = vars(layer).pop("_before_fusion")[0]
             del norm.negative_slope
+            vars(norm).pop("sync", None)  # which may have been set meanwhile
     return module
 
 
@@ -158,8 +162,6 @@ def _become(layer: nn.Module, cls: type[nn.Module], others: tuple[nn.Module, ...
 def _unfit(layer: nn.Module) -> str | None:
     """Why this layer itself, whatever stands beside it, is left alone."""
     kind = type(layer)
-    if kind is nn.SyncBatchNorm:
-        return "SyncBatchNorm: the fused layers cannot synchronise statistics yet"
     if kind not in (*_NORMS, *_ACTIVATIONS):
         return f"{kind.__name__} is a class of its own"
     hooks = [

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch import distributed as dist
 from torch import nn
 
 import gankernels as gk
@@ -652,12 +653,33 @@ def test_subclasses(lone):
     assert assert_same(network, images()) == ["left 0: followed by MyReLU"]
 
 
-def test_sync_and_lazy():
-    network = nn.Sequential(nn.SyncBatchNorm(3), nn.ReLU(), nn.LazyBatchNorm2d(), nn.ReLU())
-    assert fused(network, lone=True) == [
-        "left 0: SyncBatchNorm: the fused layers cannot synchronise statistics yet",
-        "left 2: LazyBatchNorm2d is a class of its own",
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 4, 4), (5, 3, 2, 2, 2)])
+def test_sync(shape):
+    """With others at hand: tests/nn/test_sync.py."""
+    group = dist.GroupMember.NON_GROUP_MEMBER
+    norms = [nn.SyncBatchNorm(3, process_group=group) for _ in range(3)]
+    network = nn.Sequential(
+        norms[0], nn.LeakyReLU(0.1), nn.Identity(), nn.ReLU(), norms[1], nn.Identity(), norms[2]
+    )
+    lines = assert_same(network, torch.randn(shape), lone=True)
+    assert [line.split(":")[0] for line in lines] == [
+        "fused 0 with 1",
+        "fused 4 with 3",
+        "fused 6 alone (its output leaves the module that calls it)",
     ]
+    assert all(norm.sync and norm.process_group == group for norm in norms)
+    assert "negative_slope=0.1" in repr(norms[0])
+    assert repr(norms[0]).endswith("sync=True)")
+    twin = pickle.loads(pickle.dumps(network))
+    assert repr(twin) == repr(network)
+    norms[0].sync = False
+    gk.unfuse(network)
+    assert all(type(norm) is nn.SyncBatchNorm and "sync" not in vars(norm) for norm in norms)
+
+
+def test_lazy():
+    network = nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU())
+    assert fused(network, lone=True) == ["left 0: LazyBatchNorm2d is a class of its own"]
     lazy = nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU())
     lazy(images())
     assert fused(lazy)[0].startswith("fused 0 with 1")

@@ -87,17 +87,21 @@ class Adversarial(Game):
         """The terms, from the discriminator's outputs `(N,)`, float32, for fake images."""
         raise TypeError(f"{type(self).__name__} does not say what its generator minimises")
 
-    def judge(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def judge(
+        self, real: Tensor, fake: Tensor, labels: Tensor | None, fake_labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The discriminator's outputs for real and fake images, float32.
 
         In one go where that changes nothing; a discriminator that normalises over its batch has to
-        see real and fake images in batches of their own.
+        see real and fake images in batches of their own. Fakes have the same labels by default.
         """
+        fake_labels = labels if fake_labels is None else fake_labels
         if getattr(self.discriminator, "per_sample", False):
-            both = None if labels is None else torch.cat([labels, labels])
+            both = None if labels is None else torch.cat([labels, fake_labels])
             real, fake = self.discriminator(torch.cat([real, fake]), both).float().chunk(2)
             return real, fake
-        return self.discriminator(real, labels).float(), self.discriminator(fake, labels).float()
+        real = self.discriminator(real, labels)
+        return real.float(), self.discriminator(fake, fake_labels).float()
 
     def discriminator_player(
         self,

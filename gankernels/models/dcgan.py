@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gankernels.models._dropout import Dropout
 from gankernels.models._init import init_glorot
 from gankernels.models._labels import join_one_hot
 from gankernels.nn import BatchNormLeakyReLU1d, BatchNormLeakyReLU2d
@@ -77,10 +76,10 @@ class DenseConvDiscriminator(nn.Module):
         self.features = nn.Sequential(
             nn.Conv2d(channels + num_classes, width, 5, stride=2, padding=2),
             nn.LeakyReLU(SLOPE),
-            Dropout(dropout),
+            nn.Dropout(dropout),
             nn.Conv2d(width, 2 * width, 5, stride=2, padding=2),
             nn.LeakyReLU(SLOPE),
-            Dropout(dropout),
+            nn.Dropout(dropout),
             nn.Flatten(),
         )
         self.head = nn.Linear(2 * width * (size // 4) ** 2, 1)

@@ -7,7 +7,6 @@ from math import prod
 
 from torch import Tensor, nn
 
-from gankernels.models._dropout import Dropout
 from gankernels.models._init import init_glorot
 from gankernels.models._labels import check_labels
 from gankernels.nn import BatchNormLeakyReLU1d, LeakyReLUBatchNorm1d
@@ -117,10 +116,10 @@ class EmbeddingMLPDiscriminator(nn.Module):
             nn.LeakyReLU(SLOPE),
             nn.Linear(width, width),
             nn.LeakyReLU(SLOPE),
-            Dropout(dropout),
+            nn.Dropout(dropout),
             nn.Linear(width, width),
             nn.LeakyReLU(SLOPE),
-            Dropout(dropout),
+            nn.Dropout(dropout),
         )
         self.head = nn.Linear(width, 1)
         self.apply(init_glorot)

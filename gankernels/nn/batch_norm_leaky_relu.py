@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn.modules.batchnorm import _NormBase
 
 from gankernels.functional import _batch_norm
+from gankernels.ops.collectives import check_group, group_of_several
 
 
 class _BatchNormActivation(_NormBase):
@@ -20,6 +22,8 @@ class _BatchNormActivation(_NormBase):
     _activation_first: bool
     _dimensions: tuple[int, ...]
     negative_slope: float
+    sync: bool = False  # for the layers that gankernels.fuse makes, which have no attribute
+    process_group: dist.ProcessGroup | None = None
 
     def __init__(
         self,
@@ -30,11 +34,18 @@ class _BatchNormActivation(_NormBase):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        sync: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not isinstance(sync, bool):
+            raise TypeError(f"sync is a {type(sync).__name__}; a bool is needed")
+        check_group(process_group)
         self.negative_slope = negative_slope
+        self.sync = sync
+        self.process_group = process_group
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() not in self._dimensions:
@@ -58,6 +69,7 @@ class _BatchNormActivation(_NormBase):
             self.eps,
             self.negative_slope,
             activation_first=self._activation_first,
+            group=group_of_several(self.process_group) if self.sync and self.training else None,
         )
 
     def extra_repr(self) -> str:
@@ -65,6 +77,7 @@ class _BatchNormActivation(_NormBase):
             f"{self.num_features}, negative_slope={self.negative_slope}, eps={self.eps}, "
             f"momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}"
+            f"{', sync=True' if self.sync else ''}"
         )
 
 
@@ -81,10 +94,21 @@ _DOC = """{title} over a {shapes} input, as one layer.
         momentum: the share of a batch in the running statistics; None for a cumulative average.
         affine: whether there are a weight and a bias per channel.
         track_running_stats: whether running statistics are kept, and used in evaluation.
+        sync: whether the batch, in training, is that of all processes of ``process_group``; may
+            also be set later, as an attribute. See below.
+        process_group: of ``torch.distributed``; None for all processes.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
 
     Everything but ``num_features`` is by keyword only.
+
+    With ``sync=True`` mean, variance and both derivatives are those of the batches of all processes
+    together, as with :class:`torch.nn.SyncBatchNorm`, but on CPUs too and twice differentiable. As
+    there, gradients are those of the sum of all processes' losses; those of weight and bias are of
+    this process' part of it, for DistributedDataParallel or the like to add up. Batches may be of
+    different sizes, or empty. All processes run forward and backward alike, since they wait for
+    each other: one ``all_gather`` forward, one ``all_reduce`` backward and one in the second
+    derivative. In evaluation, without a process group or with one process nothing is exchanged.
     """
 
 
@@ -120,3 +144,17 @@ BatchNormLeakyReLU3d = _layer("BatchNormLeakyReLU", 3)
 LeakyReLUBatchNorm1d = _layer("LeakyReLUBatchNorm", 1)
 LeakyReLUBatchNorm2d = _layer("LeakyReLUBatchNorm", 2)
 LeakyReLUBatchNorm3d = _layer("LeakyReLUBatchNorm", 3)
+
+
+class SyncBatchNormLeakyReLU(_BatchNormActivation):
+    """What :func:`gankernels.fuse` makes of a SyncBatchNorm, which is of any dimension too."""
+
+    _activation_first = False
+    _dimensions = (2, 3, 4, 5)
+    sync = True
+
+
+class LeakyReLUSyncBatchNorm(SyncBatchNormLeakyReLU):
+    """The same for LeakyReLU then SyncBatchNorm."""
+
+    _activation_first = True

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from gankernels.functional import minibatch_discrimination
+from gankernels.ops.collectives import (
+    check_group,
+    group_of_several,
+    own_rows,
+    row_counts,
+    rows_of_all,
+)
 
 
 class MinibatchDiscrimination(nn.Module):
@@ -30,6 +38,9 @@ class MinibatchDiscrimination(nn.Module):
         kernel_dim: dimensions in which a kernel compares samples (C in the paper; 5).
         device: of the parameter.
         dtype: of the parameter.
+        gather: whether samples are compared, in training, with those of all processes of
+            ``process_group``; may also be set later, as an attribute. See below.
+        process_group: of ``torch.distributed``; None for all processes.
 
     Shape:
         - Input: ``(N, in_features)``
@@ -43,6 +54,14 @@ class MinibatchDiscrimination(nn.Module):
     the sums over distances in float32. Differentiable twice; details and errors:
     :func:`gankernels.functional.minibatch_discrimination`.
 
+    With ``gather=True`` the output and both derivatives are those of the batches of all processes
+    together: gradients are those of the sum of all processes' losses, the weight's of this process'
+    part of it, as in ``gankernels.nn.BatchNormLeakyReLU2d(sync=True)``. Batches may be of different
+    sizes. All processes run forward and backward alike, since they wait for each other: one
+    ``all_gather`` of :math:`M` forward, one of the gradient of :math:`o` backward and one of the
+    size of :math:`M` in the second derivative. Every process computes the similarities of all
+    samples. In evaluation, without a process group or with one process nothing is exchanged.
+
     Reference: Salimans et al., 2016, arXiv:1606.03498, section 3.2.
     """
 
@@ -53,6 +72,9 @@ class MinibatchDiscrimination(nn.Module):
         kernel_dim: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        gather: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -62,9 +84,14 @@ class MinibatchDiscrimination(nn.Module):
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, but got {value}")
+        if not isinstance(gather, bool):
+            raise TypeError(f"gather is a {type(gather).__name__}; a bool is needed")
+        check_group(process_group)
         self.in_features = in_features
         self.num_kernels = num_kernels
         self.kernel_dim = kernel_dim
+        self.gather = gather
+        self.process_group = process_group
         self.weight = nn.Parameter(
             torch.empty(in_features, num_kernels, kernel_dim, device=device, dtype=dtype)
         )
@@ -82,7 +109,16 @@ class MinibatchDiscrimination(nn.Module):
                 f"got {x.shape[1]} in input of shape {tuple(x.shape)}"
             )
         m = (x @ self.weight.flatten(1)).unflatten(1, (self.num_kernels, self.kernel_dim))
-        return torch.cat((x, minibatch_discrimination(m)), 1)
+        group = group_of_several(self.process_group) if self.gather and self.training else None
+        if group is None:
+            o = minibatch_discrimination(m)
+        else:
+            counts = row_counts(m, group)
+            o = own_rows(minibatch_discrimination(rows_of_all(m, counts, group)), counts, group)
+        return torch.cat((x, o), 1)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, num_kernels={self.num_kernels}, kernel_dim={self.kernel_dim}"
+        return (
+            f"{self.in_features}, num_kernels={self.num_kernels}, kernel_dim={self.kernel_dim}"
+            f"{', gather=True' if self.gather else ''}"
+        )

@@ -26,7 +26,9 @@ class MinibatchStdDev(nn.Module):
 
     A batch of any size is accepted: there are ``ceil(N / group_size)`` groups, whose sizes differ
     by one at most, and sample n belongs to group n modulo their number. Where N is a multiple of
-    ``group_size`` that is Karras' rule. Differentiable twice; details and errors:
+    ``group_size`` that is Karras' rule. Groups are made of the batch of one process: where several
+    train together, each has groups of its own, of the same size as long as its batch is a multiple
+    of ``group_size``. Differentiable twice; details and errors:
     :func:`gankernels.functional.minibatch_stddev`.
 
     Reference: Karras et al., 2018, arXiv:1710.10196, section 3.

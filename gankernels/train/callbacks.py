@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gankernels.train import checkpoint, report
+from gankernels.train.files import write_atomically
 from gankernels.train.losses import GRADIENT_NORM
 from gankernels.train.tensorboard import TensorBoard
 
@@ -84,12 +85,11 @@ class Metrics(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         path = trainer.run / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         # A killed run may have logged beyond its last checkpoint, and half a line.
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= trainer.step]
         if kept != lines:
-            path.write_text("".join(kept))
+            write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self.file = path.open("a")
 
     def on_report(self, trainer: Trainer, values: dict[str, Any]) -> None:

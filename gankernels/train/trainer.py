@@ -21,6 +21,7 @@ from gankernels.games import Batch, Game, Player
 from gankernels.train import checkpoint
 from gankernels.train.callbacks import Boards, Callback, Metrics, Progress, Score
 from gankernels.train.config import Config, to_dict
+from gankernels.train.cpu import accelerate
 from gankernels.train.cpus import bound_threads
 from gankernels.train.files import write_json
 from gankernels.train.graph import Graphs, run_eagerly
@@ -79,6 +80,8 @@ class Trainer:
         self._loader = None
         self.layout = torch.channels_last if game.channels_last else torch.contiguous_format
         self.game = game.to(self.device, memory_format=self.layout).train()
+        if self.device.type == "cpu":
+            accelerate(self.game)
         if self.ranks.size > 1:
             self.ranks.broadcast(self.game)
             synchronise(self.game)
@@ -227,6 +230,8 @@ class Trainer:
         if player.after_step is not None:
             with torch.no_grad():
                 player.after_step()
+        # For cpu.Linear: fused optimisers and whatever writes to `.data` leave versions alone.
+        torch.autograd.graph.increment_version(parameters)
         return terms
 
     def draw(self) -> Batch:

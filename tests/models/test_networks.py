@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from gankernels import models
-from gankernels.models._dropout import Dropout
 from gankernels.nn import BatchNormLeakyReLU1d, BatchNormLeakyReLU2d, LeakyReLUBatchNorm1d
 
 
@@ -250,21 +249,3 @@ def test_who_judges_each_sample_by_itself(make, per_sample):
     alone = discriminator(images[:4], None if labels is None else labels[:4])
     assert torch.allclose(alone, together[:4], rtol=1e-9) == per_sample
     assert getattr(discriminator, "per_sample", False) == per_sample
-
-
-def test_dropout_is_what_pytorch_says_it_is():
-    layer, theirs = Dropout(0.4), torch.nn.Dropout(0.4)
-    assert repr(layer) == repr(theirs)
-    torch.manual_seed(0)
-    x = torch.rand(400, 500, requires_grad=True)
-    y = layer(x)
-    kept = y != 0
-    assert kept.double().mean().item() == pytest.approx(0.6, abs=0.005)
-    torch.testing.assert_close(y, torch.where(kept, x / 0.6, 0.0))
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(gradient, kept / 0.6)
-    assert not torch.equal(layer(x) != 0, kept)
-    assert layer(x.bfloat16()).dtype == torch.bfloat16
-    for p in (0.0, 1.0):
-        torch.testing.assert_close(Dropout(p)(x), x * (1 - p))
-    assert layer.eval()(x) is x

@@ -1,0 +1,215 @@
+"""Faster layers on CPU: the same functions, derivatives and checkpoints."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from gankernels.train import cpu
+from gankernels.train import trainer as trainer_module
+from gankernels.train.cpu import accelerate
+
+
+class Own(nn.Linear):
+    """A layer of somebody else's."""
+
+
+def both(network):
+    """The network and an accelerated copy."""
+    faster = copy.deepcopy(network)
+    accelerate(faster)
+    return network, faster
+
+
+def derivatives(network, x):
+    """Output, and first and second derivatives as a gradient penalty has them."""
+    x = x.clone().requires_grad_()
+    y = network(x)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    (gradient,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    second = torch.autograd.grad(gradient.float().square().sum(), [x, *parameters])
+    return y, gradient, *second
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
+def products(request, monkeypatch):
+    monkeypatch.setattr(cpu, "onednn_is_faster", lambda: request.param)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 30), (1, 30), (4, 3, 30)])
+def test_linear(products, bias, shape):
+    network = nn.Sequential(nn.Linear(30, 17, bias=bias), nn.Tanh(), nn.Linear(17, 4, bias=bias))
+    plain, faster = both(network)
+    x = torch.randn(shape)
+    for ours, theirs in zip(derivatives(faster, x), derivatives(plain, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    # Strides that are not those of a matrix.
+    x = torch.randn(30, 5).t()
+    torch.testing.assert_close(faster(x), plain(x))
+    x = torch.randn(30).expand(5, 30)
+    torch.testing.assert_close(faster(x), plain(x))
+    torch.testing.assert_close(faster.double()(x.double()), plain.double()(x.double()))
+
+
+@pytest.mark.skipif(not cpu.onednn_is_faster(), reason="MKL has AVX-512 kernels for this processor")
+def test_products_go_through_onednn():
+    layer = nn.Linear(4, 4)
+    accelerate(layer)
+    assert "_Product" in type(layer(torch.ones(2, 4)).grad_fn.next_functions[0][0]).__name__
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_linear_under_autocast_is_what_autocast_makes_of_it(dtype):
+    plain, faster = both(nn.Sequential(nn.Linear(30, 17), nn.Tanh(), nn.Linear(17, 4)))
+    x = torch.randn(5, 30)
+    for _ in range(2):  # the second time with what was cast the first time
+        with torch.autocast("cpu", dtype):
+            results = derivatives(faster, x), derivatives(plain, x)
+        for ours, theirs in zip(*results, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+
+
+def test_weights_are_cast_when_they_change_and_only_then(monkeypatch):
+    plain, faster = both(nn.Linear(3, 2))
+    casts = []
+    inner = cpu._As.forward
+
+    def count(ctx, parameter, cast):
+        casts.append(cast.data_ptr())
+        return inner(ctx, parameter, cast)
+
+    monkeypatch.setattr(cpu._As, "forward", count)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, faster)]
+    x = torch.randn(4, 3)
+    for _ in range(3):
+        for module, optimizer in zip((plain, faster), optimizers, strict=True):
+            with torch.autocast("cpu", torch.bfloat16):
+                module.requires_grad_(False)(x)
+                (module.requires_grad_(True)(x) + module(x)).float().square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(plain.weight, faster.weight)
+    # Once for weight and bias after each of the steps, though they are used three times.
+    assert len(casts) == 3 * 2
+    faster.load_state_dict({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(faster(torch.ones(1, 3)), torch.full((1, 2), 3.0).bfloat16())
+    faster.weight = nn.Parameter(torch.zeros(2, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(faster(torch.ones(1, 3)), torch.zeros(1, 2).bfloat16())
+
+
+def test_weights_are_cast_after_every_step_of_a_trainer(run, tmp_path, monkeypatch):
+    """Adam's fused step, and clipping written as it often is, change weights behind their back."""
+
+    def train(name):
+        trainer = run("wgan-gp", precision="bf16", lr=1e-2, d_lr=1e-2, out=str(tmp_path / name))
+        critic = trainer.players[0]
+
+        def clip():
+            for weight in critic.network.parameters():
+                weight.data.clamp_(-0.02, 0.02)
+
+        object.__setattr__(critic, "after_step", clip)
+        for _ in range(3):
+            trainer.iterate()
+        return trainer.game
+
+    kept = train("kept")
+    monkeypatch.setattr(trainer_module, "accelerate", lambda network: None)
+    plain = train("plain")
+    assert type(plain.generator.layers[0]) is nn.Linear
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, kept.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(4, 4), (1, 1), (5, 7)])
+@pytest.mark.parametrize("factor", [2, 2.0, (2, 2)])
+def test_upsampled_convolutions(layout, size, factor):
+    network = nn.Sequential(
+        nn.BatchNorm2d(3),
+        nn.Upsample(scale_factor=factor),
+        nn.Conv2d(3, 5, 3, 1, 1),
+        nn.Tanh(),
+        nn.Sequential(nn.UpsamplingNearest2d(scale_factor=2), nn.Conv2d(5, 2, 3, padding=1)),
+        nn.Upsample(scale_factor=factor),
+        nn.Conv2d(2, 1, 3, padding=1, bias=False),
+    ).double()
+    plain, faster = both(network.to(memory_format=layout))
+    x = torch.randn(2, 3, *size, dtype=torch.float64).to(memory_format=layout)
+    for ours, theirs in zip(derivatives(faster, x), derivatives(plain, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    # A part of it is not run as a pair whose other half is missing.
+    torch.testing.assert_close(faster[:2](x), plain[:2](x))
+    torch.testing.assert_close(faster[2:4](x), plain[2:4](x))
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (nn.Upsample(scale_factor=3), nn.Conv2d(3, 5, 3, 1, 1)),
+        (nn.Upsample(size=8), nn.Conv2d(3, 5, 3, 1, 1)),
+        (nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(3, 5, 3, 1, 1)),
+        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 3, 2, 1)),
+        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 3, 1, 0)),
+        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 5, 1, 1)),
+        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 3, 3, 1, 1, groups=3)),
+        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 3, 1, 1, padding_mode="reflect")),
+    ],
+)
+def test_other_pairs_run_as_they_are(pair):
+    plain, faster = both(nn.Sequential(*pair))
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(plain(x), faster(x))
+
+
+def test_hooks_are_called():
+    _, faster = both(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 3, 1, 1)))
+    seen = []
+    faster[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    faster(torch.randn(2, 3, 4, 4))
+    assert seen == [(2, 3, 8, 8)]
+
+
+def test_dropout_is_what_pytorch_says_it_is():
+    layer = nn.Dropout(0.4)
+    accelerate(layer)
+    x = torch.rand(400, 500, requires_grad=True)
+    y = layer(x)
+    kept = y != 0
+    assert kept.double().mean().item() == pytest.approx(0.6, abs=0.005)
+    torch.testing.assert_close(y, torch.where(kept, x / 0.6, 0.0), rtol=1e-4, atol=0)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, kept / 0.6, rtol=1e-4, atol=0)
+    # Each of the four that share a random word is dropped like the others, and independently.
+    lanes = kept.flatten().view(-1, 4).double()
+    torch.testing.assert_close(lanes.mean(0), torch.full((4,), 0.6).double(), rtol=0, atol=0.01)
+    assert torch.corrcoef(lanes.t()).fill_diagonal_(0).abs().max() < 0.02
+    assert layer(x[:1, :3]).shape == (1, 3)
+    assert not torch.equal(layer(x) != 0, kept)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    for p in (0.0, 1.0):
+        layer.p = p
+        torch.testing.assert_close(layer(x), x * (1 - p))
+    assert layer.eval()(x) is x
+
+
+def test_everything_else_stays(run):
+    network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), Own(2, 2), nn.ReLU())
+    plain, faster = both(network)
+    assert repr(plain) == repr(faster)
+    assert plain.state_dict().keys() == faster.state_dict().keys()
+    assert type(faster[2]) is Own
+    with torch.autocast("cpu", torch.bfloat16):
+        faster(torch.ones(3, 2))
+    for again in (copy.deepcopy(faster), pickle.loads(pickle.dumps(faster))):
+        x = torch.randn(4, 2)
+        torch.testing.assert_close(again.eval()(x), plain.eval()(x))
+    # A trainer on a CPU does it to the networks of any game.
+    game = run("cgan").game
+    assert isinstance(game.generator.layers[0], cpu.Linear)
