@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 import statistics
 import time
@@ -42,6 +43,7 @@ def interleaved(
     *,
     seconds: float = 2.0,
     least: int = 7,
+    most: float = math.inf,
     span: float = 0.0,
     wait: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
@@ -53,7 +55,8 @@ def interleaved(
     Args:
         contenders: by name; each is called twice beforehand, untimed.
         seconds: until then new rounds begin.
-        least: rounds there are at least.
+        least: rounds there are at least,
+        most: but none, after the first, begins later than so many seconds.
         span: a contender is called so often in a row, at most MOST_CALLS times, that a round takes
             this long: else what another one leaves in the caches decides on a short call. Zero for
             one call.
@@ -72,8 +75,13 @@ def interleaved(
         sample(run, 1)
         calls[name] = max(1, min(MOST_CALLS, int(span / sample(run, 1))))
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    end, rounds = time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or rounds < least:
+    begin, rounds = time.perf_counter(), 0
+
+    def goes_on() -> bool:
+        spent = time.perf_counter() - begin
+        return rounds == 0 or spent < seconds or (rounds < least and spent <= most)
+
+    while goes_on():
         for name, run in contenders.items():
             times[name].append(sample(run, calls[name]))
         rounds += 1

@@ -40,6 +40,13 @@ def test_it_goes_on_for_as_long_as_asked(clock):
     assert interleaved({"a": clock.run("a", 1.0)}, seconds=20, least=1)["a"].rounds == 20
 
 
+def test_it_ends_when_it_must(clock):
+    """With fewer rounds than wanted, but one."""
+    runs = {"a": clock.run("a", 1.0)}
+    assert interleaved(runs, seconds=0, least=9, most=3)["a"].rounds == 4
+    assert interleaved(runs, seconds=0, least=9, most=0)["a"].rounds == 1
+
+
 def test_medians_and_quartiles(clock):
     warm_up, measured = [9.0, 9.0], [5.0, 1.0, 3.0, 2.0, 4.0]
     (found,) = interleaved({"a": clock.run("a", *warm_up, *measured)}, seconds=0, least=5).values()
