@@ -172,13 +172,15 @@ def script_batches(data: ImageData, size: int) -> Iterator[tuple[Tensor, Tensor]
         yield from loader
 
 
-def memory_batches(data: ImageData, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def memory_batches(
+    data: ImageData, size: int, device: str | torch.device = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The same with everything done beforehand that can be."""
-    images = to_float(resize(data.images, size))
+    images, labels = to_float(resize(data.images, size)).to(device), data.labels.to(device)
     while True:
-        for rows in torch.randperm(len(images)).split(BATCH):
+        for rows in torch.randperm(len(images), device=device).split(BATCH):
             if len(rows) == BATCH:
-                yield images[rows], data.labels[rows]
+                yield images[rows], labels[rows]
 
 
 # ---- scripts -----------------------------------------------------------------------------------
@@ -189,14 +191,19 @@ class Script:
 
     Args:
         print: where the line that it prints at a step goes.
+        device: where it trains; noise and whatever else numpy makes is copied there.
     """
 
     size: int
     conditional = False
 
-    def __init__(self, print: Callable[[str], object] = print) -> None:
+    def __init__(
+        self, print: Callable[[str], object] = print, device: str | torch.device = "cpu"
+    ) -> None:
         self.print = print
-        self.generator, self.discriminator = self.make_generator(), self.make_discriminator()
+        self.device = device
+        self.generator = self.make_generator().to(device)
+        self.discriminator = self.make_discriminator().to(device)
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), lr=LR, betas=BETAS)
         self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), lr=LR, betas=BETAS)
         self.batches = 0
@@ -213,7 +220,7 @@ class Script:
         raise NotImplementedError
 
     def noise(self, n: int) -> Tensor:
-        return torch.FloatTensor(np.random.normal(0, 1, (n, LATENT)))
+        return torch.FloatTensor(np.random.normal(0, 1, (n, LATENT))).to(self.device)
 
     def report(self, d_loss: Tensor, g_loss: Tensor) -> None:
         self.print(
@@ -228,12 +235,15 @@ class AlternatingScript(Script):
         raise NotImplementedError
 
     def random_labels(self, n: int) -> Tensor | None:
-        return torch.LongTensor(np.random.randint(0, CLASSES, n)) if self.conditional else None
+        if not self.conditional:
+            return None
+        return torch.LongTensor(np.random.randint(0, CLASSES, n)).to(self.device)
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         n = len(images)
-        valid, fake = torch.FloatTensor(n, 1).fill_(1.0), torch.FloatTensor(n, 1).fill_(0.0)
-        labels = labels if self.conditional else None
+        valid, fake = (torch.full((n, 1), value, device=self.device) for value in (1.0, 0.0))
+        images = images.to(self.device)
+        labels = labels.to(self.device) if self.conditional else None
 
         self.optimizer_g.zero_grad()
         noise, drawn = self.noise(n), self.random_labels(n)
@@ -298,7 +308,7 @@ class WGANGP(Script):
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         noise = self.noise(len(images))
-        d_loss = self.critic_step(images, noise)
+        d_loss = self.critic_step(images.to(self.device), noise)
         if self.batches % N_CRITIC == 0:
             self.report(d_loss, self.generator_step(noise))
         self.batches += 1
@@ -321,7 +331,7 @@ class WGANGP(Script):
         return loss
 
     def alpha(self, n: int) -> Tensor:
-        return torch.FloatTensor(np.random.random((n, 1, 1, 1)))
+        return torch.FloatTensor(np.random.random((n, 1, 1, 1))).to(self.device)
 
     def penalty(self, real: Tensor, fake: Tensor) -> Tensor:
         alpha = self.alpha(len(real))
@@ -330,7 +340,7 @@ class WGANGP(Script):
         (gradient,) = torch.autograd.grad(
             outputs=output,
             inputs=x,
-            grad_outputs=torch.FloatTensor(len(real), 1).fill_(1.0),
+            grad_outputs=torch.ones(len(real), 1, device=self.device),
             create_graph=True,
             retain_graph=True,
         )

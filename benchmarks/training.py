@@ -6,7 +6,8 @@ PyTorch-GAN's cgan, dcgan and wgan_gp, batch 64, the contenders are
 - ``script``: as its user runs it (pytorch_gan.py), with images through Pillow;
 - ``memory``: the same with images ready in memory, so that only the training is compared;
 - ``memory, malloc``: that with an allocator that keeps large blocks, set from outside;
-- ``fp32`` and ``bf16``: the same networks, losses and optimiser steps in gankernels' trainer.
+- ``fp32`` and ``bf16``: the same networks, losses and optimiser steps in gankernels' trainer; with
+  ``--device cuda`` also without CUDA graphs.
 
 An iteration is what the scripts count: one batch. That is a step of either network, or for wgan_gp
 a critic step and a fifth of a generator step: the trainer's iteration, five critic steps and one
@@ -138,34 +139,40 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
 }
-ENVIRONMENTS = {"script": {}, "memory": {}, "memory, malloc": MALLOC, "fp32": {}, "bf16": {}}
-CONTENDERS = tuple(ENVIRONMENTS)
+ENVIRONMENTS = defaultdict(dict, {"memory, malloc": MALLOC})
 OURS = ("fp32", "bf16")
+ON_CUDA = (*OURS, "fp32, no graph", "bf16, no graph")
 
 
-def contenders_of(model: str) -> tuple[str, ...]:
-    return CONTENDERS if model in pytorch_gan.SCRIPTS else OURS
+def contenders_of(model: str, device: str) -> tuple[str, ...]:
+    if device == "cpu":
+        theirs, ours = ("script", "memory", "memory, malloc"), OURS
+    else:
+        theirs, ours = ("script", "memory"), ON_CUDA
+    return (*theirs, *ours) if model in pytorch_gan.SCRIPTS else ours
 
 
 class Run:
     """A training run of a contender: `run()` goes on a little and returns the iterations made."""
 
-    def __init__(self, model: str, contender: str, data: ImageData, seed: int = 0) -> None:
+    def __init__(
+        self, model: str, contender: str, data: ImageData, seed: int = 0, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(seed)
         np.random.seed(seed)
         self.iterations = 1
-        if contender in OURS:
+        if contender in ON_CUDA:
             gk.tune_allocator()
-            trainer = make_trainer(model, contender, data, seed)
+            trainer = make_trainer(model, contender, data, seed, device)
             self.generator, self.step = trainer.game.generator, trainer.iterate
             self.iterations = BATCHES[model]
             return
         devnull = open(os.devnull, "w")  # noqa: SIM115 (for as long as the run is)
-        script = pytorch_gan.SCRIPTS[model](print=partial(print, file=devnull))
-        load_batches = (
-            pytorch_gan.script_batches if contender == "script" else pytorch_gan.memory_batches
-        )
-        batches = load_batches(data, script.size)
+        script = pytorch_gan.SCRIPTS[model](print=partial(print, file=devnull), device=device)
+        if contender == "script":
+            batches = pytorch_gan.script_batches(data, script.size)
+        else:
+            batches = pytorch_gan.memory_batches(data, script.size, device)
         self.generator, self.step = script.generator, lambda: script.step(*next(batches))
 
     def __call__(self) -> int:
@@ -173,13 +180,23 @@ class Run:
         return self.iterations
 
 
-def make_trainer(model: str, precision: str, data: ImageData, seed: int = 0) -> Trainer:
+def make_trainer(
+    model: str, contender: str, data: ImageData, seed: int = 0, device: str = "cpu"
+) -> Trainer:
     """No moving average: the scripts have none."""
+    precision, _, graph = contender.partition(", ")
     size = SIZES[model]
     images = ImageData(resize(data.images, size), data.labels, data.classes, data.name)
     game = GAMES[model](DataSpec(1, size, pytorch_gan.CLASSES))
     batch_size = BATCH_SIZES[model]
-    config = Config(batch_size=batch_size, seed=seed, device="cpu", precision=precision, ema=0)
+    config = Config(
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        precision=precision,
+        graph=not graph,
+        ema=0,
+    )
     return Trainer(game, images, config)
 
 
@@ -251,7 +268,7 @@ def work(job: dict[str, Any]) -> None:
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     data = read_data(job["data"], job["count"])
-    run = Run(job["model"], job["contender"], data, job.get("seed", 0))
+    run = Run(job["model"], job["contender"], data, job.get("seed", 0), job["device"])
     if "iterations" in job:
         print(json.dumps(score(run, job, data)), flush=True)
         return
@@ -264,10 +281,12 @@ def work(job: dict[str, Any]) -> None:
 def measure(run: Run, seconds: float, least: int = 1) -> float:
     """Iterations per second."""
     count, calls, start = 0, 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds or calls < least:
+    while time.perf_counter() - start < seconds or calls < least:
         count += run()
         calls += 1
-    return count / elapsed
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return count / (time.perf_counter() - start)
 
 
 # ---- speed -------------------------------------------------------------------------------------
@@ -279,13 +298,18 @@ BARS = {
     ("wgan_gp", "fp32"): 1.7, ("wgan_gp", "bf16"): 3.5,
     ("keras cgan", "bf16"): 200.0,
 }  # fmt: skip
+BARS_ON_CUDA = {
+    (model, precision): 3000.0 if model == "keras cgan" else 10.0
+    for model in GAMES
+    for precision in OURS
+}
 
 
 def compare_speed(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     print(f"{'model':10} {'contender':14} {'it/s':>8}  x script (bar)  x memory  x memory, malloc")
     for model in arguments.models:
-        names = contenders_of(model)
+        names = contenders_of(model, arguments.device)
         options = worker_options(arguments, model) | {"warm_up": arguments.warm_up}
         with workers(dict.fromkeys(names, options)) as processes:
             rounds = [
@@ -293,14 +317,16 @@ def compare_speed(arguments: argparse.Namespace) -> None:
                 for _ in range(arguments.rounds)
             ]
         for name in names:
-            row = summarise(model, name, rounds)
+            row = summarise(model, name, rounds, arguments.device)
             print(describe(row), flush=True)
             rows.append(row)
     if arguments.save:
         print(harness.save(arguments.save, rows))
 
 
-def summarise(model: str, contender: str, rounds: list[dict[str, float]]) -> dict[str, Any]:
+def summarise(
+    model: str, contender: str, rounds: list[dict[str, float]], device: str = "cpu"
+) -> dict[str, Any]:
     """Medians over the rounds; a ratio is the median of each round's, which share its weather."""
 
     def times(other: str) -> float | None:
@@ -309,11 +335,12 @@ def summarise(model: str, contender: str, rounds: list[dict[str, float]]) -> dic
         return statistics.median(speeds[contender] / speeds[other] for speeds in rounds)
 
     speed = statistics.median(speeds[contender] for speeds in rounds)
-    bar = BARS.get((model, contender))
+    bar = (BARS if device == "cpu" else BARS_ON_CUDA).get((model, contender))
     times_script = times("script")
     return {
         "model": model,
         "contender": contender,
+        "device": device,
         "it_per_s": speed,
         "rounds": [speeds[contender] for speeds in rounds],
         "times_script": times_script,
@@ -342,6 +369,7 @@ def worker_options(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         "threads": arguments.threads,
         "data": arguments.data,
         "count": arguments.count,
+        "device": arguments.device,
     }
 
 
@@ -512,6 +540,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", default=",".join(GAMES), help="of %(default)s")
+    parser.add_argument("--device", default="cpu", help="of speed and quality: cpu or cuda")
     parser.add_argument("--data", metavar="SOURCE", help="what gankernels.data.load takes; blobs")
     parser.add_argument("--threads", type=int, default=0, help="0 is PyTorch's default")
     parser.add_argument("--rounds", type=int, default=5)

@@ -225,7 +225,7 @@ def test_every_operator_has_a_group():
 
 def test_speed_table_and_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(training, "CONTENDERS", ("script", "bf16"))
+    monkeypatch.setattr(training, "contenders_of", lambda model, device: ("script", "bf16"))
     options = "--quick --models wgan_gp --threads 1 --save some"
     monkeypatch.setattr("sys.argv", ["training.py", *options.split()])
     training.main()
