@@ -101,12 +101,14 @@ class Results:
     @property
     def noisy(self) -> str | None:
         """A warning where the machine was too busy for the figures to be believed."""
+        env = self.environment
         count = sum((row.spread or 0) > NOISY for row in self.rows)
-        if 2 * count <= len(self.rows):
+        if env["load"] <= env["processors"] and 2 * count <= len(self.rows):
             return None
         return (
-            f"The machine was busy: in {count} of {len(self.rows)} rows the noise is above "
-            f"{NOISY:.0%}. Fewer threads (OMP_NUM_THREADS) or a quieter hour give better figures."
+            f"The machine was busy: a load of {env['load']:.1f} on {env['processors']} processors "
+            f"to begin with, and noise above {NOISY:.0%} in {count} of {len(self.rows)} rows. "
+            "Fewer threads (OMP_NUM_THREADS) or a quieter hour give better figures."
         )
 
     @property

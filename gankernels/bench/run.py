@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from gankernels.bench.ops import OPS, Case
 from gankernels.bench.results import Results, Row
 from gankernels.bench.timing import Run, interleaved
 from gankernels.bench.training import Training
-from gankernels.train.cpus import bound_threads
+from gankernels.train.cpus import available, bound_threads
 from gankernels.train.trainer import choose_device
 
 
@@ -123,8 +124,8 @@ def compare(plan: Plan, stop: Callable[[], bool] = lambda: False) -> Results:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """`timing.machine()` and the device."""
-    known = {"device": str(device)}
+    """`timing.machine()`, the device and how many processes wanted the processors before."""
+    known = {"device": str(device), "processors": available(), "load": os.getloadavg()[0]}
     if device.type == "cuda":
         known |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return known | timing.machine()

@@ -158,7 +158,7 @@ def measured(tiny):
     rows[0] = row(tiny[0], {"eager": "MemoryError: <none> left"}, clone=1e-4, ours=4e-4)
     rows.append(row(Training("gan", {"size": 12}), eager=0.5, ours=0.25))
     roofs = {"memory": 2e10, "cache": 1e11, "operations": 5e10}
-    environment = run.environment(CPU)
+    environment = run.environment(CPU) | {"load": 0.5, "processors": 2}
     return bench.Results(environment, len(rows), quick=True, ceilings=roofs, rows=rows)
 
 
@@ -184,8 +184,12 @@ def test_terminal(measured):
     last = re.split(r" {2,}", lines[-1].strip())
     assert last == ["gan size=12", "4.00", "2.00", "2.00x", "10%"]
     assert not any("machine was busy" in line for line in lines)
+    measured.environment["load"] = 2.5
+    busy = list(bench.describe(measured))[-1]
+    assert "busy: a load of 2.5 on 2 processors to begin with, and noise above 30% in 0 of" in busy
+    measured.environment["load"] = 0.0
     measured.rows = [results.Row(r.case, {"ours": timing(1.0, 0.5)}, {}) for r in measured.rows]
-    assert "The machine was busy: in 11 of 11 rows" in list(bench.describe(measured))[-1]
+    assert "noise above 30% in 11 of 11 rows" in list(bench.describe(measured))[-1]
 
 
 def test_json(measured):
