@@ -1,8 +1,8 @@
 """batch_norm_leaky_relu against eager PyTorch and torch.compile: the bars of the project.
 
-``python benchmarks/batch_norm_leaky_relu.py`` prints the table and writes results/; the same cases
-run under pytest-benchmark in test_batch_norm_leaky_relu.py. Times are given in clones, the time of
-``x.clone()`` in the same round, and as ratios to eager and to the best compiled form.
+``python benchmarks/batch_norm_leaky_relu.py`` prints the table and writes results/; how each case
+is computed stands in gankernels/bench/ops.py. Times are given in clones, the time of ``x.clone()``
+in the same round, and as ratios to eager and to the best compiled form.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from harness import interleaved, prepare, save
-from torch import Tensor, nn
 from torch._inductor.exc import InductorError
 
-import gankernels as gk
+from gankernels import bench
 
-SLOPE = 0.2
+PASSES = dict(zip(("forward", "backward", "penalty"), bench.PASSES, strict=True))
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,13 @@ class Case:
     derivative: str  # "forward", "backward" (forward and backward) or "penalty" (a penalty step)
     bar: float  # how many times faster than eager it has to be
 
+    @property
+    def layout(self) -> str:
+        return "channels_last" if self.channels_last else "contiguous"
+
     def __str__(self) -> str:
-        layout = "channels_last" if self.channels_last else "contiguous"
         shape = "x".join(map(str, self.shape))
-        return f"{shape} {str(self.dtype)[6:]} {layout} {self.derivative}"
+        return f"{shape} {str(self.dtype)[6:]} {self.layout} {self.derivative}"
 
 
 def cases() -> Iterator[Case]:
@@ -43,81 +44,22 @@ def cases() -> Iterator[Case]:
         (torch.bfloat16, False): (2.5, 3, 10),
         (torch.bfloat16, True): (2.5, 3, 30),
     }
-    passes = ("forward", "backward", "penalty")
     for (dtype, channels_last), values in bars.items():
         for shape in ((64, 128, 32, 32), (128, 128, 14, 14)):
-            for derivative, bar in zip(passes, values, strict=True):
+            for derivative, bar in zip(PASSES, values, strict=True):
                 yield Case(shape, dtype, channels_last, derivative, bar)
     for shape in ((64, 256), (64, 1024)):
         for dtype in (torch.float32, torch.bfloat16):
-            for derivative in passes:
+            for derivative in PASSES:
                 yield Case(shape, dtype, False, derivative, 1)
-
-
-def eager_penalty(grad: Tensor) -> Tensor:
-    return (grad.flatten(1).float().norm(2, 1) - 1).square().mean()
 
 
 def contenders(case: Case, compiled: bool) -> dict[str, Callable[[], object]]:
     """The clone, eager, ours and, where asked for, the compiled forms of one case."""
-    torch.manual_seed(0)
-    x = torch.randn(case.shape).to(case.dtype)
-    if case.channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    grad_y = torch.randn_like(x)
-    x.requires_grad_()
-    channels, flat = case.shape[1], len(case.shape) == 2
-    norm = nn.BatchNorm1d if flat else nn.BatchNorm2d
-    ours = gk.nn.BatchNormLeakyReLU1d if flat else gk.nn.BatchNormLeakyReLU2d
-    modules = {
-        "eager": nn.Sequential(norm(channels), nn.LeakyReLU(SLOPE)),
-        "ours": ours(channels, negative_slope=SLOPE),
-    }
-    penalties = {"eager": eager_penalty, "ours": gk.functional.gradient_norm_penalty}
-
-    def forward(module: nn.Module) -> Tensor:
-        return module(x)
-
-    def backward(module: nn.Module) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(module(x), (x, *module.parameters()), grad_y)
-
-    def penalty(module: nn.Module, of: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        (dx,) = torch.autograd.grad(module(x), x, grad_y, create_graph=True)
-        weight = next(module.parameters())  # the bias has no part in the second derivative
-        return torch.autograd.grad(of(dx), (x, weight))
-
-    runs: dict[str, Callable[[], object]] = {"clone": lambda: x.detach().clone()}
-    for name, module in modules.items():
-        runs[name] = {
-            "forward": lambda m=module: forward(m),
-            "backward": lambda m=module: backward(m),
-            "penalty": lambda m=module, of=penalties[name]: penalty(m, of),
-        }[case.derivative]
+    what = PASSES[case.derivative]
+    measured = bench.Case("batch_norm_leaky_relu", what, case.shape, case.dtype, case.layout)
+    runs = bench.contenders(measured, compiled=compiled)
     if compiled:
-        torch._dynamo.reset()
-        if case.derivative == "penalty":
-            # A compiled module cannot be differentiated twice; a whole step with torch.func inside
-            # can, and is the strongest form that PyTorch has.
-            weight, bias = torch.ones(channels), torch.zeros(channels)
-
-            def step(x: Tensor, weight: Tensor, grad_y: Tensor) -> tuple[Tensor, ...]:
-                def penalised(x: Tensor, weight: Tensor) -> Tensor:
-                    def scalar(x: Tensor) -> Tensor:
-                        y = F.batch_norm(x, None, None, weight, bias, True)
-                        return (F.leaky_relu(y, SLOPE) * grad_y).sum()
-
-                    return eager_penalty(torch.func.grad(scalar)(x))
-
-                return torch.func.grad(penalised, argnums=(0, 1))(x, weight)
-
-            compiled_step = torch.compile(step)
-            runs["compiled"] = lambda: compiled_step(x.detach(), weight, grad_y)
-        else:
-            module = torch.compile(
-                nn.Sequential(norm(channels), nn.LeakyReLU(SLOPE)), dynamic=False
-            )
-            run = forward if case.derivative == "forward" else backward
-            runs["compiled"] = lambda: run(module)
         try:
             runs["compiled"]()
         except InductorError:

@@ -1,7 +1,7 @@
 """Minibatch discrimination against broadcasting and cdist: time, peak memory, element operations.
 
-``python benchmarks/minibatch_discrimination.py`` prints the table and writes results/; the same
-cases run under pytest-benchmark in test_minibatch_discrimination.py. One element operation is one
+``python benchmarks/minibatch_discrimination.py`` prints the table and writes results/; how each
+case is computed stands in gankernels/bench/ops.py. One element operation is one
 |m[i,b,c] - m[j,b,c]| of a pair i < j, added to its distance: two additions. A peak that is given in
 additions per second (lanes of a vector x additions per cycle x clock x cores) is therefore reached
 at half as many element operations.
@@ -16,11 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from harness import interleaved, prepare, save
-from torch import Tensor
 
-import gankernels as gk
+from gankernels import bench
 
 
 @dataclass(frozen=True)
@@ -47,40 +45,13 @@ CASES = (
 )
 
 
-def broadcasting(m: Tensor) -> Tensor:
-    return torch.exp(-(m.unsqueeze(0) - m.unsqueeze(1)).abs().sum(3)).sum(0) - 1
-
-
-def cdist(m: Tensor) -> Tensor:
-    kernels = m.transpose(0, 1)
-    return (torch.exp(-torch.cdist(kernels, kernels, p=1)).sum(1) - 1).t()
-
-
-FUNCTIONS = {
-    "broadcasting": broadcasting,
-    "cdist": cdist,
-    "ours": gk.functional.minibatch_discrimination,
-}
-# Broadcasting's tensors of N x N x B x C are beyond most machines here.
-LARGEST_BROADCAST = 1 << 30
-
-
-def names(case: Case) -> list[str]:
-    fits = case.n**2 * case.b * case.c <= LARGEST_BROADCAST
-    return [name for name in FUNCTIONS if fits or name != "broadcasting"]
-
-
 def contenders(case: Case, backward: bool = True) -> dict[str, Callable[[], object]]:
     """Forward, or forward and backward, of every way that fits into memory."""
-    torch.manual_seed(0)
-    m = (torch.randn(case.n, case.b, case.c) * 0.3).requires_grad_()
-    grad_o = torch.randn(case.n, case.b)
-
-    def run(function: Callable[[Tensor], Tensor]) -> object:
-        o = function(m)
-        return torch.autograd.grad(o, m, grad_o) if backward else o
-
-    return {name: lambda f=FUNCTIONS[name]: run(f) for name in names(case)}
+    what = "forward + backward" if backward else "forward"
+    shape = (case.n, case.b, case.c)
+    runs = bench.contenders(bench.Case("minibatch_discrimination", what, shape))
+    names = {"broadcasting": "eager", "cdist": "cdist", "ours": "ours"}
+    return {name: runs[key] for name, key in names.items() if key in runs}
 
 
 def measure(case: Case, runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -96,13 +67,12 @@ def measure(case: Case, runs: dict[str, Callable[[], object]], seconds: float) -
 def peak_memory(case: Case, name: str) -> int:
     """Bytes that forward and backward add to a process's peak, measured in one of its own."""
     script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         f"import minibatch_discrimination as b; c = b.Case({case.n}, {case.b}, {case.c})\n"
         f"b.print_peak_memory(c, {name!r})"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
-    )  # fmt: skip
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(result.stdout)
 
 

@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_train(commands)
     add_sample(commands)
     add_evaluate(commands)
+    add_bench(commands)
     add_info(commands)
     try:
         args = parser.parse_args(argv)
@@ -433,6 +434,83 @@ def describe_scores(scores: dict[str, Any]) -> Iterator[str]:
     for label, name, form in rows:
         if scores[name] is not None:  # an unconditional game has no labels to obey
             yield f"  {label:<47}{form.format(scores[name])}"
+
+
+def add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure the kernels and whole training iterations against PyTorch's ops",
+        description="Measure every op and some games side by side with the same in PyTorch's ops, "
+        "print tables, and leave results.json, index.html and plots. Ctrl-C ends it after the case "
+        "in hand, a second one at once; what was measured is written all the same.",
+    )
+    parser.add_argument(
+        "--ops", nargs="*", metavar="NAME", help="ops to measure (default: all, without --train)"
+    )
+    parser.add_argument(
+        "--train",
+        nargs="*",
+        metavar="MODEL",
+        help="games to measure, on the digits (default: a few, without --ops)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the games of --train; may be given several times",
+    )
+    parser.add_argument(
+        "--out", default="bench", metavar="DIR", help="for the results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small cases for a short time: less than a minute"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="torch.compile takes part in the ops: needs a C++ compiler, and minutes",
+    )
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="per case (default: 1, or 0.2 with --quick)"
+    )
+    parser.set_defaults(run=run_bench)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    with user_errors():
+        from gankernels import bench
+        from gankernels.train.config import parse_assignments
+
+        plan = bench.plan(
+            args.ops,
+            args.train,
+            settings=parse_assignments(args.set),
+            device=args.device,
+            compiled=args.compiled,
+            quick=args.quick,
+            seconds=args.seconds,
+        )
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to shows now
+    from gankernels.train.signals import StopRequest
+
+    with StopRequest() as stop:
+        results = bench.compare(plan, lambda: stop.requested)
+    if not results.rows:
+        raise UserError("stopped before anything was measured")
+    print("\n".join(bench.describe(results)))
+    try:
+        page = results.write(out)
+    except OSError as error:  # a full disk, say
+        raise UserError(str(error)) from error
+    if not results.complete:
+        print(f"\nstopped early, after {len(results.rows)} of {results.planned} cases", end="")
+    print(f"\n{page} shows it, {out / 'results.json'} has all figures; {results.took:.0f} s")
+    for row in results.failed:
+        print(f"{PROGRAM}: error: {row.case}: {row.errors['ours']}", file=sys.stderr)
+    return 1 if results.failed else 0
 
 
 def add_info(commands: Any) -> None:

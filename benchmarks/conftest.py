@@ -1,0 +1,33 @@
+"""``pytest benchmarks/ --benchmark-only``: the cases of `gankernels bench` under pytest-benchmark.
+
+``--full`` takes those of a whole run instead of the quick ones, ``-k`` selects,
+``--benchmark-group-by=group`` puts what is comparable side by side and ``--benchmark-json`` saves.
+Ratios are better read off `gankernels bench`, which interleaves.
+"""
+
+import pytest
+
+import gankernels as gk
+from gankernels import bench
+from gankernels.bench.training import trainings
+from gankernels.train.cpus import bound_threads
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all cases, not only the quick ones")
+    parser.addoption("--compiled", action="store_true", help="torch.compile takes part")
+    parser.addoption("--device", default="cpu", help="cpu, cuda, ...")
+
+
+def pytest_generate_tests(metafunc):
+    quick = not metafunc.config.option.full
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", list(bench.cases(quick)), ids=str)
+    if "training_case" in metafunc.fixturenames:
+        metafunc.parametrize("training_case", trainings(quick), ids=str)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _as_the_command_line_does():
+    gk.tune_allocator()
+    bound_threads()

@@ -1,0 +1,136 @@
+"""What was measured, and the files that hold it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gankernels.bench.ops import OPS, Case
+from gankernels.bench.timing import Timing
+from gankernels.bench.training import Training
+from gankernels.train.files import write_json
+
+FORMAT = 1
+#: Spread from which on a row says little.
+NOISY = 0.3
+
+
+@dataclass
+class Row:
+    """What was measured of one case: a Timing per contender, or why there is none."""
+
+    case: Case | Training
+    timings: dict[str, Timing]
+    errors: dict[str, str]
+
+    def ratio(self, name: str) -> float | None:
+        """How many times as long as ours another contender takes; None where one is missing."""
+        if name not in self.timings or "ours" not in self.timings:
+            return None
+        return self.timings[name].median / self.timings["ours"].median
+
+    @property
+    def baselines(self) -> list[str]:
+        return [name for name in (*self.timings, *self.errors) if name not in ("clone", "ours")]
+
+    @property
+    def clones(self) -> float | None:
+        """Our time in clones of the input, where those are a measure of it."""
+        if not isinstance(self.case, Case) or self.case.fewest_clones is None:
+            return None
+        ratio = self.ratio("clone")
+        return ratio and 1 / ratio
+
+    @property
+    def spread(self) -> float | None:
+        """The largest interquartile range of a ratio's two sides, as a share of the median."""
+        sides = [t.spread for name, t in self.timings.items() if name != "clone"]
+        return max(sides, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        case = self.case
+        if isinstance(case, Case):
+            head: dict[str, Any] = {
+                "op": case.op,
+                "what": case.what,
+                "shape": list(case.shape),
+                "dtype": str(case.dtype)[6:],
+                "layout": case.layout,
+                "fewest_clones": case.fewest_clones,
+                "clones": self.clones,
+            }
+        else:
+            head = {"model": case.model, "settings": dict(case.settings)}
+        return head | {
+            "seconds": {name: t._asdict() for name, t in self.timings.items()},
+            "ratios": {f"times_{name}": self.ratio(name) for name in self.baselines},
+            "errors": self.errors,
+        }
+
+
+@dataclass
+class Results:
+    """What was measured so far, and on what."""
+
+    environment: dict[str, Any]
+    planned: int
+    quick: bool = False
+    ceilings: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    took: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        return len(self.rows) == self.planned
+
+    @property
+    def failed(self) -> list[Row]:
+        """The rows in which ours did not run."""
+        return [row for row in self.rows if "ours" in row.errors]
+
+    def of(self, op: str) -> list[Row]:
+        """The rows of an op."""
+        return [row for row in self.rows if isinstance(row.case, Case) and row.case.op == op]
+
+    @property
+    def training(self) -> list[Row]:
+        """The rows of games."""
+        return [row for row in self.rows if isinstance(row.case, Training)]
+
+    @property
+    def noisy(self) -> str | None:
+        """A warning where the machine was too busy for the figures to be believed."""
+        env = self.environment
+        count = sum((row.spread or 0) > NOISY for row in self.rows)
+        if env["load"] <= env["processors"] and 2 * count <= len(self.rows):
+            return None
+        return (
+            f"The machine was busy: a load of {env['load']:.1f} on {env['processors']} processors "
+            f"to begin with, and noise above {NOISY:.0%} in {count} of {len(self.rows)} rows. "
+            "Fewer threads (OMP_NUM_THREADS) or a quieter hour give better figures."
+        )
+
+    @property
+    def ops(self) -> list[str]:
+        """Those that there are rows of."""
+        return [op for op in OPS if self.of(op)]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "environment": self.environment,
+            "quick": self.quick,
+            "complete": self.complete,
+            "took_seconds": self.took,
+            "ceilings": self.ceilings,
+            "ops": [row.to_json() for op in self.ops for row in self.of(op)],
+            "training": [row.to_json() for row in self.training],
+        }
+
+    def write(self, folder: str | Path) -> Path:
+        """Writes results.json, index.html and the plots as PNG; returns the page's path."""
+        from gankernels.bench.page import write_page
+
+        write_json(Path(folder) / "results.json", self.to_json())
+        return write_page(self, Path(folder))

@@ -1,0 +1,58 @@
+"""Whole iterations of a game: with our kernels, and the same with PyTorch's ops in their place."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gankernels as gk
+from gankernels import train
+from gankernels.bench.timing import Run
+from gankernels.train import Trainer
+
+#: Iterations between two readings of the losses, as `train` has them by default.
+READ_EVERY = 100
+
+
+@dataclass(frozen=True)
+class Training:
+    """A game and the settings that differ from `gankernels train MODEL --data digits`."""
+
+    model: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join([self.model, *(f"{k}={v}" for k, v in self.settings.items())])
+
+
+def trainings(quick: bool = False) -> list[Training]:
+    """Those measured where none is asked for: a penalty without batch norm, a layer with minibatch
+    discrimination and, when there is time, a penalty through batch norm."""
+    chosen = [Training("wgan-gp"), Training("cgan", {"minibatch_discrimination": "100,5"})]
+    return chosen if quick else [*chosen, Training("dcgan", {"width": 16, "penalty": "r1"})]
+
+
+def make_trainer(training: Training, device: str) -> Trainer:
+    """A trainer that is ready to iterate and has written nothing.
+
+    Raises ValueError for unknown models or settings, ImportError where the digits are missing.
+    """
+    settings = {"data": "digits", "log_every": 10**9, **training.settings}  # no norms, no reports
+    with tempfile.TemporaryDirectory() as nowhere:
+        return train.start(training.model, **{**settings, "out": nowhere, "device": device})
+
+
+def contenders(training: Training, device: str) -> dict[str, Run]:
+    """An iteration of each of two trainers that begin alike: "eager" and "ours"."""
+
+    def iterate(trainer: Trainer, backend: str) -> None:
+        with gk.use_backend(backend):
+            trainer.iterate()
+        if trainer.step % READ_EVERY == 0:
+            trainer.losses.take()
+
+    backends = {"eager": "reference", "ours": "auto"}
+    trainers = {name: make_trainer(training, device) for name in backends}
+    return {name: lambda n=name: iterate(trainers[n], backends[n]) for name in backends}
