@@ -106,7 +106,7 @@ def _backward_backward(ctx, grad_grad_x, grad_sums):
     if grad_grad_x is None and grad_sums is None:
         return (None,) * 11
     grad_y, x, weight, bias, statistics = ctx.saved_tensors
-    need_grad_y, need_x, need_weight = ctx.needs_input_grad[:3]
+    need_grad_y, need_x, need_weight, need_bias = ctx.needs_input_grad[:4]
     if grad_grad_x is None:
         grad_grad_x = torch.zeros_like(x)
     grad_grad_bias, grad_grad_weight = (None, None) if grad_sums is None else grad_sums.unbind(0)
@@ -118,7 +118,10 @@ def _backward_backward(ctx, grad_grad_x, grad_sums):
         grad_grad_y if need_grad_y else None,
         grad_x if need_x else None,
         grad_weight if need_weight else None,
-        *(None,) * 8,  # the bias moves the mask only
+        # The bias moves the mask only; PyTorch's ops say zero as well, which is not the same as
+        # unused to autograd.grad and to optimisers.
+        torch.zeros_like(bias) if need_bias else None,
+        *(None,) * 7,
     )
 
 

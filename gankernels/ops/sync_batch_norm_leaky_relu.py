@@ -154,7 +154,8 @@ def _backward_context(ctx, inputs, outputs) -> None:
 
 
 def _backward_backward(ctx, grad_grad_x, grad_sums):
-    need_grad_y, need_x, need_weight = ctx.needs_input_grad[:3]
+    need_grad_y, need_x, need_weight, need_bias = ctx.needs_input_grad[:4]
+    bias = ctx.saved_tensors[3]
     if grad_grad_x is None:
         grad_grad_x = torch.zeros_like(ctx.saved_tensors[1])
     grad_grad_bias, grad_grad_weight = (None, None) if grad_sums is None else grad_sums.unbind(0)
@@ -166,7 +167,8 @@ def _backward_backward(ctx, grad_grad_x, grad_sums):
         grad_grad_y if need_grad_y else None,
         grad_x if need_x else None,
         grad_weight if need_weight else None,
-        *(None,) * 7,  # the bias moves the mask only
+        torch.zeros_like(bias) if need_bias else None,  # it moves the mask only
+        *(None,) * 6,
     )
 
 

@@ -338,3 +338,22 @@ def test_functional_call_and_ema(name):
     average = torch.optim.swa_utils.AveragedModel(layer)
     average.update_parameters(layer)
     torch.testing.assert_close(average.eval()(x), layer(x))
+
+
+def test_a_penalty_alone_gives_the_bias_a_zero_gradient():
+    """As PyTorch's ops do: `autograd.grad` without `allow_unused` works on a fused network too."""
+    layer = gk.nn.BatchNormLeakyReLU1d(3)
+    theirs = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.LeakyReLU(0.2))
+    x = torch.randn(8, 3)
+    results = []
+    for network in (layer, theirs):
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(network(leaf).square().sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), list(network.parameters())))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert torch.equal(
+        torch.autograd.grad(
+            gk.functional.gradient_penalty(layer, x, kind="r1"), layer.bias, materialize_grads=False
+        )[0],
+        torch.zeros(3),
+    )
