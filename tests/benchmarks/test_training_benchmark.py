@@ -57,17 +57,19 @@ class Recorder:
         game.generator.register_forward_pre_hook(
             lambda _, given: self.generated.append(tuple(map(copy, given)))
         )
-        game.discriminator.register_forward_pre_hook(lambda _, given: self.judge(given))
-
-    def judge(self, given: tuple[Tensor | None, ...]) -> None:
-        """Real and generated images that are judged in one go are two entries nevertheless."""
-        batches = len(given[0]) // pytorch_gan.BATCH
-        parts = ([None] * batches if x is None else x.chunk(batches) for x in given)
-        self.judged += [tuple(map(copy, part)) for part in zip(*parts, strict=True)]
+        game.discriminator.register_forward_pre_hook(
+            lambda _, given: self.judged.append(tuple(map(copy, given)))
+        )
 
 
 def copy(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.detach().clone(memory_format=torch.contiguous_format)
+
+
+@pytest.fixture(autouse=True)
+def _plain_layers(monkeypatch):
+    """Faster layers compute the same, but round differently, which Adam's first steps magnify."""
+    monkeypatch.setattr("gankernels.train.trainer.accelerate", lambda network: None)
 
 
 @pytest.fixture
@@ -98,6 +100,8 @@ def losses(monkeypatch) -> dict[str, list[float]]:
 def both(model: str) -> tuple[training.Trainer, pytorch_gan.Script]:
     """A trainer and a script with the same weights, and without dropout."""
     trainer = training.make_trainer(model, "fp32", training.read_data(None, 100))
+    # Nor real and generated images in one go, whose gradients are then added in another order.
+    trainer.game.discriminator.per_sample = False
     script = pytorch_gan.SCRIPTS[model](print=lambda line: None)
     for ours, theirs in (
         (trainer.game.generator, script.generator),
@@ -124,7 +128,7 @@ def assert_same_weights(trainer: training.Trainer, script: pytorch_gan.Script) -
         largest = max(size.max() for size in sizes.values())
         compared = 0
         for name, weight in theirs.named_parameters():
-            moved = sizes[weight] > 1e-4 * largest
+            moved = sizes[weight] > 1e-5 * largest
             compared += int(moved.sum())
             difference = (mine[name] - weight)[moved].abs()
             assert difference.numel() == 0 or difference.max() < pytorch_gan.LR / 20, name

@@ -314,3 +314,25 @@ def test_options_that_do_not_fit_say_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(games, "get", {"alone": Alone, "odd": Odd}.get)
     assert "unknown setting 'penalty'" in fails("alone", "--penalty", "r1")
     assert "Sequential has no linear or convolutional head" in fails("odd", "--minibatch-stddev")
+
+
+# ---- real and generated images -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_judging_in_one_go_changes_nothing(name, batch):
+    game = make(name).eval()
+    fake = torch.rand_like(batch.images) * 2 - 1
+    labels = batch.labels if game.conditional else None
+    others = (batch.labels + 1) % 3 if game.conditional else None
+    calls = []
+    game.discriminator.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    found = game.judge(batch.images, fake, labels, others)
+    together = getattr(game.discriminator, "per_sample", False)
+    assert calls == ([16] if together else [8, 8])
+    expected = game.discriminator(batch.images, labels), game.discriminator(fake, others)
+    torch.testing.assert_close(found, expected)
+    # The labels of real images are those of fakes that come without their own.
+    torch.testing.assert_close(
+        game.judge(batch.images, fake, labels)[1], game.discriminator(fake, labels)
+    )
