@@ -3,6 +3,7 @@
 # make bench      the kernels against eager PyTorch and torch.compile
 # make gpu-check  all that takes an NVIDIA GPU: tests, compute-sanitizer, CUDA graphs, benchmarks;
 #                 WHEEL=path checks a wheel, OUT=folder takes the results; installs nothing
+# make wheel      a wheel that can be published, for every Python and all GPUs, in DIST
 # make lint       formatting and static checks
 #
 # Each sets up what it needs: see .ci/prepare.py. TORCH is what pip installs where there is no
@@ -11,10 +12,11 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN ?= runs/demo
+DIST ?= dist
 
 ready = $$($(PYTHON) .ci/prepare.py --torch "$(TORCH)" $(1))
 
-.PHONY: demo test bench gpu-check lint clean
+.PHONY: demo test bench gpu-check wheel lint clean
 
 demo:
 	@python=$(call ready,train) && \
@@ -37,6 +39,14 @@ bench:
 # Not by way of `ready`: the machine with the GPU may have no network to install anything from.
 gpu-check:
 	@$(PYTHON) benchmarks/gpu_check.py $(if $(WHEEL),--wheel "$(WHEEL)") $(if $(OUT),--out "$(OUT)")
+
+# torch's own libraries are found in torch, not packed along. Nothing is left to patch, only to tag:
+# manylinux with the oldest glibc that the build needs, so build on an old system.
+wheel:
+	@python=$(call ready,test) && rm -rf build/lib* build/wheel && \
+	$$python -m pip wheel . --no-deps --no-build-isolation --no-index --wheel-dir build/wheel && \
+	$$python -m auditwheel repair --patcher none --exclude 'libtorch*' --wheel-dir "$(DIST)" \
+	  build/wheel/*.whl
 
 lint:
 	@python=$(call ready,test) && \

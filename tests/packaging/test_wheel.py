@@ -1,9 +1,6 @@
 """The wheel, built and installed as a user does."""
 
-import os
 import re
-import shutil
-import subprocess
 import sys
 import sysconfig
 import venv
@@ -16,46 +13,10 @@ import torch
 import gankernels as gk
 
 ROOT = Path(__file__).parent.parent.parent
-ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-
-
-def run(*command, **options):
-    result = subprocess.run(
-        list(map(str, command)),
-        capture_output=True, text=True, **{"env": ENVIRONMENT, **options},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def architecture_list(built):
-    """What TORCH_CUDA_ARCH_LIST has to say to get these: sm_90 is 9.0, compute_90 makes it +PTX."""
-    binaries = [re.sub(r"sm_(\d+)(\d)", r"\1.\2", name) for name in built if "sm_" in name]
-    return ";".join(binaries) + ("+PTX" if any("compute_" in name for name in built) else "")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from the objects of the build in place, so that nothing is compiled again."""
-    for stale in ROOT.glob("build/lib*"):  # setuptools would pack what has been deleted since
-        shutil.rmtree(stale)
-    folder = tmp_path_factory.mktemp("wheel")
-    info = gk.build_info()
-    as_built = {
-        "GANKERNELS_CUDA": "1" if info["cuda"] else "0",
-        "TORCH_CUDA_ARCH_LIST": architecture_list(info["cuda_architectures"]),
-    }
-    run(
-        sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation",
-        "--no-index", "--wheel-dir", folder,
-        cwd=ROOT, env={**ENVIRONMENT, **as_built},
-    )  # fmt: skip
-    (path,) = folder.iterdir()
-    return path
-
-
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
+def installed(run, wheel, tmp_path_factory):
     """A fresh environment with the wheel, which finds torch and the like where we do."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder)
@@ -93,7 +54,7 @@ def test_metadata(wheel):
     assert any(n.endswith("licenses/LICENSE") for n in archive.namelist())
 
 
-def test_runs_where_it_is_installed(installed, tmp_path):
+def test_runs_where_it_is_installed(run, installed, tmp_path):
     script = """if True:
         import warnings; warnings.simplefilter("error")
         import torch, gankernels as gk
@@ -111,7 +72,7 @@ def test_runs_where_it_is_installed(installed, tmp_path):
     assert Path(output.strip()).is_relative_to(installed)
 
 
-def test_console_script(installed, tmp_path):
+def test_console_script(run, installed, tmp_path):
     output = run(installed / "bin" / "gankernels", "info", cwd=tmp_path)
     assert gk.__version__ in output
     assert gk.build_info()["cpu_capability"] in output
