@@ -17,6 +17,8 @@ namespace {
 // accumulation type before `reduce` goes on in double.
 constexpr int64_t kChunk = 2048;
 constexpr int64_t kChunkChannelsLast = 16384;
+// A column is summed one row after another, so few columns are no reason for many rows.
+constexpr int64_t kChunkRows = 512;
 // What a thread maps in memory order before it steps back to an earlier block.
 constexpr int64_t kBlockBytes = 256 << 10;
 // A thread's share of a cache: what one unit of work may touch if it is to be read from memory
@@ -29,6 +31,10 @@ constexpr int64_t kSerial = 16384;
 constexpr int64_t kStreamBytes = 24 << 20;
 
 constexpr int kMaxPartials = 5, kMaxCoefficients = 10;
+
+GK_INLINE int64_t rows_of_chunk(int64_t columns) {
+  return minimum(kChunkRows, maximum<int64_t>(4, kChunkChannelsLast / columns));
+}
 
 GK_INLINE double load_parameter(const void* p, DType dtype, int64_t i, double missing) {
   if (!p) return missing;
@@ -393,7 +399,7 @@ struct ForwardPass : PassBase<T, kFirst> {
     double *counts = partial, *means = partial + p.c, *deviations = partial + 2 * p.c;
     for (int64_t c = c0; c < c1; ++c) counts[c] = means[c] = deviations[c] = 0;
     A *sums = work, *pivot = work + kMaxPartials * pitch;
-    const int64_t step = maximum<int64_t>(4, kChunkChannelsLast / (c1 - c0));
+    const int64_t step = rows_of_chunk(c1 - c0);
     for (int64_t c = c0; c < c1 && r0 < r1; ++c) pivot[c] = first(in[0] + r0 * p.c + c);
     double seen = 0;
     for (; r0 < r1; r0 += step) {
@@ -470,7 +476,7 @@ struct SumPass : PassBase<T, kFirst> {
       for (int64_t c = c0; c < c1; ++c) partial[k * p.c + c] = 0;
     }
     A *sums = work, *coefficients = work + kMaxPartials * pitch;
-    const int64_t step = maximum<int64_t>(4, kChunkChannelsLast / (c1 - c0));
+    const int64_t step = rows_of_chunk(c1 - c0);
     for (; r0 < r1; r0 += step) {
       reduce_columns<Element>(p, in, r0, minimum(r0 + step, r1), c0, c1, coefficients, pitch, sums);
       for (int k = 0; k < kPartials; ++k) {
