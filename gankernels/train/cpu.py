@@ -50,6 +50,8 @@ class Linear(nn.Linear):
         if not _on_cpu(input) or self.weight.dtype != torch.float32:
             return super().forward(input)
         if torch.is_autocast_enabled("cpu"):
+            if torch.is_inference_mode_enabled():  # what is cast there is of no use to training
+                return super().forward(input)
             dtype = torch.get_autocast_dtype("cpu")
             bias = None if self.bias is None else _cast_once(self, "bias", dtype)
             return F.linear(input, _cast_once(self, "weight", dtype), bias)

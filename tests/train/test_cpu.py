@@ -103,6 +103,18 @@ def test_weights_are_cast_when_they_change_and_only_then(monkeypatch):
         assert torch.equal(faster(torch.ones(1, 3)), torch.zeros(1, 2).bfloat16())
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_training_goes_on_after_a_look_at_the_samples(mode):
+    plain, faster = both(nn.Linear(3, 2))
+    x = torch.randn(4, 3)
+    for module in (plain, faster):
+        with torch.autocast("cpu", torch.bfloat16):
+            with mode():
+                module(x)
+            module(x).float().square().sum().backward()
+    assert torch.equal(faster.weight.grad, plain.weight.grad)
+
+
 def test_weights_are_cast_after_every_step_of_a_trainer(run, tmp_path, monkeypatch):
     """Adam's fused step, and clipping written as it often is, change weights behind their back."""
 

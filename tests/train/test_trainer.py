@@ -18,6 +18,7 @@ from gankernels import metrics
 from gankernels.games import DataSpec, Game, Player
 from gankernels.train import Callback, Config, DivergenceError, Trainer, load_game, start
 from gankernels.train.callbacks import Score
+from gankernels.train.trainer import choose_device
 
 
 class Toy(Game):
@@ -512,3 +513,14 @@ def test_data_must_fit_the_game(digits):
 def test_unknown_device(run):
     with pytest.raises(ValueError, match="device 'warp' cannot be used"):
         run(device="warp")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_process_on_a_machine_has_a_gpu_of_its_own(monkeypatch, name):
+    asked = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: asked.append(device))
+    assert choose_device(name) == asked[0] == torch.device("cuda:3")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert choose_device("cpu") == torch.device("cpu")
