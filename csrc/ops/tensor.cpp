@@ -54,15 +54,19 @@ Tensor dense(const Tensor& tensor) {
   return layout_of(tensor) == Layout::kOther ? torch::stable::contiguous(tensor) : tensor;
 }
 
-Tensor in_layout_of(const Tensor& tensor, const Tensor& model) {
+bool same_strides(const Tensor& tensor, const Tensor& model) {
   const auto sizes = model.sizes();
   const auto strides = tensor.strides();
   const auto wanted = model.strides();
-  bool same = tensor.scalar_type() == model.scalar_type();
+  bool same = true;
   for (size_t d = 0; d < sizes.size(); ++d) {
     same &= sizes[d] <= 1 || strides[d] == wanted[d];
   }
-  if (same) return tensor;
+  return same;
+}
+
+Tensor in_layout_of(const Tensor& tensor, const Tensor& model) {
+  if (tensor.scalar_type() == model.scalar_type() && same_strides(tensor, model)) return tensor;
   Tensor copy = empty_with_strides_of(model);
   torch::stable::copy_(copy, tensor);
   return copy;

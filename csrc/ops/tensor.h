@@ -30,8 +30,11 @@ Layout layout_of(const Tensor& tensor);
 // The tensor itself where it is dense in one of the two layouts, otherwise a contiguous copy.
 Tensor dense(const Tensor& tensor);
 
-// The tensor itself where it has the layout of `model`, of the same sizes, otherwise a copy that
-// has.
+// Whether a tensor lies in memory as `model`, of the same sizes, does.
+bool same_strides(const Tensor& tensor, const Tensor& model);
+
+// The tensor itself where it has the layout and type of `model`, of the same sizes, otherwise a
+// copy that has.
 Tensor in_layout_of(const Tensor& tensor, const Tensor& model);
 
 // The per-channel tensor itself where its elements are neighbours, otherwise a copy where they are.

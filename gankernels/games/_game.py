@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,23 @@ class DataSpec:
         return (self.channels, self.size, self.size)
 
 
-class Batch(NamedTuple):
-    """Real images `(N, C, H, W)` in [-1, 1] and their labels `(N,)`."""
+class Batch:
+    """Real images and their labels.
 
-    images: Tensor
-    labels: Tensor
+    Args:
+        images: `(N, C, H, W)` in [-1, 1], or a function that makes them when they are first asked
+            for: most generators look at labels alone.
+        labels: `(N,)`, int64.
+    """
+
+    def __init__(self, images: Tensor | Callable[[], Tensor], labels: Tensor) -> None:
+        self._images, self.labels = images, labels
+
+    @property
+    def images(self) -> Tensor:
+        if callable(self._images):
+            self._images = self._images()
+        return self._images
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,11 @@ class Dropout(nn.Dropout):
             return super().forward(input)
         words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: input.numel()].view(input.shape)
-        kept = (bits >= dropped - 2**15).to(input.dtype)
-        return input * kept.mul_(2**16 / (2**16 - dropped))
+        kept = torch.ge(bits, dropped - 2**15, out=bits)
+        scale = 2**16 / (2**16 - dropped)
+        if input.element_size() == 2:  # in place: ones become the bits of the scale
+            return input * kept.mul_(_bits(scale, input.dtype)).view(input.dtype)
+        return input * kept.to(input.dtype).mul_(scale)
 
 
 class Linear(nn.Linear):
@@ -53,8 +56,8 @@ class Linear(nn.Linear):
             if torch.is_inference_mode_enabled():  # what is cast there is of no use to training
                 return super().forward(input)
             dtype = torch.get_autocast_dtype("cpu")
-            bias = None if self.bias is None else _cast_once(self, "bias", dtype)
-            return F.linear(input, _cast_once(self, "weight", dtype), bias)
+            weight, bias = (_cast_once(self, name, dtype) for name in ("weight", "bias"))
+            return F.linear(input, weight, bias)
         if input.dim() != 2 or input.dtype != torch.float32 or not onednn_is_faster():
             return super().forward(input)
         product = _Product.apply(input, self.weight)
@@ -93,6 +96,11 @@ def _on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+@cache
+def _bits(value: float, dtype: torch.dtype) -> int:
+    return torch.tensor(value, dtype=dtype).view(torch.int16).item()
+
+
 # ---- products ------------------------------------------------------------------------------------
 
 
@@ -129,34 +137,67 @@ def onednn_is_faster() -> bool:
 # ---- casts ---------------------------------------------------------------------------------------
 
 
+class Cast:
+    """A parameter in half precision, cast again only where it has changed in the meantime."""
+
+    def __init__(self, parameter: Tensor, dtype: torch.dtype) -> None:
+        self.parameter = parameter
+        self.value = parameter.detach().to(dtype)
+        self.version = parameter._version
+        # One node of the graph for all uses: their gradients are added up before they are cast
+        # back, as under autocast.
+        self.tracked: Tensor | None = None
+
+    def refresh(self) -> None:
+        self.value.copy_(self.parameter.detach())
+        self.version = self.parameter._version
+
+    def __call__(self) -> Tensor:
+        if self.version != self.parameter._version:
+            self.refresh()
+        if not (self.parameter.requires_grad and torch.is_grad_enabled()):
+            return self.value
+        if self.tracked is None:
+            self.tracked = _As.apply(self.parameter, self.value)
+        return self.tracked
+
+
 class _As(torch.autograd.Function):
     """The cast of a parameter, computed before."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, cast: Tensor) -> Tensor:
         ctx.dtype = parameter.dtype
+        if parameter.is_leaf:
+            ctx.dtype = getattr(parameter, "grad_dtype", parameter.dtype)
         return cast.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.to(ctx.dtype), None
+        return grad if ctx.dtype is None else grad.to(ctx.dtype), None
 
 
-def _cast_once(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
-    """A parameter in `dtype`, cast again only after it has changed.
-
-    Its uses share one node of the graph, so that gradients are added up before they are cast back,
-    as under autocast.
-    """
-    parameter = getattr(module, name)
+def _cast_once(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor | None:
+    # Past nn.Module's __getattr__, which is slow, unless a parametrisation made it a property.
+    parameter = module._parameters[name] if name in module._parameters else getattr(module, name)
+    if parameter is None:
+        return None
     casts = module.__dict__.setdefault("_casts", {})
-    of, version, cast, tracked = casts.get(name, (None, None, None, None))
-    if of is not parameter or version != parameter._version or cast.dtype != dtype:
-        cast, tracked = parameter.detach().to(dtype), None
-    if tracked is None and parameter.requires_grad and torch.is_grad_enabled():
-        tracked = _As.apply(parameter, cast)
-    casts[name] = parameter, parameter._version, cast, tracked
-    return tracked if parameter.requires_grad and torch.is_grad_enabled() else cast
+    cast = casts.get(name)
+    if cast is None or cast.parameter is not parameter or cast.value.dtype != dtype:
+        casts[name] = cast = Cast(parameter, dtype)
+    return cast()
+
+
+def prepare_casts(network: nn.Module, dtype: torch.dtype) -> dict[Tensor, Cast]:
+    """The casts that the layers of an accelerated `network` will use, for an optimiser to write."""
+    casts: dict[Tensor, Cast] = {}
+    for module in network.modules():
+        if type(module) is Linear and module.weight.dtype == torch.float32:
+            for name, parameter in module.named_parameters(recurse=False):
+                cast = casts.setdefault(parameter, Cast(parameter, dtype))
+                module.__dict__.setdefault("_casts", {})[name] = cast
+    return casts
 
 
 # ---- upsampling ----------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ from gankernels._shard import shard
 from gankernels.data import BatchLoader, ImageData, ImageFiles, to_float
 from gankernels.games import Batch, Game, Player
 from gankernels.train import checkpoint
+from gankernels.train.adam import Adam
 from gankernels.train.callbacks import Boards, Callback, Metrics, Progress, Score
 from gankernels.train.config import Config, to_dict
-from gankernels.train.cpu import accelerate
+from gankernels.train.cpu import accelerate, prepare_casts
 from gankernels.train.cpus import bound_threads
 from gankernels.train.files import write_json
 from gankernels.train.graph import Graphs, run_eagerly
@@ -81,6 +82,7 @@ class Trainer:
         self._loader = None
         self.layout = torch.channels_last if game.channels_last else torch.contiguous_format
         self.game = game.to(self.device, memory_format=self.layout).train()
+        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         if self.device.type == "cpu":
             accelerate(self.game)
         if self.ranks.size > 1:
@@ -93,11 +95,18 @@ class Trainer:
             player.name: [p for p in player.network.parameters() if p.requires_grad]
             for player in self.players
         }
+        self.everyones = list(self.game.parameters())
         self.optimizers = {
             player.name: make_optimizer(player, self.parameters[player.name])
             for player in self.players
         }
-        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+        if self.device.type == "cpu":
+            # Gradients of several processes are averaged in float32.
+            casts = {}
+            if self.half == torch.bfloat16 and self.ranks.size == 1:
+                casts = prepare_casts(self.game, self.half)
+            for optimizer in self.optimizers.values():
+                Adam.take_over(optimizer, casts)
         # One for every player: a step that one of them skips is no reason for another to skip.
         self.scalers = {
             player.name: torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -194,7 +203,11 @@ class Trainer:
     ) -> tuple[list[Name], Tensor]:
         names, values = [], []
         for i, (player, loss) in enumerate(moves):
-            batch = self.draw() if self.resident else self._batch(*streamed[2 * i : 2 * i + 2])
+            if self.resident:
+                batch = self.draw()
+            else:
+                images, labels = streamed[2 * i : 2 * i + 2]
+                batch = Batch(self._prepare(images), labels)
             terms = self.move(player, loss, batch, measured)
             names += [(player.name, term) for term in terms]
             values += [value.detach().float() for value in terms.values()]
@@ -209,10 +222,11 @@ class Trainer:
 
         Where `measured`, the norm of the gradient is one of them.
         """
-        self.game.requires_grad_(False)
         parameters = self.parameters[player.name]
+        for parameter in self.everyones:
+            parameter.requires_grad = False
         for parameter in parameters:
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
         with (
             torch.autocast(self.device.type, self.half, enabled=self.half is not None),
             shard(self.ranks.rank, self.ranks.size),
@@ -224,15 +238,19 @@ class Trainer:
         self.ranks.average(gradients)
         # Scaled gradients may be infinite and are no harm: the scaler then skips the step.
         if measured and not scaler.is_enabled():
-            terms = {**terms, GRADIENT_NORM: nn.utils.get_total_norm(gradients)}
+            norm = nn.utils.get_total_norm([g.float() for g in gradients])
+            terms = {**terms, GRADIENT_NORM: norm}
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        if type(optimizer) is not Adam:  # fused ones of PyTorch's leave versions alone
+            torch.autograd.graph.increment_version(parameters)
+        for parameter in parameters:
+            parameter.grad = None
         if player.after_step is not None:
             with torch.no_grad():
                 player.after_step()
-        # For cpu.Linear: fused optimisers and whatever writes to `.data` leave versions alone.
-        torch.autograd.graph.increment_version(parameters)
+            # For cpu.Linear: what writes to `.data` leaves versions alone.
+            torch.autograd.graph.increment_version(parameters)
         return terms
 
     def draw(self) -> Batch:
@@ -240,10 +258,10 @@ class Trainer:
         n = self.config.batch_size
         rows = torch.randint(len(self.images), (n,), generator=self.rng, device=self.device)
         rows = self.ranks.own(rows)
-        return self._batch(self.images[rows], self.labels[rows])
+        return Batch(lambda: self._prepare(self.images.index_select(0, rows)), self.labels[rows])
 
-    def _batch(self, images: Tensor, labels: Tensor) -> Batch:
-        return Batch(to_float(images).contiguous(memory_format=self.layout), labels)
+    def _prepare(self, images: Tensor) -> Tensor:
+        return to_float(images).contiguous(memory_format=self.layout)
 
     def _next_batch(self, per_iteration: int) -> tuple[Tensor, Tensor]:
         if self._loader is None:

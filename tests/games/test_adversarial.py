@@ -65,7 +65,7 @@ def test_a_conditional_critic_is_penalised_at_its_labels(batch):
     game = make("cgan", penalty="r1").eval()
     (penalised,) = (p for p in game.players() if p.lazy_loss)
     one = penalised.lazy_loss(batch, rng())["penalty"]
-    other = penalised.lazy_loss(batch._replace(labels=batch.labels.flip(0)), rng())["penalty"]
+    other = penalised.lazy_loss(Batch(batch.images, batch.labels.flip(0)), rng())["penalty"]
     assert not torch.allclose(one, other)
 
 

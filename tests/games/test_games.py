@@ -181,3 +181,11 @@ def test_games_and_models_do_not_know_the_trainer():
         "assert not [name for name in sys.modules if name.startswith('gankernels.train')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_images_are_made_when_they_are_asked_for():
+    made = []
+    batch = Batch(lambda: made.append(1) or torch.zeros(2, 1, 4, 4), torch.zeros(2))
+    assert not made
+    assert batch.images is batch.images
+    assert made == [1]

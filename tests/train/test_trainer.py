@@ -104,7 +104,7 @@ def test_batches_are_real_images_with_their_labels(run, digits):
     assert first.images.shape == (16, 1, 8, 8)
     assert first.images.is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(first.images, second.images)
-    for image, label in zip(*first, strict=True):
+    for image, label in zip(first.images, first.labels, strict=True):
         pixels = ((image + 1) * 127.5).round().to(torch.uint8).contiguous().numpy()
         assert (pixels.tobytes(), int(label)) in known
     assert first.images.min() == -1
@@ -159,7 +159,7 @@ def test_streamed_batches_are_the_files(run, folder, digits):
     object.__setattr__(player, "loss", lambda batch, rng: seen.append(batch) or inner(batch, rng))
     trainer.iterate()
     trainer._close_loader()
-    for image, label in zip(*seen[0], strict=True):
+    for image, label in zip(seen[0].images, seen[0].labels, strict=True):
         pixels = ((image + 1) * 127.5).round().to(torch.uint8).contiguous().numpy()
         assert known[pixels.tobytes()] == int(label)
 

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../adam.h"
 #include "../batch_norm_leaky_relu.h"
 #include "../gradient_norm_penalty.h"
 #include "../minibatch_discrimination.h"
@@ -71,6 +72,7 @@ const char* capability_name() {
   }                                                                           \
   }
 
+GK_DISPATCH(adam, Adam)
 GK_DISPATCH(batch_norm_leaky_relu_forward, BatchNormLeakyReLUForward)
 GK_DISPATCH(batch_norm_leaky_relu_backward, BatchNormLeakyReLUBackward)
 GK_DISPATCH(batch_norm_leaky_relu_double_backward, BatchNormLeakyReLUDoubleBackward)

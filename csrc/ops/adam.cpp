@@ -1,0 +1,56 @@
+// Registers adam_, which steps many tensors at once. Arguments arrive checked: see
+// gankernels/train/adam.py.
+#include "../kernels/adam.h"
+
+#include "tensor.h"
+
+namespace gankernels::ops {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+void adam(Tensors parameters, Tensors gradients, Tensors exp_avgs, Tensors exp_avg_sqs,
+          Tensors steps, Tensors casts, double lr, double beta1, double beta2, double eps,
+          double weight_decay) {
+  const size_t count = parameters.size();
+  std::vector<AdamTensor> tensors(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& parameter = parameters[i];
+    Tensor& gradient = gradients[i];
+    if (!same_strides(gradient, parameter)) gradient = in_layout_of(gradient, parameter);
+    float& step = *static_cast<float*>(mutable_data(steps[i]));
+    AdamTensor& t = tensors[i];
+    t.size = parameter.numel();
+    t.step = int64_t(++step);
+    t.gradient_dtype = dtype_of(gradient);
+    t.parameter = static_cast<float*>(mutable_data(parameter));
+    t.gradient = data(gradient);
+    t.exp_avg = static_cast<float*>(mutable_data(exp_avgs[i]));
+    t.exp_avg_sq = static_cast<float*>(mutable_data(exp_avg_sqs[i]));
+    t.cast = casts[i].numel() ? mutable_data(casts[i]) : nullptr;
+  }
+  Adam p;
+  p.count = int64_t(count);
+  p.tensors = tensors.data();
+  p.lr = lr;
+  p.beta1 = beta1;
+  p.beta2 = beta2;
+  p.eps = eps;
+  p.weight_decay = weight_decay;
+  cpu::adam(p, cpu_threads());
+}
+
+}  // namespace
+
+// Parameters, moments and steps are float32; gradients float32 or bfloat16; casts bfloat16, or
+// empty where none is wanted. Lists of one length; moments and casts lie in memory as parameters.
+STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) {
+  m.def(
+      "adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] casts, float lr, float beta1, "
+      "float beta2, float eps, float weight_decay) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m) { m.impl("adam_", TORCH_BOX(&adam)); }
+
+}  // namespace gankernels::ops

@@ -1,0 +1,213 @@
+"""Adam in one call: PyTorch's numbers, states and hooks."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from gankernels.train.adam import Adam
+from gankernels.train.cpu import Cast
+
+SHAPES = [(), (1,), (7,), (16,), (3, 5), (40, 431), (130, 70), (6, 4, 3, 3)]
+
+
+def parameters(dtype=torch.float32, shapes=SHAPES):
+    torch.manual_seed(0)
+    made = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+    made[-1] = made[-1].contiguous(memory_format=torch.channels_last)
+    return [nn.Parameter(p) for p in made]
+
+
+def gradients(step, ps):
+    torch.manual_seed(step + 1)
+    return [torch.randn(p.shape) * 10 ** (step % 3) for p in ps]
+
+
+def ours(ps, casts=None, **options):
+    optimizer = torch.optim.Adam(ps, **options)
+    Adam.take_over(optimizer, casts or {})
+    assert type(optimizer) is Adam
+    return optimizer
+
+
+def train(optimizer, ps, steps=5, first=0):
+    for step in range(first, first + steps):
+        for p, g in zip(ps, gradients(step, ps), strict=True):
+            p.grad = g.to(p.dtype)
+        optimizer.step()
+    return [p.detach().double() for p in ps]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 1e-2},
+        {"lr": 2e-4, "betas": (0.5, 0.999)},
+        {"lr": 1e-2, "betas": (0.0, 0.9), "eps": 1e-3},
+        {"lr": 1e-2, "weight_decay": 0.1},
+    ],
+)
+def test_as_close_to_the_truth_as_pytorch(options):
+    truth = parameters(torch.float64)
+    expected = train(torch.optim.Adam(truth, **options), truth)
+    plain, fast = parameters(), parameters()
+    theirs = train(torch.optim.Adam(plain, fused=True, **options), plain)
+    for e, t, o in zip(expected, theirs, train(ours(fast, **options), fast), strict=True):
+        error, allowed = (o - e).abs().max(), (t - e).abs().max()
+        assert error <= 2 * allowed + 1e-7 * e.abs().max()
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(capability, rerun_with_capability):
+    rerun_with_capability(capability, __file__, "truth or half or strides")
+
+
+def test_threads_change_nothing():
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        ps = parameters()
+        results.append(train(ours(ps, lr=1e-2), ps))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_half_gradients_and_casts():
+    ps, expected = parameters(), parameters()
+    casts = {p: Cast(p, torch.bfloat16) for p in ps[::2]}
+    optimizer, reference = ours(ps, casts, lr=1e-2), ours(expected, lr=1e-2)
+    for step in range(3):
+        for p, e, g in zip(ps, expected, gradients(step, ps), strict=True):
+            half = g.bfloat16()
+            p.grad, e.grad = half if p in casts else half.float(), half.float()
+        optimizer.step()
+        reference.step()
+        for p, e in zip(ps, expected, strict=True):
+            assert torch.equal(p, e)
+        for p, cast in casts.items():
+            value, version = cast.value.clone(), cast.version
+            assert torch.equal(value, p.detach().bfloat16())
+            assert version == p._version  # it will not be cast again
+
+
+def test_gradients_of_other_strides():
+    ps, expected = parameters(), parameters()
+    optimizer, reference = ours(ps, lr=1e-2), torch.optim.Adam(expected, lr=1e-2)
+    for p, e in zip(ps, expected, strict=True):
+        p.grad = torch.randn(p.shape[::-1]).permute(tuple(range(p.dim()))[::-1])
+        e.grad = p.grad.clone()
+    optimizer.step()
+    reference.step()
+    for p, e in zip(ps, expected, strict=True):
+        torch.testing.assert_close(p, e)
+        assert p.stride() == e.stride()
+
+
+def test_states_are_pytorchs():
+    ps, theirs = parameters(), parameters()
+    optimizer = ours(ps, lr=1e-2)
+    train(optimizer, ps)
+    with torch.no_grad():
+        for p, t in zip(ps, theirs, strict=True):
+            t.copy_(p)
+    plain = torch.optim.Adam(theirs, lr=1e-2, fused=True)
+    saved = pickle.dumps(optimizer.state_dict())
+    plain.load_state_dict(pickle.loads(saved))
+    expected = train(plain, theirs, first=5)
+    again = parameters()
+    with torch.no_grad():
+        for p, a in zip(ps, again, strict=True):
+            a.copy_(p)
+    resumed = ours(again, lr=1)
+    resumed.load_state_dict(pickle.loads(saved))
+    for mine, other, new in zip(
+        train(optimizer, ps, first=5), expected, train(resumed, again, first=5), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+        assert torch.equal(mine, new)
+
+
+def test_parameters_without_a_gradient_stay():
+    still, moved = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = ours([still, moved], lr=0.1)
+    for _ in range(2):
+        moved.grad = torch.ones(3)
+        optimizer.step()
+    assert torch.equal(still, torch.ones(3))
+    still.grad = torch.ones(3)
+    optimizer.step()
+    # The first step is one of lr whenever it comes.
+    torch.testing.assert_close(still.detach(), torch.full((3,), 0.9))
+    assert [optimizer.state[p]["step"].item() for p in (still, moved)] == [1, 3]
+    optimizer.zero_grad()
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in (still, moved)] == [1, 3]
+
+
+def test_behaves_like_an_optimiser():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = ours([p], lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    called = []
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.sum()
+        loss.backward()
+        return loss
+
+    version = p._version
+    assert optimizer.step(closure).item() == 3
+    schedule.step()
+    assert called == ["before", "after"]
+    assert p._version > version
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.9))
+    optimizer.step(closure)
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.85))
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        (twin,) = other.param_groups[0]["params"]
+        twin.grad = torch.ones(3)
+        other.step()
+        torch.testing.assert_close(twin.detach(), torch.full((3,), 0.8))
+
+
+def own(*arguments, **options):
+    return type("Own", (torch.optim.Adam,), {})(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "parameter"),
+    [
+        (partial(torch.optim.Adam, amsgrad=True), torch.ones(3)),
+        (partial(torch.optim.Adam, maximize=True), torch.ones(3)),
+        (partial(torch.optim.Adam, lr=torch.tensor(0.1)), torch.ones(3)),
+        (partial(torch.optim.Adam, capturable=True), torch.ones(3, device="meta")),
+        (torch.optim.Adam, torch.ones(3, dtype=torch.float64)),
+        (torch.optim.Adam, torch.ones(6)[::2]),
+        (torch.optim.AdamW, torch.ones(3)),
+        (torch.optim.RMSprop, torch.ones(3)),
+        (own, torch.ones(3)),
+    ],
+)
+def test_others_stay_what_they_are(make, parameter):
+    p = nn.Parameter(parameter)
+    optimizer = make([p])
+    before = type(optimizer)
+    Adam.take_over(optimizer, {p: None})
+    assert type(optimizer) is before
+    assert getattr(p, "grad_dtype", p.dtype) == p.dtype
+
+
+def test_a_trainer_takes_it(run):
+    trainer = run("cgan", precision="bf16")
+    assert {type(o) for o in trainer.optimizers.values()} == {Adam}
+    trainer.iterate()
+    generator = trainer.optimizers["generator"]
+    weight = trainer.game.generator.layers[0].weight
+    assert weight in generator.casts
+    assert torch.equal(generator.casts[weight].value, weight.detach().bfloat16())
