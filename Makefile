@@ -34,6 +34,7 @@ bench:
 	$$python benchmarks/minibatch_discrimination.py --memory && \
 	$$python benchmarks/minibatch_stddev.py && \
 	$$python benchmarks/gradient_penalty.py && \
+	$$python benchmarks/adam.py && \
 	$$python benchmarks/memory.py
 
 # Not by way of `ready`: the machine with the GPU may have no network to install anything from.
