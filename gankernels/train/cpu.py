@@ -93,6 +93,9 @@ FASTER = {nn.Dropout: Dropout, nn.Linear: Linear, nn.Sequential: Sequential}
 
 
 def _on_cpu(x: Tensor) -> bool:
+    """And run as it is: torch.func's transforms and torch.compile get PyTorch's own layers."""
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return False
     return x.device.type == "cpu"
 
 

@@ -225,3 +225,26 @@ def test_everything_else_stays(run):
     # A trainer on a CPU does it to the networks of any game.
     game = run("cgan").game
     assert isinstance(game.generator.layers[0], cpu.Linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transforms_and_compilers_get_pytorchs_layers(products, dtype):
+    plain, faster = both(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
+    x = torch.randn(5, 3)
+
+    def results(network):
+        def loss(parameters, x):
+            return torch.func.functional_call(network, parameters, (x,)).float().square().sum()
+
+        parameters = {name: p.detach() for name, p in network.named_parameters()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            network(x)  # casts weights
+            yield from torch.func.grad(loss)(parameters, x).values()
+            yield torch.func.grad(loss, argnums=1)(parameters, x)
+            yield torch.vmap(network)(x)
+            yield from torch.func.jvp(network, (x,), (x,))
+            torch.compiler.reset()
+            yield torch.compile(network, backend="aot_eager", fullgraph=True)(x)
+
+    for ours, theirs in zip(results(faster), results(plain), strict=True):
+        torch.testing.assert_close(ours, theirs)
