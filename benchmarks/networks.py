@@ -1,4 +1,8 @@
-"""Networks as others write them, in plain PyTorch, for `gk.fuse` to work on."""
+"""Networks as others write them, in plain PyTorch, for `gk.fuse` to work on.
+
+`PAIRS` is how many a network of the default depth has of a BatchNorm and a LeakyReLU or ReLU, both
+of them modules, one right after the other: counted by hand, for `gk.fuse` to find as many.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from torch import Tensor, nn
 
 class DCGAN(nn.Module):
     """The discriminator of PyTorch's own DCGAN example, down from `size` to one number."""
+
+    PAIRS = 3  # where 32, 16 and 8 pixels are left; the first and the last layer have no norm
 
     def __init__(self, width: int = 64, size: int = 64, gpus: int = 1) -> None:
         super().__init__()
@@ -62,6 +68,8 @@ class Up(nn.Module):
 class UNet(nn.Module):
     """A discriminator that judges every pixel; its pairs are attributes that forward calls."""
 
+    PAIRS = 4  # one in each Down, one in each Up, whose second norm has no activation
+
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, width, 3, 1, 1)
@@ -98,6 +106,8 @@ class Residual(nn.Module):
 class ResNet(nn.Module):
     """The critic of a ResNet GAN; its last norm is followed by a function."""
 
+    PAIRS = 6  # two in each of three blocks
+
     def __init__(self, width: int = 64, blocks: int = 3) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1)
@@ -122,6 +132,8 @@ class EqualConv(nn.Conv2d):
 
 class StyleGAN(nn.Module):
     """A StyleGAN-like critic: residual blocks, the minibatch's deviation, no norm."""
+
+    PAIRS = 0
 
     def __init__(self, width: int = 32, blocks: int = 3) -> None:
         super().__init__()

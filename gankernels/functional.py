@@ -351,12 +351,13 @@ def minibatch_discrimination(m: Tensor) -> Tensor:
 
     Reference: Salimans et al., 2016, arXiv:1606.03498, section 3.2.
     """
-    _check_floating("m", m)
-    if m.dim() != 3:
-        raise ValueError(f"m has shape {tuple(m.shape)}; three dimensions (N, B, C) are needed")
-    if not has_kernel(m, "minibatch_discrimination"):
-        return _mbd.reference(m)
-    return _mbd.minibatch_discrimination(m)
+    if not torch.jit.is_scripting():
+        _check_floating("m", m)
+        if m.dim() != 3:
+            raise ValueError(f"m has shape {tuple(m.shape)}; three dimensions (N, B, C) are needed")
+        if has_kernel(m, "minibatch_discrimination"):
+            return _mbd.minibatch_discrimination(m)
+    return _mbd.reference(m)
 
 
 def minibatch_stddev(x: Tensor, group_size: int = 4, num_channels: int = 1) -> Tensor:
@@ -383,19 +384,20 @@ def minibatch_stddev(x: Tensor, group_size: int = 4, num_channels: int = 1) -> T
 
     Reference: Karras et al., 2018, arXiv:1710.10196, section 3.
     """
-    _check_floating("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; at least two dimensions are needed")
-    for name, value in (("group_size", group_size), ("num_channels", num_channels)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    if x.shape[1] == 0 or x.shape[1] % num_channels:
-        raise ValueError(
-            f"x has {x.shape[1]} channels, which num_channels={num_channels} does not divide"
-        )
-    if x.numel() == 0 or not has_kernel(x, "minibatch_stddev"):
-        return _stddev.reference(x, group_size, num_channels)
-    return _stddev.fused(x, group_size, num_channels)
+    if not torch.jit.is_scripting():
+        _check_floating("x", x)
+        if x.dim() < 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}; at least two dimensions are needed")
+        for name, value in (("group_size", group_size), ("num_channels", num_channels)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if x.shape[1] == 0 or x.shape[1] % num_channels:
+            raise ValueError(
+                f"x has {x.shape[1]} channels, which num_channels={num_channels} does not divide"
+            )
+        if x.numel() and has_kernel(x, "minibatch_stddev"):
+            return _stddev.fused(x, group_size, num_channels)
+    return _stddev.reference(x, group_size, num_channels)
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

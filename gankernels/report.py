@@ -68,9 +68,10 @@ img{display:block;max-width:100%;height:auto;border-radius:3px}
 .gallery figure{margin:0}.gallery img{width:100%}
 table{border-collapse:collapse;font-size:.925rem}
 th,td{padding:.25rem 1.1rem .25rem 0;border-bottom:1px solid var(--rule);text-align:left;
-vertical-align:baseline;overflow-wrap:anywhere}
+vertical-align:baseline;min-width:9rem;overflow-wrap:anywhere}
 th{font-weight:500}thead th{color:var(--muted);font-weight:400;overflow-wrap:normal}
-.number{text-align:right;padding:.25rem .7rem;white-space:nowrap;font-variant-numeric:tabular-nums}
+.number{text-align:right;padding:.25rem .7rem;min-width:0;white-space:nowrap;
+font-variant-numeric:tabular-nums}
 .highlight{background:var(--shade);color:var(--ink);font-weight:650}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(10.5rem,1fr));gap:.9rem 1.5rem;
 margin:0}

@@ -16,6 +16,7 @@ from gankernels.train.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 FILE = "index.html"
@@ -130,6 +131,7 @@ def plot_sizes(rows: list[Row]) -> Figure:
     """Every contender's time over the input's elements, a panel per pass."""
     with style():
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
         passes = [what for what in PASSES if any(row.case.what == what for row in rows)]
         figure = Figure(figsize=(WIDTH, 3))
@@ -142,6 +144,10 @@ def plot_sizes(rows: list[Row]) -> Figure:
                 _curve(ax, name, colour, chosen)
             _limit(ax, chosen)
             ax.set(xscale="log", yscale="log", title=what, xlabel="elements of the input")
+            plain_numbers(ax.yaxis)
+            ax.xaxis.set_major_locator(FixedLocator(sorted({row.case.elements for row in rows})))
+            ax.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
+            ax.xaxis.set_minor_locator(NullLocator())
         panels[0].set_ylabel("ms")
         shown = {
             label: handle
@@ -171,6 +177,18 @@ def _limit(ax: Axes, rows: list[Row]) -> None:
     if points:
         label = "fewest bytes at a clone's speed"
         ax.plot(*zip(*points, strict=True), color=MUTED, linestyle=":", label=label)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Labels of a logarithmic axis: 0.1 for a power of ten, which `style` would not typeset."""
+    from matplotlib.ticker import FuncFormatter, StrMethodFormatter
+
+    def between(value: float, _: object) -> str:
+        low, high = axis.get_view_interval()
+        return f"{value:g}" if high < 10 * low and f"{value:.0e}"[0] in "25" else ""
+
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(FuncFormatter(between))
 
 
 # ---- speed-up ------------------------------------------------------------------------------------
@@ -257,6 +275,7 @@ def plot_roofline(
     """Ours filled, eager hollow, under the roofs that memory, cache and arithmetic make."""
     with style():
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
 
         figure = Figure(figsize=(WIDTH, 4.2))
         ax = figure.subplots()
@@ -286,7 +305,7 @@ def plot_roofline(
                         zorder=3,
                     )
         ax.annotate(
-            f"{top / 1e9:,.3g}e9 operations/s",
+            f"{top / 1e9:,.3g}G operations/s",
             (most, top),
             (0, 4),
             textcoords="offset points",
@@ -301,5 +320,7 @@ def plot_roofline(
             ylabel="operations per second",
             title="filled: ours, hollow: eager",
         )
+        plain_numbers(ax.xaxis)
+        ax.yaxis.set_major_formatter(EngFormatter(sep=""))
         figure.legend(loc="outside lower center", ncols=4)
     return figure

@@ -8,6 +8,7 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _NormBase
 
 from gankernels.functional import _batch_norm
+from gankernels.ops.batch_norm_leaky_relu import reference
 from gankernels.ops.collectives import check_group, group_of_several
 
 
@@ -24,6 +25,12 @@ class _BatchNormActivation(_NormBase):
     negative_slope: float
     sync: bool = False  # for the layers that gankernels.fuse makes, which have no attribute
     process_group: dist.ProcessGroup | None = None
+
+    # For torch.jit.script.
+    __constants__ = (
+        *_NormBase.__constants__, "negative_slope", "sync", "_activation_first", "_dimensions",
+    )  # fmt: skip
+    __jit_ignored_attributes__ = ("process_group", "_before_fusion")
 
     def __init__(
         self,
@@ -49,27 +56,51 @@ class _BatchNormActivation(_NormBase):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() not in self._dimensions:
-            expected = " or ".join(f"{d}D" for d in self._dimensions)
+            expected = " or ".join([f"{d}D" for d in self._dimensions])
             raise ValueError(f"expected {expected} input (got {x.dim()}D input)")
-        if x.shape[1] != self.num_features:
-            raise RuntimeError(
-                f"expected input with {self.num_features} channels (num_features), "
-                f"got {x.shape[1]} in input of shape {tuple(x.shape)}"
-            )
+        training = self.training or self.running_mean is None
         tracking = self.training and self.track_running_stats
-        return _batch_norm(
+        running_mean = self.running_mean if not self.training or tracking else None
+        running_var = self.running_var if not self.training or tracking else None
+        if not torch.jit.is_scripting():
+            if x.shape[1] != self.num_features:
+                raise RuntimeError(
+                    f"expected input with {self.num_features} channels (num_features), "
+                    f"got {x.shape[1]} in input of shape {tuple(x.shape)}"
+                )
+            return _batch_norm(
+                x,
+                running_mean,
+                running_var,
+                self.num_batches_tracked if tracking else None,
+                self.weight,
+                self.bias,
+                training,
+                self.momentum,
+                self.eps,
+                self.negative_slope,
+                activation_first=self._activation_first,
+                group=group_of_several(self.process_group) if self.sync and self.training else None,
+            )
+        # Scripted code is to run where there is no gankernels, as all that is exported.
+        if self.sync and self.training:
+            raise RuntimeError("a scripted layer cannot train with sync=True")
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if tracking and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return reference(
             x,
-            self.running_mean if not self.training or tracking else None,
-            self.running_var if not self.training or tracking else None,
-            self.num_batches_tracked if tracking else None,
+            running_mean,
+            running_var,
             self.weight,
             self.bias,
-            self.training or self.running_mean is None,
-            self.momentum,
+            training,
+            momentum,
             self.eps,
-            self.negative_slope,
-            activation_first=self._activation_first,
-            group=group_of_several(self.process_group) if self.sync and self.training else None,
+            float(self.negative_slope),
+            self._activation_first,
         )
 
     def extra_repr(self) -> str:

@@ -65,6 +65,8 @@ class MinibatchDiscrimination(nn.Module):
     Reference: Salimans et al., 2016, arXiv:1606.03498, section 3.2.
     """
 
+    __jit_ignored_attributes__ = ("process_group",)
+
     def __init__(
         self,
         in_features: int,
@@ -106,16 +108,18 @@ class MinibatchDiscrimination(nn.Module):
         if x.shape[1] != self.in_features:
             raise RuntimeError(
                 f"expected input with {self.in_features} features (in_features), "
-                f"got {x.shape[1]} in input of shape {tuple(x.shape)}"
+                f"got {x.shape[1]} in input of shape {(x.shape[0], x.shape[1])}"
             )
         m = (x @ self.weight.flatten(1)).unflatten(1, (self.num_kernels, self.kernel_dim))
-        group = group_of_several(self.process_group) if self.gather and self.training else None
-        if group is None:
-            o = minibatch_discrimination(m)
-        else:
-            counts = row_counts(m, group)
-            o = own_rows(minibatch_discrimination(rows_of_all(m, counts, group)), counts, group)
-        return torch.cat((x, o), 1)
+        if not torch.jit.is_scripting():
+            group = group_of_several(self.process_group) if self.gather and self.training else None
+            if group is not None:
+                counts = row_counts(m, group)
+                o = minibatch_discrimination(rows_of_all(m, counts, group))
+                return torch.cat((x, own_rows(o, counts, group)), 1)
+        elif self.gather and self.training:
+            raise RuntimeError("a scripted layer cannot train with gather=True")
+        return torch.cat((x, minibatch_discrimination(m)), 1)
 
     def extra_repr(self) -> str:
         return (

@@ -19,7 +19,7 @@ _ops = torch.ops.gankernels
 EPS = 1e-8  # added to the variance, for a finite derivative where all members of a group agree
 
 
-def reference(x: Tensor, group_size: int, num_channels: int) -> Tensor:
+def reference(x: Tensor, group_size: int, num_channels: int, eps: float = EPS) -> Tensor:
     """The op in plain PyTorch: the oracle of the tests, and what runs where there is no kernel."""
     if x.numel() == 0:
         return x[:, :num_channels]
@@ -33,7 +33,7 @@ def reference(x: Tensor, group_size: int, num_channels: int) -> Tensor:
     members = -(-samples // groups)
     missing = groups * members - samples
     if missing:
-        y = torch.cat((y, y.new_zeros(missing, *y.shape[1:])))
+        y = torch.cat((y, y.new_zeros((missing, y.shape[1], y.shape[2]))))
     y = y.reshape(members, groups, num_channels, -1)
     if missing:
         there = (torch.arange(groups * members, device=x.device) < samples).to(y.dtype)
@@ -44,7 +44,7 @@ def reference(x: Tensor, group_size: int, num_channels: int) -> Tensor:
     else:
         # Not y.var(0), which takes ten times as long on a CPU.
         variance = (y - y.mean(0)).square().mean(0)
-    return _feature_maps((variance + EPS).sqrt().mean(-1), x)
+    return _feature_maps((variance + eps).sqrt().mean(-1), x)
 
 
 def fused(x: Tensor, group_size: int, num_channels: int) -> Tensor:
@@ -58,10 +58,10 @@ def _groups(samples: int, group_size: int) -> int:
 
 def _feature_maps(stddev: Tensor, x: Tensor) -> Tensor:
     """From (groups, num_channels) to (N, num_channels, ...), expanded."""
-    samples, space = x.shape[0], x.shape[2:]
-    groups, num_channels = stddev.shape
+    shape, samples = list(x.shape), x.shape[0]
+    groups, shape[1] = stddev.shape
     features = stddev.repeat(-(-samples // groups), 1)[:samples].to(x.dtype)
-    return features.reshape(samples, num_channels, *(1,) * len(space)).expand(-1, -1, *space)
+    return features.reshape(shape[:2] + [1] * len(shape[2:])).expand(shape)
 
 
 # ---- forward: (x, group_size, num_channels, eps) -> stddev

@@ -75,7 +75,7 @@ def write_report(run: str | Path) -> Path:
             loss = f"{_words(group)} loss" if group not in series else _words(group)
             quantity = MEASURES.get(group, loss)
             page.figure(
-                plot(members, quantity),
+                plot(members, quantity, apart=group == "score"),
                 alt=f"{quantity} over steps: {', '.join(members)}",
                 caption=_note(members),
             )
@@ -148,18 +148,22 @@ def thin(series: Series) -> Series:
     return Series(np.repeat(series.steps[starts], 2), np.stack(extremes, axis=1).ravel())
 
 
-def plot(members: dict[str, Series], quantity: str, from_zero: bool = False) -> Figure:
+def plot(
+    members: dict[str, Series], quantity: str, from_zero: bool = False, apart: bool = False
+) -> Figure:
     """Curves over steps, in one panel, or in one each where one would flatten another.
 
     Args:
         members: by the name that the legend gives them.
         quantity: what the vertical axis measures.
         from_zero: whether it begins at zero.
+        apart: one each in any case.
     """
     with style():
         from matplotlib.figure import Figure
 
-        panels = [[name] for name in members] if _differ(members) else [list(members)]
+        apart = apart or _differ(members)
+        panels = [[name] for name in members] if apart else [list(members)]
         figure = Figure(figsize=(WIDTH, 0.7 + 2.2 * len(panels)))
         axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
         for ax, names in zip(axes, panels, strict=True):

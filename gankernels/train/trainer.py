@@ -313,7 +313,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint; DivergenceError where a loss or a weight is no longer finite."""
-        self.losses.read()
+        self.losses.check()
         for player in self.players:
             finite = [p.isfinite().all() for p in self.parameters[player.name]]
             if not torch.stack(finite).all():

@@ -24,6 +24,8 @@ def test_everything(tiny, tmp_path, monkeypatch, capsys):
     assert len(found["ops"]) == len(tiny)
     assert found["training"][0]["settings"] == {"size": "12", "batch_size": "4"}
     assert (tmp_path / "bench" / "speedup_training.png").exists()
+    # In labels, where style() has nothing typeset.
+    assert "mathdefault" not in (tmp_path / "bench" / "index.html").read_text()
 
 
 def test_one_op(tiny, tmp_path, capsys):

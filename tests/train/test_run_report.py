@@ -145,6 +145,15 @@ def test_curves_that_would_flatten_each_other_have_a_panel_each():
     assert together[0].get_xlabel() == apart[1].get_xlabel() == "step"
 
 
+def test_scores_have_a_panel_each(folder):
+    """However alike their sizes are: they are of different kinds."""
+    pair = {"score/frechet": 1.4, "score/accuracy": 0.9, "critic/a": 1.4, "critic/b": 0.9}
+    rows = [{"step": step, **pair} for step in (1, 2)]
+    html = read(write_report(folder(rows)))
+    panels = re.findall(r'id="(figure-\d)-axes_\d"', html)
+    assert panels == ["figure-1", "figure-1", "figure-2"]
+
+
 def test_many_points_are_drawn_as_few_that_look_alike():
     rng = np.random.default_rng(0)
     series = report.Series(np.arange(1.0, 10_001), 0.7 + 0.1 * rng.standard_normal(10_000))
