@@ -1,5 +1,5 @@
-// Registers adam_, which steps many tensors at once. Arguments arrive checked: see
-// gankernels/train/adam.py.
+// Registers adam_, which steps many tensors at once. Unlike other ops it checks what it is given,
+// since an optimiser's state may come from anywhere.
 #include "../kernels/adam.h"
 
 #include "tensor.h"
@@ -9,6 +9,13 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
+void check_like(const Tensor& tensor, const Tensor& parameter, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.numel() == parameter.numel() &&
+                      tensor.dim() == parameter.dim() && same_strides(tensor, parameter),
+                  "adam_: ", name, " must have its parameter's sizes and strides, and dtype ",
+                  dtype == ScalarType::Float ? "float32" : "bfloat16");
+}
+
 void adam(Tensors parameters, Tensors gradients, Tensors exp_avgs, Tensors exp_avg_sqs,
           Tensors steps, Tensors casts, double lr, double beta1, double beta2, double eps,
           double weight_decay) {
@@ -16,8 +23,19 @@ void adam(Tensors parameters, Tensors gradients, Tensors exp_avgs, Tensors exp_a
   std::vector<AdamTensor> tensors(count);
   for (size_t i = 0; i < count; ++i) {
     const Tensor& parameter = parameters[i];
+    check_like(parameter, parameter, ScalarType::Float, "parameter");
+    STD_TORCH_CHECK(dense_block(parameter, 0) == parameter.numel(),
+                    "adam_: a parameter has gaps between its elements");
+    check_like(exp_avgs[i], parameter, ScalarType::Float, "exp_avg");
+    check_like(exp_avg_sqs[i], parameter, ScalarType::Float, "exp_avg_sq");
+    check_like(steps[i], steps[i], ScalarType::Float, "step");
+    if (casts[i].numel()) check_like(casts[i], parameter, ScalarType::BFloat16, "cast");
     Tensor& gradient = gradients[i];
-    if (!same_strides(gradient, parameter)) gradient = in_layout_of(gradient, parameter);
+    STD_TORCH_CHECK(gradient.numel() == parameter.numel() && gradient.dim() == parameter.dim(),
+                    "adam_: a gradient is not of its parameter's sizes");
+    const ScalarType dtype = gradient.scalar_type();
+    const bool known = dtype == ScalarType::Float || dtype == ScalarType::BFloat16;
+    if (!known || !same_strides(gradient, parameter)) gradient = in_layout_of(gradient, parameter);
     float& step = *static_cast<float*>(mutable_data(steps[i]));
     AdamTensor& t = tensors[i];
     t.size = parameter.numel();

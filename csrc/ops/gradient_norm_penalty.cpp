@@ -12,20 +12,9 @@ namespace {
 // The tensor itself where every sample (of the first dimension) is a dense block and the samples
 // follow each other, in whatever order the other dimensions lie; otherwise a contiguous copy.
 Tensor with_dense_samples(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  int64_t block = 1;  // the elements that are known to be dense so far
-  for (size_t found = 1; found;) {
-    found = 0;
-    for (size_t d = 1; d < sizes.size(); ++d) {
-      if (sizes[d] != 1 && strides[d] == block) {
-        block *= sizes[d];
-        found = 1;
-      }
-    }
-  }
-  const int64_t samples = sizes[0];
-  const bool dense = block * samples == tensor.numel() && (samples <= 1 || strides[0] == block);
+  const int64_t block = dense_block(tensor, 1), samples = tensor.size(0);
+  const bool dense =
+      block * samples == tensor.numel() && (samples <= 1 || tensor.stride(0) == block);
   return dense ? tensor : torch::stable::contiguous(tensor);
 }
 

@@ -54,6 +54,22 @@ Tensor dense(const Tensor& tensor) {
   return layout_of(tensor) == Layout::kOther ? torch::stable::contiguous(tensor) : tensor;
 }
 
+int64_t dense_block(const Tensor& tensor, size_t first) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  int64_t block = 1;  // the elements that are known to be dense so far
+  for (bool found = true; found && block;) {
+    found = false;
+    for (size_t d = first; d < sizes.size(); ++d) {
+      if (sizes[d] != 1 && strides[d] == block) {
+        block *= sizes[d];
+        found = true;
+      }
+    }
+  }
+  return block;
+}
+
 bool same_strides(const Tensor& tensor, const Tensor& model) {
   const auto sizes = model.sizes();
   const auto strides = tensor.strides();

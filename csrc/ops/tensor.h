@@ -30,6 +30,9 @@ Layout layout_of(const Tensor& tensor);
 // The tensor itself where it is dense in one of the two layouts, otherwise a contiguous copy.
 Tensor dense(const Tensor& tensor);
 
+// How many elements lie side by side, in whatever order, in the dimensions from `first` on.
+int64_t dense_block(const Tensor& tensor, size_t first);
+
 // Whether a tensor lies in memory as `model`, of the same sizes, does.
 bool same_strides(const Tensor& tensor, const Tensor& model);
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -40,8 +40,12 @@ class Batch:
     @property
     def images(self) -> Tensor:
         if callable(self._images):
-            self._images = self._images()
+            with torch.inference_mode(False):  # others may train on them
+                self._images = self._images()
         return self._images
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.images, self.labels))
 
 
 @dataclass(frozen=True)

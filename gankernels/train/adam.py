@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as hooks
 
 from gankernels._library import LOADED
 from gankernels.train.cpu import Cast
@@ -17,7 +19,8 @@ class Adam(torch.optim.Adam):
     """What `torch.optim.Adam` computes, in one call of a kernel (csrc/kernels/adam.h).
 
     Gradients in bfloat16 are taken as they are, and casts of parameters are written with them. Its
-    states and state_dict are PyTorch's.
+    states and state_dict are PyTorch's, and it becomes PyTorch's again where it is asked for what
+    the kernel cannot do.
     """
 
     casts: Mapping[Tensor, Cast] = MappingProxyType({})
@@ -25,43 +28,54 @@ class Adam(torch.optim.Adam):
     @staticmethod
     def take_over(optimizer: torch.optim.Optimizer, casts: Mapping[Tensor, Cast]) -> None:
         """Let `optimizer` be one of this class if it is PyTorch's, with what the kernel can do."""
-        if not LOADED or type(optimizer) is not torch.optim.Adam:
-            return
-        for group in optimizer.param_groups:
-            if group["amsgrad"] or group["maximize"] or group.get("decoupled_weight_decay"):
-                return
-            if isinstance(group["lr"], Tensor) or group["differentiable"] or group["capturable"]:
-                return
-            for p in group["params"]:
-                dense = torch.empty_like(p).stride() == p.stride()
-                if p.device.type != "cpu" or p.dtype != torch.float32 or not dense:
-                    return
-        optimizer.__class__ = Adam
-        optimizer.casts = casts
-        optimizer._step_supports_amp_scaling = False  # so that a GradScaler unscales and skips
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p in casts and hasattr(p, "grad_dtype"):
-                    p.grad_dtype = None  # whichever it comes in
+        if LOADED and type(optimizer) is torch.optim.Adam and _can_step(optimizer):
+            optimizer.__class__ = Adam
+            optimizer.casts = casts
+            optimizer._step_supports_amp_scaling = False  # so that a GradScaler unscales and skips
+
+    @contextmanager
+    def half_gradients(self) -> Iterator[None]:
+        """Gradients of casts stay in half precision inside, if nobody is to see them but `step`."""
+        casts = []
+        if not (self._optimizer_step_pre_hooks or hooks._global_optimizer_pre_hooks):
+            casts = [
+                self.casts[p] for p in self._parameters() if p in self.casts and not _hooked(p)
+            ]
+        for cast in casts:
+            cast.keeps_gradient, cast.gradient = True, None
+        try:
+            yield
+        finally:
+            for cast in casts:
+                cast.keeps_gradient = False
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if not all(map(_is_plain, self.param_groups)):
+            self.__class__ = torch.optim.Adam
+            return self.step(closure)
+        return self._step(closure)
+
+    step.hooked = True  # PyTorch's mark of what calls hooks, as `_step` does
 
     @torch.optim.Optimizer.profile_hook_step
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         nothing = torch.empty(0)
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
+            moved = [(p, g) for p in group["params"] if (g := self._gradient(p)) is not None]
+            if not moved:
                 continue
+            parameters, gradients = zip(*moved, strict=True)
             states = [self.state[p] or self._start(p) for p in parameters]
             casts = [self.casts.get(p) for p in parameters]
             written = [nothing if cast is None else cast.value for cast in casts]
             torch.ops.gankernels.adam_.default(
                 parameters,
-                [p.grad for p in parameters],
+                gradients,
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [state["step"] for state in states],
@@ -77,12 +91,57 @@ class Adam(torch.optim.Adam):
                     cast.version = cast.parameter._version
         return loss
 
+    def _gradient(self, parameter: Tensor) -> Tensor | None:
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout != torch.strided:
+            raise RuntimeError("Adam does not support sparse gradients, use SparseAdam instead")
+        half = self.casts[parameter].take_gradient() if parameter in self.casts else None
+        if gradient is None or half is None:
+            return half if gradient is None else gradient
+        return gradient + half
+
     def _start(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
-        state["step"] = torch.zeros(())
+        state["step"] = torch.zeros((), dtype=torch.float32)
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # in the parameter's layout
+                state[name] = torch.empty_like(parameter).detach().copy_(state[name])
+            state["step"] = state["step"].float()
 
-Adam.step.hooked = True  # PyTorch's mark of a step with hooks, which it would wrap again
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if not _can_step(self):
+            self.__class__ = torch.optim.Adam
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+
+def _can_step(optimizer: torch.optim.Adam) -> bool:
+    if "step" in vars(optimizer):  # schedulers, for one, put a function there that calls PyTorch's
+        return False
+    return all(
+        _is_plain(group) and all(map(_is_dense_float32, group["params"]))
+        for group in optimizer.param_groups
+    )
+
+
+def _is_plain(group: dict[str, Any]) -> bool:
+    unknown = ("amsgrad", "maximize", "differentiable", "capturable", "decoupled_weight_decay")
+    return not (any(group.get(name) for name in unknown) or isinstance(group["lr"], Tensor))
+
+
+def _is_dense_float32(p: Tensor) -> bool:
+    dense = p.is_contiguous() or torch.empty_like(p).stride() == p.stride()
+    return p.device.type == "cpu" and p.dtype == torch.float32 and dense
+
+
+def _hooked(p: Tensor) -> bool:
+    return bool(p._backward_hooks or p._post_accumulate_grad_hooks)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,7 +56,8 @@ class Linear(nn.Linear):
         if not _on_cpu(input) or self.weight.dtype != torch.float32:
             return super().forward(input)
         if torch.is_autocast_enabled("cpu"):
-            if torch.is_inference_mode_enabled():  # what is cast there is of no use to training
+            # What is cast in inference mode is of no use to training.
+            if not _casts_in_use or torch.is_inference_mode_enabled() or self.weight.is_inference():
                 return super().forward(input)
             dtype = torch.get_autocast_dtype("cpu")
             weight, bias = (_cast_once(self, name, dtype) for name in ("weight", "bias"))
@@ -93,10 +97,10 @@ FASTER = {nn.Dropout: Dropout, nn.Linear: Linear, nn.Sequential: Sequential}
 
 
 def _on_cpu(x: Tensor) -> bool:
-    """And run as it is: torch.func's transforms and torch.compile get PyTorch's own layers."""
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    """And run as it is: torch.func, torch.compile and torch.jit get PyTorch's own layers."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return x.device.type == "cpu"
+    return x.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
 
 
 @cache
@@ -141,7 +145,11 @@ def onednn_is_faster() -> bool:
 
 
 class Cast:
-    """A parameter in half precision, cast again only where it has changed in the meantime."""
+    """A parameter in half precision, cast again only where it has changed in the meantime.
+
+    It is then written in place: a graph from before cannot be differentiated any more. Used by
+    `Linear` inside `use_casts` only, where it is known who changes weights.
+    """
 
     def __init__(self, parameter: Tensor, dtype: torch.dtype) -> None:
         self.parameter = parameter
@@ -150,10 +158,9 @@ class Cast:
         # One node of the graph for all uses: their gradients are added up before they are cast
         # back, as under autocast.
         self.tracked: Tensor | None = None
-
-    def refresh(self) -> None:
-        self.value.copy_(self.parameter.detach())
-        self.version = self.parameter._version
+        #: Whether `gradient` gets what the parameter's `grad` would get otherwise, in float32.
+        self.keeps_gradient = False
+        self.gradient: Tensor | None = None
 
     def __call__(self) -> Tensor:
         if self.version != self.parameter._version:
@@ -161,23 +168,49 @@ class Cast:
         if not (self.parameter.requires_grad and torch.is_grad_enabled()):
             return self.value
         if self.tracked is None:
-            self.tracked = _As.apply(self.parameter, self.value)
+            self.tracked = _As.apply(self.parameter, weakref.ref(self))
         return self.tracked
+
+    def refresh(self) -> None:
+        self.value.copy_(self.parameter.detach())
+        self.version = self.parameter._version
+
+    def take_gradient(self) -> Tensor | None:
+        gradient, self.gradient = self.gradient, None
+        return gradient
 
 
 class _As(torch.autograd.Function):
     """The cast of a parameter, computed before."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, cast: Tensor) -> Tensor:
-        ctx.dtype = parameter.dtype
-        if parameter.is_leaf:
-            ctx.dtype = getattr(parameter, "grad_dtype", parameter.dtype)
-        return cast.detach()
+    def forward(ctx: Any, parameter: Tensor, cast: weakref.ref[Cast]) -> Tensor:
+        ctx.cast, ctx.dtype = cast, parameter.dtype
+        return cast().value.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad if ctx.dtype is None else grad.to(ctx.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        cast = ctx.cast()
+        if cast is not None and cast.keeps_gradient:
+            cast.gradient = grad if cast.gradient is None else cast.gradient + grad
+            return None, None
+        return grad.to(ctx.dtype), None
+
+
+_casts_in_use = False
+
+
+@contextmanager
+def use_casts() -> Iterator[None]:
+    """Inside, weights are cast once per version of theirs. Whoever changes one in a way that
+    PyTorch does not count (through `data`, or by a fused optimiser) has to count it himself, by
+    `torch.autograd.graph.increment_version`."""
+    global _casts_in_use
+    before, _casts_in_use = _casts_in_use, True
+    try:
+        yield
+    finally:
+        _casts_in_use = before
 
 
 def _cast_once(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor | None:

@@ -7,7 +7,7 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from gankernels.train import checkpoint
 from gankernels.train.adam import Adam
 from gankernels.train.callbacks import Boards, Callback, Metrics, Progress, Score
 from gankernels.train.config import Config, to_dict
-from gankernels.train.cpu import accelerate, prepare_casts
+from gankernels.train.cpu import accelerate, prepare_casts, use_casts
 from gankernels.train.cpus import bound_threads
 from gankernels.train.files import write_json
 from gankernels.train.graph import Graphs, run_eagerly
@@ -101,10 +101,8 @@ class Trainer:
             for player in self.players
         }
         if self.device.type == "cpu":
-            # Gradients of several processes are averaged in float32.
-            casts = {}
-            if self.half == torch.bfloat16 and self.ranks.size == 1:
-                casts = prepare_casts(self.game, self.half)
+            bf16 = self.half == torch.bfloat16
+            casts = prepare_casts(self.game, self.half) if bf16 else {}
             for optimizer in self.optimizers.values():
                 Adam.take_over(optimizer, casts)
         # One for every player: a step that one of them skips is no reason for another to skip.
@@ -125,6 +123,7 @@ class Trainer:
                 raise ValueError("score compares with all images: it needs them in memory")
             own.append(Score())
         self.callbacks = [*own, *callbacks] if self.ranks.first else []
+        self.foreign = len(callbacks) > 0
         self._stop = StopRequest()
 
     def fit(self) -> None:
@@ -155,6 +154,8 @@ class Trainer:
                 while self.step < config.steps and not stopping:
                     self.iterate()
                     self.tell("on_step")
+                    if self.foreign:
+                        self._count_change()
                     stopping = self._stopping()
                     last = self.step == config.steps or stopping
                     if self.step % config.log_every == 0 or last:
@@ -230,16 +231,20 @@ class Trainer:
         with (
             torch.autocast(self.device.type, self.half, enabled=self.half is not None),
             shard(self.ranks.rank, self.ranks.size),
+            use_casts(),
         ):
             terms = loss(batch, self.rng)
         optimizer, scaler = self.optimizers[player.name], self.scalers[player.name]
-        scaler.scale(sum(terms.values())).backward()
+        # Nobody but the optimiser is to see the gradients.
+        alone = not (measured or scaler.is_enabled() or self.ranks.size > 1)
+        own = alone and type(optimizer) is Adam
+        with optimizer.half_gradients() if own else nullcontext():
+            scaler.scale(sum(terms.values())).backward()
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.ranks.average(gradients)
         # Scaled gradients may be infinite and are no harm: the scaler then skips the step.
         if measured and not scaler.is_enabled():
-            norm = nn.utils.get_total_norm([g.float() for g in gradients])
-            terms = {**terms, GRADIENT_NORM: norm}
+            terms = {**terms, GRADIENT_NORM: nn.utils.get_total_norm(gradients)}
         scaler.step(optimizer)
         scaler.update()
         if type(optimizer) is not Adam:  # fused ones of PyTorch's leave versions alone
@@ -249,9 +254,13 @@ class Trainer:
         if player.after_step is not None:
             with torch.no_grad():
                 player.after_step()
-            # For cpu.Linear: what writes to `.data` leaves versions alone.
-            torch.autograd.graph.increment_version(parameters)
+        if player.after_step is not None or optimizer._optimizer_step_post_hooks:
+            self._count_change()
         return terms
+
+    def _count_change(self) -> None:
+        """After what may have written to `.data` of any weight, for cpu.use_casts."""
+        torch.autograd.graph.increment_version(self.everyones)
 
     def draw(self) -> Batch:
         """A batch of real images, drawn with replacement."""

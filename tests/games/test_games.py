@@ -187,5 +187,9 @@ def test_images_are_made_when_they_are_asked_for():
     made = []
     batch = Batch(lambda: made.append(1) or torch.zeros(2, 1, 4, 4), torch.zeros(2))
     assert not made
-    assert batch.images is batch.images
+    with torch.inference_mode():
+        images, labels = batch
+    assert images is batch.images
+    assert not images.is_inference()
+    assert labels is batch.labels
     assert made == [1]

@@ -82,15 +82,55 @@ def test_half_gradients_and_casts():
     for step in range(3):
         for p, e, g in zip(ps, expected, gradients(step, ps), strict=True):
             half = g.bfloat16()
-            p.grad, e.grad = half if p in casts else half.float(), half.float()
+            p.grad, e.grad = None if p in casts else half.float(), half.float()
+            if p in casts:
+                casts[p].gradient = half
         optimizer.step()
         reference.step()
         for p, e in zip(ps, expected, strict=True):
             assert torch.equal(p, e)
         for p, cast in casts.items():
-            value, version = cast.value.clone(), cast.version
-            assert torch.equal(value, p.detach().bfloat16())
-            assert version == p._version  # it will not be cast again
+            assert torch.equal(cast.value, p.detach().bfloat16())
+            assert cast.version == p._version  # it will not be cast again
+            assert cast.gradient is None
+    # A graph from before is not differentiated with what the cast has become.
+    some = next(iter(casts))
+    square = casts[some]() * casts[some]()
+    casts[some].gradient = torch.ones_like(casts[some].value)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
+def test_half_gradients_are_kept_for_the_step_alone():
+    p = nn.Parameter(torch.randn(4, 3))
+    cast = Cast(p, torch.bfloat16)
+    optimizer = ours([p], {p: cast}, lr=0.1)
+
+    def backward():
+        p.grad = None
+        (cast().float().square().sum() + p.sum()).backward()
+
+    with optimizer.half_gradients():
+        backward()
+    assert torch.equal(p.grad, torch.ones(4, 3))
+    assert torch.equal(cast.gradient, (2 * cast.value.float()).bfloat16())
+    with optimizer.half_gradients():  # what nobody took is not added to
+        backward()
+    assert torch.equal(optimizer._gradient(p), cast.value.float() * 2 + 1)
+    for watch in (
+        lambda: p.register_hook(lambda g: g),
+        lambda: p.register_post_accumulate_grad_hook(lambda p: None),
+        lambda: optimizer.register_step_pre_hook(lambda *_: None),
+    ):
+        handle = watch()
+        with optimizer.half_gradients():
+            backward()
+        assert cast.gradient is None
+        assert torch.equal(p.grad, cast.value.float() * 2 + 1)
+        handle.remove()
+    backward()
+    assert cast.gradient is None
 
 
 def test_gradients_of_other_strides():
@@ -169,11 +209,15 @@ def test_behaves_like_an_optimiser():
     torch.testing.assert_close(p.detach(), torch.full((3,), 0.9))
     optimizer.step(closure)
     torch.testing.assert_close(p.detach(), torch.full((3,), 0.85))
+    called.clear()
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert type(other) is Adam
         (twin,) = other.param_groups[0]["params"]
         twin.grad = torch.ones(3)
         other.step()
         torch.testing.assert_close(twin.detach(), torch.full((3,), 0.8))
+    optimizer.step(closure)
+    assert called == ["before", "after"]  # not twice, which PyTorch takes care of when it copies
 
 
 def own(*arguments, **options):
@@ -200,7 +244,97 @@ def test_others_stay_what_they_are(make, parameter):
     before = type(optimizer)
     Adam.take_over(optimizer, {p: None})
     assert type(optimizer) is before
-    assert getattr(p, "grad_dtype", p.dtype) == p.dtype
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize", "decoupled_weight_decay", "lr"])
+def test_what_the_kernel_cannot_do_is_pytorchs(name):
+    def moved(take_over):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = ours([p], lr=0.1) if take_over else torch.optim.Adam([p], lr=0.1, fused=True)
+        for step in range(3):
+            if step == 1:
+                optimizer.param_groups[0][name] = torch.tensor(0.2) if name == "lr" else True
+                if name == "amsgrad":
+                    optimizer.state[p]["max_exp_avg_sq"] = torch.zeros(3)
+            p.grad = torch.full((3,), 1.0 + step)
+            optimizer.step()
+        return p.detach()
+
+    torch.testing.assert_close(moved(True), moved(False))
+
+
+def test_groups_that_come_later():
+    p, double = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = ours([p], lr=0.1)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert type(optimizer) is Adam
+    optimizer.add_param_group({"params": [double]})
+    for q in (p, double):
+        q.grad = torch.ones_like(q)
+    optimizer.step()
+    torch.testing.assert_close(double.detach(), torch.full((3,), 0.9, dtype=torch.float64))
+
+
+def test_a_scheduler_that_came_first():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([p], lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # replaces the instance's `step`
+    Adam.take_over(optimizer, {})
+    assert type(optimizer) is torch.optim.Adam
+
+
+def test_state_of_another_layout_and_dtype():
+    p, t = parameters()[-1], parameters()[-1]
+    optimizer, theirs = ours([p], lr=0.1), torch.optim.Adam([t], lr=0.1, foreach=False)
+    state = {
+        name: torch.rand(p.shape, dtype=torch.float64) + 0.5 for name in ("exp_avg", "exp_avg_sq")
+    }
+    state["step"] = torch.tensor(3.0, dtype=torch.float64)
+    saved = {**optimizer.state_dict(), "state": {0: state}}
+    for o, q in ((optimizer, p), (theirs, t)):
+        o.load_state_dict(copy.deepcopy(saved))
+        q.grad = torch.ones_like(q)
+        o.step()
+    torch.testing.assert_close(p, t)
+    assert optimizer.state[p]["step"] == 4
+
+
+def test_what_does_not_fit_is_refused():
+    p = nn.Parameter(torch.ones(1000))
+    optimizer = ours([p], lr=0.1)
+    p.grad = torch.ones(1000)
+    optimizer.step()
+    for name, value in (
+        ("exp_avg", torch.ones(2)),
+        ("exp_avg_sq", torch.ones(1000, dtype=torch.float64)),
+        ("exp_avg", torch.ones(2000)[::2]),
+        ("step", torch.ones((), dtype=torch.float64)),
+    ):
+        kept, optimizer.state[p][name] = optimizer.state[p][name], value
+        with pytest.raises(RuntimeError, match=f"adam_: {name} must have its parameter's sizes"):
+            optimizer.step()
+        optimizer.state[p][name] = kept
+    p.data = torch.ones(4000)[::4]
+    with pytest.raises(RuntimeError, match=r"exp_avg must have|gaps between"):
+        optimizer.step()
+    embedding = nn.Embedding(5, 3, sparse=True)
+    sparse = ours(embedding.parameters(), lr=0.1)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
+        sparse.step()
+
+
+def test_another_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        p = nn.Parameter(torch.ones(3, dtype=torch.float32))
+        optimizer = ours([p], lr=0.1)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[p]["step"] == 1
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.9))
 
 
 def test_a_trainer_takes_it(run):

@@ -9,7 +9,8 @@ from torch import nn
 
 from gankernels.train import cpu
 from gankernels.train import trainer as trainer_module
-from gankernels.train.cpu import accelerate
+from gankernels.train.callbacks import Callback
+from gankernels.train.cpu import accelerate, use_casts
 
 
 class Own(nn.Linear):
@@ -66,7 +67,7 @@ def test_linear_under_autocast_is_what_autocast_makes_of_it(dtype):
     plain, faster = both(nn.Sequential(nn.Linear(30, 17), nn.Tanh(), nn.Linear(17, 4)))
     x = torch.randn(5, 30)
     for _ in range(2):  # the second time with what was cast the first time
-        with torch.autocast("cpu", dtype):
+        with torch.autocast("cpu", dtype), use_casts():
             results = derivatives(faster, x), derivatives(plain, x)
         for ours, theirs in zip(*results, strict=True):
             assert ours.dtype == theirs.dtype
@@ -87,7 +88,7 @@ def test_weights_are_cast_when_they_change_and_only_then(monkeypatch):
     x = torch.randn(4, 3)
     for _ in range(3):
         for module, optimizer in zip((plain, faster), optimizers, strict=True):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16), use_casts():
                 module.requires_grad_(False)(x)
                 (module.requires_grad_(True)(x) + module(x)).float().square().sum().backward()
             optimizer.step()
@@ -96,11 +97,30 @@ def test_weights_are_cast_when_they_change_and_only_then(monkeypatch):
     # Once for weight and bias after each of the steps but the last, though used three times.
     assert len(casts) == 2 * 2
     faster.load_state_dict({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), use_casts():
         assert torch.equal(faster(torch.ones(1, 3)), torch.full((1, 2), 3.0).bfloat16())
     faster.weight = nn.Parameter(torch.zeros(2, 3))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), use_casts():
         assert torch.equal(faster(torch.ones(1, 3)), torch.zeros(1, 2).bfloat16())
+
+
+def test_casts_are_of_no_concern_outside():
+    """Where nobody vouches for how weights are changed: after training, for one."""
+    plain, faster = both(nn.Linear(3, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        with use_casts():
+            faster(torch.ones(1, 3))
+        for layer in (plain, faster):
+            layer.weight.data.zero_()
+        assert torch.equal(faster(torch.ones(1, 3)), plain(torch.ones(1, 3)))
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        layer = nn.Linear(3, 2)
+    accelerate(layer)
+    with torch.autocast("cpu", torch.bfloat16), use_casts(), torch.no_grad():
+        assert layer(torch.ones(1, 3)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
@@ -108,7 +128,7 @@ def test_training_goes_on_after_a_look_at_the_samples(mode):
     plain, faster = both(nn.Linear(3, 2))
     x = torch.randn(4, 3)
     for module in (plain, faster):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), use_casts():
             with mode():
                 module(x)
             module(x).float().square().sum().backward()
@@ -137,6 +157,94 @@ def test_weights_are_cast_after_every_step_of_a_trainer(run, tmp_path, monkeypat
     assert type(plain.generator.layers[0]) is nn.Linear
     for name, value in plain.state_dict().items():
         assert torch.equal(value, kept.state_dict()[name]), name
+
+
+def clip(optimizer, *_):
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.data.clamp_(-0.02, 0.02)
+
+
+class Clip(Callback):
+    def on_step(self, trainer):
+        for weight in trainer.game.parameters():
+            weight.data.clamp_(-0.02, 0.02)
+
+
+def scheduled(parameters, fused=True):
+    optimizer = torch.optim.Adam(parameters, lr=1e-2, fused=fused)
+    optimizer.scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "how", ["nothing", "post-hook", "pre-hook", "callback", "scheduler", "shared"]
+)
+def test_a_trainer_in_bf16_computes_what_it_did_with_plain_layers(how, run, tmp_path, monkeypatch):
+    """Whatever else changes weights, looks at gradients or moves the same parameters."""
+
+    def train(name):
+        torch.manual_seed(0)
+        trainer = run("wgan-gp", precision="bf16", steps=3, log_every=2, out=str(tmp_path / name))
+        critic = trainer.players[0].name
+        optimizer = trainer.optimizers[critic]
+        norms = []
+        if how == "post-hook":
+            optimizer.register_step_post_hook(clip)
+        elif how == "pre-hook":
+            parameters = trainer.parameters[critic]
+            optimizer.register_step_pre_hook(
+                lambda *_: norms.append(nn.utils.clip_grad_norm_(parameters, 0.1).item())
+            )
+        elif how == "callback":
+            trainer.callbacks.append(Clip())
+            trainer.foreign = True
+        trainer.fit()
+        return [*norms, *trainer.game.state_dict().values()]
+
+    if how in ("scheduler", "shared"):
+        inner = trainer_module.make_optimizer
+
+        def make(player, parameters):
+            if how == "scheduler":
+                return scheduled(parameters)
+            if player.name == "generator":
+                return inner(player, parameters)
+            return torch.optim.AdamW(parameters, lr=1e-2)
+
+        monkeypatch.setattr(trainer_module, "make_optimizer", make)
+    kept = train("kept")
+    monkeypatch.setattr(trainer_module, "accelerate", lambda network: None)
+    for ours, theirs in zip(kept, train("plain"), strict=True):
+        if how in ("scheduler", "shared"):  # PyTorch's step on one side, ours on the other
+            torch.testing.assert_close(ours, theirs)
+        else:
+            assert ours == theirs if isinstance(ours, float) else torch.equal(ours, theirs)
+
+
+def test_gradients_that_a_game_asks_for_are_float32(run):
+    trainer = run("cgan", precision="bf16")
+    player = trainer.players[0]
+    inner, seen = player.loss, []
+    weight = next(p for p in player.network.parameters() if p.dim() == 2)
+
+    def loss(batch, rng):
+        terms = inner(batch, rng)
+        (gradient,) = torch.autograd.grad(sum(terms.values()), weight, retain_graph=True)
+        seen.append(gradient.dtype)
+        return terms
+
+    object.__setattr__(player, "loss", loss)
+    trainer.iterate()
+    assert seen == [torch.float32]
+    assert {p.grad for p in trainer.game.parameters()} == {None}
+    # And after training: anything that PyTorch has trains the networks on.
+    for p in player.network.parameters():
+        p.requires_grad_(True)
+    batch = trainer.draw()
+    with torch.autocast("cpu", torch.bfloat16):
+        sum(player.loss(batch, trainer.rng).values()).backward()
+    assert {p.grad.dtype for p in player.network.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -217,7 +325,7 @@ def test_everything_else_stays(run):
     assert repr(plain) == repr(faster)
     assert plain.state_dict().keys() == faster.state_dict().keys()
     assert type(faster[2]) is Own
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), use_casts():
         faster(torch.ones(3, 2))
     for again in (copy.deepcopy(faster), pickle.loads(pickle.dumps(faster))):
         x = torch.randn(4, 2)
@@ -237,7 +345,8 @@ def test_transforms_and_compilers_get_pytorchs_layers(products, dtype):
             return torch.func.functional_call(network, parameters, (x,)).float().square().sum()
 
         parameters = {name: p.detach() for name, p in network.named_parameters()}
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+        with half, use_casts():
             network(x)  # casts weights
             yield from torch.func.grad(loss)(parameters, x).values()
             yield torch.func.grad(loss, argnums=1)(parameters, x)
@@ -246,5 +355,7 @@ def test_transforms_and_compilers_get_pytorchs_layers(products, dtype):
             torch.compiler.reset()
             yield torch.compile(network, backend="aot_eager", fullgraph=True)(x)
 
-    for ours, theirs in zip(results(faster), results(plain), strict=True):
+        yield torch.jit.trace(network, x)(x)
+
+    for ours, theirs in zip(list(results(faster)), list(results(plain)), strict=True):
         torch.testing.assert_close(ours, theirs)

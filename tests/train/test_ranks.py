@@ -88,6 +88,30 @@ def test_two_halves_are_one_whole(both, name):
         torch.testing.assert_close(two["buffers"][buffer], value, rtol=1e-4, atol=1e-5, msg=buffer)
 
 
+def test_in_half_precision_their_weights_stay_the_same(tmp_path):
+    script = tmp_path / "weights.py"
+    script.write_text(
+        """
+import sys, torch
+from gankernels.data import load
+from gankernels.games import DataSpec, get
+from gankernels.train import Config, Trainer
+
+config = Config(out=sys.argv[1], device="cpu", batch_size=8, precision="bf16", log_every=3)
+trainer = Trainer(get("gan")(DataSpec(1, 8, 10)), load("digits"), config)
+for _ in range(4):
+    trainer.iterate()
+weights = torch.cat([p.detach().flatten() for p in trainer.game.parameters()])
+first, second = trainer.ranks.gather(weights)
+assert torch.equal(first, second)
+"""
+    )
+    subprocess.run(
+        [*TORCHRUN, "--nproc-per-node=2", str(script), str(tmp_path)],
+        env=environment(), cwd=ROOT, check=True, timeout=300,
+    )  # fmt: skip
+
+
 def train(out, processes, *more):
     """The command line on several processes."""
     return [
