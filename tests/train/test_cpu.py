@@ -258,6 +258,9 @@ def test_upsampled_convolutions(layout, size, factor):
         nn.Tanh(),
         nn.Sequential(nn.UpsamplingNearest2d(scale_factor=2), nn.Conv2d(5, 2, 3, padding=1)),
         nn.Upsample(scale_factor=factor),
+        nn.Conv2d(2, 2, 3, padding=1),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Upsample(scale_factor=factor),
         nn.Conv2d(2, 1, 3, padding=1, bias=False),
     ).double()
     plain, faster = both(network.to(memory_format=layout))
@@ -294,6 +297,117 @@ def test_hooks_are_called():
     faster[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     faster(torch.randn(2, 3, 4, 4))
     assert seen == [(2, 3, 8, 8)]
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",), ("weight", "bias")])
+def test_frozen_parameters_of_upsampled_convolutions_get_no_gradient(frozen):
+    network = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 2, 3, padding=1)).double()
+    for name in frozen:
+        getattr(network[1], name).requires_grad_(False)
+    plain, faster = both(network)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for module in (plain, faster):
+        module(x.requires_grad_(len(frozen) == 2)).square().sum().backward()
+    for (name, ours), theirs in zip(faster[1].named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (name in frozen)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def to_one_channel(*arguments, **keywords):
+    conv = nn.Conv2d(64, 1, *arguments, **keywords)
+    return nn.Sequential(nn.BatchNorm2d(64), conv, nn.LeakyReLU(0.2, inplace=True))
+
+
+@pytest.fixture
+def products_made(monkeypatch):
+    """The shapes of what `_product` is called with."""
+    shapes, inner = [], cpu._product
+
+    def count(a, b):
+        shapes.append((a.shape, b.shape))
+        return inner(a, b)
+
+    monkeypatch.setattr(cpu, "_product", count)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        to_one_channel(3, padding=1),
+        to_one_channel(4),
+        to_one_channel((2, 5), padding=(3, 0), bias=False),
+        to_one_channel((3, 5), padding="same"),
+    ],
+)
+def test_convolutions_to_one_channel(products_made, network):
+    plain, faster = both(network.double().to(memory_format=torch.channels_last))
+    x = torch.randn(2, 64, 5, 7, dtype=torch.float64).to(memory_format=torch.channels_last)
+    for ours, theirs in zip(derivatives(faster, x), derivatives(plain, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert products_made == [((70, 64), (plain[1].weight[0, 0].numel(), 64))]
+    assert faster[1](x[:0]).shape == plain[1](x[:0]).shape
+
+
+def test_convolutions_to_one_channel_in_float32(products):
+    plain, faster = both(to_one_channel(3, padding=1).to(memory_format=torch.channels_last))
+    x = torch.randn(2, 64, 5, 7).to(memory_format=torch.channels_last)
+    for ours, theirs in zip(derivatives(faster, x), derivatives(plain, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("conv", "layout", "shape"),
+    [
+        (nn.Conv2d(64, 2, 3), torch.channels_last, (2, 64, 5, 7)),
+        (nn.Conv2d(32, 1, 3), torch.channels_last, (2, 32, 5, 7)),
+        (nn.Conv2d(64, 1, 1), torch.channels_last, (2, 64, 5, 7)),
+        (nn.Conv2d(64, 1, 3, stride=2), torch.channels_last, (2, 64, 5, 7)),
+        (nn.Conv2d(64, 1, 3, dilation=2), torch.channels_last, (2, 64, 5, 7)),
+        (nn.Conv2d(64, 1, 3, 1, 1, padding_mode="reflect"), torch.channels_last, (2, 64, 5, 7)),
+        (nn.Conv2d(64, 1, 3), torch.contiguous_format, (2, 64, 5, 7)),
+        (nn.Conv2d(64, 1, 3), torch.contiguous_format, (64, 5, 7)),
+    ],
+)
+def test_other_convolutions_run_as_they_are(products_made, conv, layout, shape):
+    plain, faster = both(conv)
+    x = torch.randn(shape).contiguous(memory_format=layout)
+    assert torch.equal(plain(x), faster(x))
+    assert not products_made
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 5, 7), (2, 64, 2, 7), (2, 64, 5)])
+def test_convolutions_complain_as_they_did(shape):
+    plain, faster = both(nn.Conv2d(64, 1, 3))
+    x = torch.randn(shape)
+    x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+    complaints = []
+    for module in (plain, faster):
+        with pytest.raises(RuntimeError) as caught:
+            module(x)
+        complaints.append(str(caught.value))
+    assert complaints[0] == complaints[1]
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(64, 32, 3, 1, 1)),
+        to_one_channel(3, padding=1),
+    ],
+    ids=["upsampled", "to one channel"],
+)
+def test_convolutions_under_autocast_are_as_exact_as_those_of_pytorch(network):
+    """Errors against float64 stay below twice those of what they replace."""
+    plain, faster = both(network.to(memory_format=torch.channels_last))
+    exact = copy.deepcopy(plain).double()
+    x = torch.randn(8, 64, 8, 8).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = derivatives(faster, x), derivatives(plain, x)
+    for a, b, true in zip(ours, theirs, derivatives(exact, x.double()), strict=True):
+        assert a.dtype == b.dtype
+        assert (a - true).norm() <= 2 * (b - true).norm() + 1e-3 * true.norm()
 
 
 def test_dropout_is_what_pytorch_says_it_is():
