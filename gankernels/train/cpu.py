@@ -96,7 +96,8 @@ class Sequential(nn.Sequential):
 class Conv2d(nn.Conv2d):
     """To one channel from many: a product with every tap of the kernel, summed where taps meet.
 
-    oneDNN computes channels by the dozen, whether they are needed or not.
+    oneDNN computes channels by the dozen, whether they are needed or not. Not in half precision,
+    which would round every product before it is summed.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ class _Product(torch.autograd.Function):
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a (m,k), b (n,k) -> a @ b.T (m,n) the fastest way."""
-    if a.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and onednn_is_faster():
+    if a.dtype == torch.float32 and onednn_is_faster():
         return _Product.apply(a, b)
     return F.linear(a, b)
 
@@ -270,7 +271,10 @@ def prepare_casts(network: nn.Module, dtype: torch.dtype) -> dict[Tensor, Cast]:
 
 def _to_one_channel(conv: nn.Conv2d, x: Tensor) -> bool:
     return (
-        conv.out_channels == 1
+        x.dtype == conv.weight.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and conv.out_channels == 1
         and 1 < conv.kernel_size[0] * conv.kernel_size[1] <= conv.in_channels // 4
         and conv.stride == conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"

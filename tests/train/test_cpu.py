@@ -377,6 +377,16 @@ def test_other_convolutions_run_as_they_are(products_made, conv, layout, shape):
     assert not products_made
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_convolutions_in_half_precision_run_as_they_are(products_made, autocast):
+    layout = torch.channels_last
+    plain, faster = both(nn.Conv2d(64, 1, 3, dtype=None if autocast else torch.bfloat16))
+    x = torch.randn(2, 64, 5, 7, dtype=plain.weight.dtype).contiguous(memory_format=layout)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(plain(x), faster(x))
+    assert not products_made
+
+
 @pytest.mark.parametrize("shape", [(2, 32, 5, 7), (2, 64, 2, 7), (2, 64, 5)])
 def test_convolutions_complain_as_they_did(shape):
     plain, faster = both(nn.Conv2d(64, 1, 3))
@@ -390,16 +400,9 @@ def test_convolutions_complain_as_they_did(shape):
     assert complaints[0] == complaints[1]
 
 
-@pytest.mark.parametrize(
-    "network",
-    [
-        nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(64, 32, 3, 1, 1)),
-        to_one_channel(3, padding=1),
-    ],
-    ids=["upsampled", "to one channel"],
-)
-def test_convolutions_under_autocast_are_as_exact_as_those_of_pytorch(network):
+def test_convolutions_under_autocast_are_as_exact_as_those_of_pytorch():
     """Errors against float64 stay below twice those of what they replace."""
+    network = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(64, 32, 3, 1, 1))
     plain, faster = both(network.to(memory_format=torch.channels_last))
     exact = copy.deepcopy(plain).double()
     x = torch.randn(8, 64, 8, 8).to(memory_format=torch.channels_last)
@@ -473,3 +476,18 @@ def test_transforms_and_compilers_get_pytorchs_layers(products, dtype):
 
     for ours, theirs in zip(list(results(faster)), list(results(plain)), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(64, 3, 3, 1, 1), nn.Tanh()),
+        lambda: to_one_channel(3, padding=1),
+    ],
+    ids=["upsampled", "to one channel"],
+)
+def test_transforms_get_pytorchs_convolutions(make):
+    plain, faster = both(make().to(memory_format=torch.channels_last).eval())
+    x = torch.randn(2, 64, 4, 4).to(memory_format=torch.channels_last)
+    ours, theirs = (torch.func.jacrev(module)(x) for module in (faster, plain))
+    assert torch.equal(ours, theirs)
