@@ -61,10 +61,10 @@ class SameFakes(Adversarial):
     script: ClassVar[type[pytorch_gan.AlternatingScript]]
 
     def make_generator(self) -> nn.Module:
-        return gk.fuse(self.script.make_generator(), lone=True)
+        return gk.fuse(self.script.make_generator())
 
     def make_discriminator(self) -> nn.Module:
-        return gk.fuse(self.script.make_discriminator(), lone=True)
+        return gk.fuse(self.script.make_discriminator())
 
     def loss(self, output: Tensor, target: float) -> Tensor:
         raise NotImplementedError
@@ -114,10 +114,10 @@ class DenseWGANGP(WGANGP):
         super().__init__(spec, WGANGPOptions(lr=lr, d_lr=lr, beta1=beta1, beta2=beta2))
 
     def make_generator(self) -> nn.Module:
-        return gk.fuse(self.script.make_generator(), lone=True)
+        return gk.fuse(self.script.make_generator())
 
     def make_discriminator(self) -> nn.Module:
-        return gk.fuse(self.script.make_discriminator(), lone=True)
+        return gk.fuse(self.script.make_discriminator())
 
 
 GAMES: dict[str, Callable[[DataSpec], Game]] = {
