@@ -483,9 +483,9 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 #: What an operator's own time counts as: the first group of which a word is part of its name.
 GROUPS: dict[str, tuple[str, ...]] = {
+    "optimiser": ("adam", "rmsprop", "_foreach"),
     "gankernels": ("gankernels::",),
     "convolution and GEMM": ("conv", "addmm", "aten::mm", "aten::linear", "mkldnn", "bmm"),
-    "optimiser": ("adam", "rmsprop", "_foreach"),
     "casts and copies": ("copy_", "aten::to", "contiguous", "clone", "aten::cat"),
     "random numbers": ("rand", "normal_", "bernoulli_", "native_dropout", "uniform_"),
     "upsampling": ("upsample",),
