@@ -129,8 +129,9 @@ def test_training_goes_on_after_a_look_at_the_samples(mode):
     x = torch.randn(4, 3)
     for module in (plain, faster):
         with torch.autocast("cpu", torch.bfloat16), use_casts():
-            with mode():
-                module(x)
+            if module is faster:  # autocast of torch 2.10 remembers casts without derivative itself
+                with mode():
+                    module(x)
             module(x).float().square().sum().backward()
     assert torch.equal(faster.weight.grad, plain.weight.grad)
 
