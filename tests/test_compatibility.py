@@ -230,7 +230,12 @@ def dense_critic():
 @shows(
     "`torch.compile` of a whole penalty step, `torch.func.grad` inside",
     "yes",
-    "without a graph break; the gradients are those of eager mode",
+    "without a graph break; the gradients are those of eager mode; not with torch 2.10 where batch "
+    "norm keeps running statistics, which its compiler refuses to change inside `torch.func.grad`",
+)
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.10."),
+    reason="its compiler refuses to change buffers inside torch.func.grad",
 )
 @pytest.mark.parametrize(
     ("backend", "make", "x"),
