@@ -9,12 +9,11 @@ and 14 n; the floor is the time of a clone that moves as many.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import pytorch_gan
 import torch
-from harness import interleaved, prepare, save
+from harness import arguments_of, interleaved, save
 from torch import nn
 
 from gankernels.train.adam import Adam
@@ -49,23 +48,24 @@ def theirs(network: nn.Module, half: bool) -> Callable[[], object]:
 
 def ours(network: nn.Module, half: bool) -> Callable[[], object]:
     optimizer = torch.optim.Adam(network.parameters(), **OPTIONS)
-    matrices = [p for p in network.parameters() if half and p.dim() > 1]
-    Adam.take_over(optimizer, {p: Cast(p, torch.bfloat16) for p in matrices})
+    casts = {p: Cast(p, torch.bfloat16) for p in network.parameters() if half and p.dim() > 1}
+    Adam.take_over(optimizer, casts)
     assert type(optimizer) is Adam
-    for p in network.parameters():
-        p.grad = torch.randn_like(p)
-    for p in matrices:
-        p.grad = p.grad.bfloat16()
-    return optimizer.step
+    gradients = {p: torch.randn_like(p) for p in network.parameters()}
+    halves = [(cast, gradients.pop(p).bfloat16()) for p, cast in casts.items()]
+    for p, g in gradients.items():
+        p.grad = g
+
+    def step() -> None:
+        for cast, g in halves:
+            cast.gradient = g
+        optimizer.step()
+
+    return step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=2, help="per case")
-    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
-    arguments = parser.parse_args()
-    prepare(arguments.threads)
+    arguments = arguments_of(__doc__)
     rows = []
     print(f"{'network':18} {'':4} {'parameters':>10} {'us':>8} {'x floor':>8} {'x faster':>9}")
     for name, make in NETWORKS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,17 @@ def prepare(threads: int = 2) -> None:
     """Sets up the process so that kernels are compared, not page faults."""
     torch.set_num_threads(threads)
     gk.tune_allocator()
+
+
+def arguments_of(description: str) -> argparse.Namespace:
+    """The command line of a script without options of its own; prepares the process as it says."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=2, help="per case")
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
+    arguments = parser.parse_args()
+    prepare(arguments.threads)
+    return arguments
 
 
 def interleaved(

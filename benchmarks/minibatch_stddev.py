@@ -9,11 +9,10 @@ one and a half the norm and its derivative.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from harness import interleaved, prepare, save
+from harness import arguments_of, interleaved, save
 from torch import Tensor
 
 import gankernels as gk
@@ -51,12 +50,7 @@ def contenders(what: str, x: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=2, help="per case")
-    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
-    arguments = parser.parse_args()
-    prepare(arguments.threads)
+    arguments = arguments_of(__doc__)
     rows = []
     print(f"{'case':46} {'eager ms':>9} {'ours ms':>9}  x eager  clones (least)")
     for shape in SHAPES:

@@ -20,6 +20,9 @@ void adam(Tensors parameters, Tensors gradients, Tensors exp_avgs, Tensors exp_a
           Tensors steps, Tensors casts, double lr, double beta1, double beta2, double eps,
           double weight_decay) {
   const size_t count = parameters.size();
+  for (const Tensors* list : {&gradients, &exp_avgs, &exp_avg_sqs, &steps, &casts}) {
+    STD_TORCH_CHECK(list->size() == count, "adam_: the lists are not of one length");
+  }
   std::vector<AdamTensor> tensors(count);
   for (size_t i = 0; i < count; ++i) {
     const Tensor& parameter = parameters[i];

@@ -36,8 +36,9 @@ class Adam(torch.optim.Adam):
     @contextmanager
     def half_gradients(self) -> Iterator[None]:
         """Gradients of casts stay in half precision inside, if nobody is to see them but `step`."""
+        hooked = self._optimizer_step_pre_hooks or hooks._global_optimizer_pre_hooks
         casts = []
-        if not (self._optimizer_step_pre_hooks or hooks._global_optimizer_pre_hooks):
+        if not hooked and all(map(_is_plain, self.param_groups)):
             casts = [
                 self.casts[p] for p in self._parameters() if p in self.casts and not _hooked(p)
             ]

@@ -131,6 +131,10 @@ def test_half_gradients_are_kept_for_the_step_alone():
         handle.remove()
     backward()
     assert cast.gradient is None
+    optimizer.param_groups[0]["maximize"] = True  # then PyTorch makes the step
+    with optimizer.half_gradients():
+        backward()
+    assert cast.gradient is None
 
 
 def test_gradients_of_other_strides():
@@ -317,6 +321,9 @@ def test_what_does_not_fit_is_refused():
     p.data = torch.ones(4000)[::4]
     with pytest.raises(RuntimeError, match=r"exp_avg must have|gaps between"):
         optimizer.step()
+    lists = [[torch.ones(3)]] * 5
+    with pytest.raises(RuntimeError, match="adam_: the lists are not of one length"):
+        torch.ops.gankernels.adam_(*lists, [], 0.1, 0.9, 0.9, 1e-8, 0.0)
     embedding = nn.Embedding(5, 3, sparse=True)
     sparse = ours(embedding.parameters(), lr=0.1)
     embedding(torch.tensor([1])).sum().backward()
