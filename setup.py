@@ -9,6 +9,9 @@ GANKERNELS_CUDA       auto (default): build CUDA kernels where nvcc is found; 1:
 TORCH_CUDA_ARCH_LIST  as for PyTorch's own extensions, e.g. "9.0" or "8.0;9.0+PTX"
 CXX, NVCC             the compilers
 MAX_JOBS              how many run at a time
+GANKERNELS_WERROR     1: a warning of nvcc's is an error, as in CI; a newer nvcc may have new ones
+
+PTX and machine code are left beside the objects of kernels, for tests/packaging/ptx_lint.py.
 """
 
 import fcntl
@@ -16,6 +19,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -95,7 +99,8 @@ def cuda_architectures(nvcc: str) -> list[str]:
     listed = run(nvcc, "--list-gpu-arch")
     known = sorted({int(n) for n in re.findall(r"compute_(\d+)", listed)})
     # One binary serves all later minor versions of its generation, so these cover every GPU since
-    # Turing; PTX serves those to come.
+    # Turing that an x86-64 machine can have; PTX serves what is newer than the last of them. Thor
+    # (sm_110), which only ARM machines have, is in between and served by neither.
     numbers = [n for n in (75, 80, 86, 89, 90, 100, 120) if n in known]
     values = [f"arch=compute_{n},code=sm_{n}" for n in numbers]
     return [*values, f"arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
@@ -149,8 +154,17 @@ class BuildLibrary(build_ext):
         def escape(path: object) -> str:
             return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
+        def quote(argument: str) -> str:
+            return shlex.quote(argument).replace("$", "$$")
+
         kernels, ops = ROOT / "csrc" / "kernels", ROOT / "csrc" / "ops"
-        common = "-std=c++17 -O3 -fPIC -Wall -Wextra -fvisibility=hidden"
+        # What __FILE__ says is kept, in the checks of torch's headers too: not where we build. Of
+        # two folders that match, the one named last counts, and torch may lie in our own.
+        folders = {Path(self.build_temp).resolve(): "build", ROOT: "gankernels", torch: "torch"}
+        mapped = [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
+        common = "-std=c++17 -O3 -fPIC -Wall -Wextra -fvisibility=hidden "
+        common += " ".join(map(quote, mapped))
+        werror = "-Werror all-warnings" if os.environ.get("GANKERNELS_WERROR") == "1" else ""
         gencode = " ".join(f"-gencode {a}" for a in architectures)
         lines = [
             "ninja_required_version = 1.8",
@@ -162,17 +176,21 @@ class BuildLibrary(build_ext):
             "  deps = gcc",
             "rule op",
             f"  command = {cxx} {common} -DTORCH_TARGET_VERSION=0x020a000000000000 $flags "
-            f"-isystem {escape(torch / 'include')} -MMD -MF $out.d -c $in -o $out",
+            f"-isystem {quote(str(torch / 'include'))} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
         # -ltorch would be dropped as unneeded, since all it does is bring in the libraries behind.
-        link = f"-L{escape(torch / 'lib')} -ltorch -ltorch_cpu"
+        link = f"-L{quote(str(torch / 'lib'))} -ltorch -ltorch_cpu"
         if nvcc:
             lines += [
                 "rule cuda",
-                f"  command = {nvcc} -std=c++17 -O3 {gencode} -Werror all-warnings -Xcompiler "
-                "-fPIC,-Wall,-Wextra,-fvisibility=hidden -MMD -MF $out.d -c $in -o $out",
+                "  command = rm -rf $out.kept && mkdir $out.kept && "
+                f"{nvcc} -std=c++17 -O3 {gencode} {werror} --keep --keep-dir $out.kept "
+                "-Xcompiler -fPIC,-Wall,-Wextra,-fvisibility=hidden "
+                + " ".join(f"-Xcompiler {quote(m.replace(',', chr(92) + ','))}" for m in mapped)
+                + " -MMD -MF $out.d -c $in -o $out && "
+                "find $out.kept -type f ! -name '*.ptx' ! -name '*.cubin' -delete",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link",

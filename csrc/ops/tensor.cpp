@@ -132,12 +132,10 @@ CpuThreads cpu_threads() {
           }};
 }
 
-void* cuda_stream(const Tensor& tensor) {
-  void* stream = nullptr;
+CudaStream::CudaStream(int device) : guard_(device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
                   "a CUDA tensor met a torch without CUDA support");
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
-  return stream;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
 }
 
 void check_cuda(const char* error) { STD_TORCH_CHECK(!error, error); }

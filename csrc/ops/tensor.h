@@ -2,6 +2,7 @@
 // streams.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -54,8 +55,21 @@ void* mutable_data(const Tensor& tensor);
 
 CpuThreads cpu_threads();
 
-// The current CUDA stream of `tensor`'s device, a cudaStream_t.
-void* cuda_stream(const Tensor& tensor);
+// The current CUDA stream of a device, a cudaStream_t, and that device the current one. As an
+// argument of a call it lives until the call returns, so what the call launches is launched there.
+class CudaStream {
+ public:
+  explicit CudaStream(int device);
+  operator void*() const { return stream_; }
+
+ private:
+  // torch's own: a guard of ours would leave a context behind on the device that it returns to.
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+// Of `tensor`'s device.
+inline CudaStream cuda_stream(const Tensor& tensor) { return CudaStream(tensor.get_device()); }
 
 // Throws what a CUDA kernel returned, if anything.
 void check_cuda(const char* error);

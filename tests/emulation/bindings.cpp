@@ -41,11 +41,15 @@ class GuardedBuffer {
       : name_(std::move(name)), bytes_(bytes), before_(kGuard + offset) {
     total_ = (before_ + bytes_ + kGuard + 63) / 64 * 64;
     memory_.reset(static_cast<unsigned char*>(std::aligned_alloc(64, total_)));
+    emulation::add_device_memory(memory_.get(), total_);  // who oversteps is told by the guards
     std::memset(memory_.get(), kPoison, total_);
     ASAN_POISON_MEMORY_REGION(memory_.get(), before_);
     ASAN_POISON_MEMORY_REGION(data() + bytes_, total_ - before_ - bytes_);
   }
-  ~GuardedBuffer() { ASAN_UNPOISON_MEMORY_REGION(memory_.get(), total_); }
+  ~GuardedBuffer() {
+    emulation::remove_device_memory(memory_.get());
+    ASAN_UNPOISON_MEMORY_REGION(memory_.get(), total_);
+  }
 
   unsigned char* data() { return memory_.get() + before_; }
 
@@ -354,6 +358,18 @@ void stddev_double_backward(const py::dict& inputs, const py::dict& outputs, con
       cuda::minibatch_stddev_double_backward(p, call.scratch(), get<int>(o, "device"), nullptr));
 }
 
+// As the ops do: a kernel starts on the current device.
+template <void (*kRun)(const py::dict&, const py::dict&, const py::dict&)>
+void on_device(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+  const struct Restore {
+    int device;
+    ~Restore() { emulation::set_device(device); }
+  } restore{emulation::current_device()};
+  const char* const error = emulation::set_device(get<int>(o, "device"));
+  if (error != nullptr) throw std::runtime_error(error);
+  kRun(inputs, outputs, o);
+}
+
 void self_test(const std::string& name, const py::dict& inputs, const py::dict& outputs,
                unsigned int blocks, unsigned int threads, size_t shared_bytes) {
   Call call(inputs, outputs, 0, 0, 0);
@@ -365,24 +381,24 @@ void self_test(const std::string& name, const py::dict& inputs, const py::dict& 
 }  // namespace
 
 PYBIND11_MODULE(emulated, m) {
-  m.def("forward", &forward);
-  m.def("backward", &backward);
-  m.def("double_backward", &double_backward);
-  m.def("update_running_statistics", &update_running_statistics);
+  m.def("forward", &on_device<&forward>);
+  m.def("backward", &on_device<&backward>);
+  m.def("double_backward", &on_device<&double_backward>);
+  m.def("update_running_statistics", &on_device<&update_running_statistics>);
   m.def("scratch_bytes", [](const py::dict& options, int device) {
     BatchNormLeakyReLU p;
     describe(p, options);
     return cuda::batch_norm_leaky_relu_scratch_bytes(p, device);
   });
-  m.def("penalty_forward", &penalty_forward);
-  m.def("penalty_backward", &penalty_backward);
-  m.def("penalty_double_backward", &penalty_double_backward);
-  m.def("discrimination_forward", &discrimination_forward);
-  m.def("discrimination_backward", &discrimination_backward);
-  m.def("discrimination_double_backward", &discrimination_double_backward);
-  m.def("stddev_forward", &stddev_forward);
-  m.def("stddev_backward", &stddev_backward);
-  m.def("stddev_double_backward", &stddev_double_backward);
+  m.def("penalty_forward", &on_device<&penalty_forward>);
+  m.def("penalty_backward", &on_device<&penalty_backward>);
+  m.def("penalty_double_backward", &on_device<&penalty_double_backward>);
+  m.def("discrimination_forward", &on_device<&discrimination_forward>);
+  m.def("discrimination_backward", &on_device<&discrimination_backward>);
+  m.def("discrimination_double_backward", &on_device<&discrimination_double_backward>);
+  m.def("stddev_forward", &on_device<&stddev_forward>);
+  m.def("stddev_backward", &on_device<&stddev_backward>);
+  m.def("stddev_double_backward", &on_device<&stddev_double_backward>);
   m.def("self_test", &self_test, py::arg("name"), py::arg("inputs"), py::arg("outputs"),
         py::arg("blocks") = 1, py::arg("threads") = 32, py::arg("shared_bytes") = 0);
   m.def("set_seed", &emulation::set_seed);

@@ -28,7 +28,8 @@ BUILD = HERE / "build"
 COMPILER = os.environ.get("CXX", "g++").split()
 FLAGS = [
     *["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
-    "-fno-strict-aliasing",  # vectors are accessed as integers of the same size
+    # Vectors are accessed as integers of the same size, which look at the addresses they meet.
+    *["-fno-strict-aliasing", "-Wno-class-memaccess"],
     "-fno-gnu-unique",  # or variants in one process would share the variables of templates
     "-ffp-contract=off",
     *["-I", str(HERE / "include"), "-I", str(HERE)],

@@ -14,6 +14,7 @@
 #include <ucontext.h>
 
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <random>
 #include <utility>
@@ -75,6 +76,8 @@ struct Machine {
   uint64_t seed = 0;
   std::vector<Launch> launches;
   int device = 0;
+  std::map<uintptr_t, size_t> memory;  // bytes from an address on
+  std::pair<uintptr_t, size_t> found;  // of memory, what the last access was in
 };
 
 Machine machine;
@@ -177,11 +180,11 @@ std::pair<void*, size_t> shared_memory() {
   return found;
 }
 
-void block_failed(const std::string& what) {
+void block_failed(const std::string& what, const std::string& where = {}) {
   if (!machine.error.empty()) return;
   machine.error = what + " in block (" + std::to_string(blockIdx.x) + ", " +
                   std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + ") of " +
-                  machine.kernel;
+                  machine.kernel + where;
 }
 
 // Nobody can run any more: everybody waits or has returned.
@@ -247,8 +250,62 @@ void run_block(size_t dynamic_bytes) {
 
 }  // namespace
 
-void fail(const char* what) {
-  block_failed(what + text(" by thread ", machine.running));
+namespace {
+
+bool is_device_memory(uintptr_t address) {
+  if (address - machine.found.first < machine.found.second) return true;
+  const auto after = machine.memory.upper_bound(address);
+  if (after == machine.memory.begin()) return false;
+  const auto candidate = std::prev(after);
+  if (address - candidate->first >= candidate->second) return false;
+  machine.found = *candidate;
+  return true;
+}
+
+const char* space_of(uintptr_t address) {
+  const auto within = [&](const void* begin, size_t bytes) {
+    return address - reinterpret_cast<uintptr_t>(begin) < bytes;
+  };
+  const auto [shared, shared_bytes] = shared_memory();
+  if (within(shared, shared_bytes)) return "shared memory";
+  for (const auto& fibre : machine.fibres) {
+    if (within(fibre->stack, kStackBytes)) return "local memory";
+  }
+  return "memory of the host";
+}
+
+std::string at(const char* file, int line) {
+  const char* const folder = strrchr(file, '/');
+  return text(", at line ", line) + " of " + (folder ? folder + 1 : file);
+}
+
+}  // namespace
+
+void add_device_memory(const void* address, size_t bytes) {
+  machine.memory[reinterpret_cast<uintptr_t>(address)] = bytes;
+}
+
+void remove_device_memory(const void* address) {
+  machine.memory.erase(reinterpret_cast<uintptr_t>(address));
+  machine.found = {};
+}
+
+void check_global(const char* function, const void* address, size_t bytes, const char* file,
+                  int line) {
+  const auto bits = reinterpret_cast<uintptr_t>(address);
+  if (!is_device_memory(bits)) {
+    fail(std::string(function) + ", which is of global memory, of " + space_of(bits),
+         at(file, line));
+  }
+  if (bits % bytes != 0) {
+    fail(function[2] == 'l' ? "misaligned load" : "misaligned store", at(file, line));
+  }
+}
+
+void misaligned(const char* what) { fail(what); }
+
+void fail(const std::string& what, const std::string& where) {
+  block_failed(what + text(" by thread ", machine.running), where);
   switch_to_scheduler();
   std::abort();  // a failed block's fibres are not resumed
 }
@@ -297,8 +354,8 @@ const uint64_t* exchange(WarpFunction function, unsigned int mask, uint64_t valu
   return self.gathered;
 }
 
-uint64_t shuffle(unsigned int mask, uint64_t value, int source, int line) {
-  const uint64_t* values = exchange(WarpFunction::kShuffle, mask, value, line);
+uint64_t shuffle(WarpFunction function, unsigned int mask, uint64_t value, int source, int line) {
+  const uint64_t* values = exchange(function, mask, value, line);
   if (!(mask >> source & 1u)) fail("shuffle from a lane outside the mask");
   return values[source];
 }
@@ -387,4 +444,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
   *value = kMultiprocessors[device];
   return cudaSuccess;
+}
+
+const char* emulation::set_device(int device) {
+  const cudaError_t error = cudaSetDevice(device);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -115,6 +115,80 @@ __global__ void misaligned_store(const float*, float* out) {
   __stwb(reinterpret_cast<uint4*>(out + 1), uint4{0, 0, 0, 0});
 }
 
+__global__ void misaligned_load_of_global(const float* in, float* out) {
+  out[0] = static_cast<float>(
+      __ldg(reinterpret_cast<const uint32_t*>(reinterpret_cast<const unsigned char*>(in) + 2)));
+}
+
+__global__ void misaligned_vector_load(const float* in, float* out) {
+  const float2 both = *reinterpret_cast<const float2*>(in + 1);
+  out[0] = both.x + both.y;
+}
+
+__global__ void misaligned_vector_store(const float*, float* out) {
+  *reinterpret_cast<double2*>(out + 2) = double2{0, 0};
+}
+
+// Every load and store of global memory, of the address of another space. A kernel's parameters
+// stand for the host's memory.
+#define OF_EVERY_SPACE(NAME, ACCESS)                             \
+  __global__ void NAME##_of_shared(const float*, float* out) {   \
+    __shared__ float value;                                      \
+    float* const address = &value;                               \
+    out[0] = (ACCESS);                                           \
+  }                                                              \
+  __global__ void NAME##_of_local(const float* in, float* out) { \
+    float value = in[0];                                         \
+    float* const address = &value;                               \
+    out[0] = (ACCESS);                                           \
+  }                                                              \
+  __global__ void NAME##_of_the_host(const float*, float* out) { \
+    static float value;                                          \
+    float* const address = &value;                               \
+    out[0] = (ACCESS);                                           \
+  }                                                              \
+  __global__ void NAME##_of_global(const float*, float* out) {   \
+    float* const address = out;                                  \
+    *address = 1;                                                \
+    out[1] = (ACCESS);                                           \
+  }
+
+OF_EVERY_SPACE(ldg, __ldg(address))
+OF_EVERY_SPACE(ldca, __ldca(address))
+OF_EVERY_SPACE(ldcg, __ldcg(address))
+OF_EVERY_SPACE(ldcs, __ldcs(address))
+OF_EVERY_SPACE(ldlu, __ldlu(address))
+OF_EVERY_SPACE(ldcv, __ldcv(address))
+OF_EVERY_SPACE(stwb, (__stwb(address, 2.0f), 2))
+OF_EVERY_SPACE(stcg, (__stcg(address, 2.0f), 2))
+OF_EVERY_SPACE(stcs, (__stcs(address, 2.0f), 2))
+OF_EVERY_SPACE(stwt, (__stwt(address, 2.0f), 2))
+
+// Halves of a warp in different functions, all with the mask of the whole warp.
+__global__ void two_shuffles(const float* in, float* out) {
+  float v = in[threadIdx.x];
+  v = threadIdx.x < 16 ? __shfl_xor_sync(0xffffffffu, v, 1) : __shfl_down_sync(0xffffffffu, v, 1);
+  out[threadIdx.x] = v;
+}
+
+__global__ void two_votes(const float*, float* out) {
+  const int odd = threadIdx.x % 2;
+  out[threadIdx.x] = threadIdx.x < 16 ? __any_sync(0xffffffffu, odd) : __all_sync(0xffffffffu, odd);
+}
+
+__global__ void shuffle_of_odd_width(const float* in, float* out) {
+  out[threadIdx.x] = __shfl_down_sync(0xffffffffu, in[threadIdx.x], 1, 12);
+}
+
+__global__ void vote_outside_own_mask(const float*, float* out) {
+  out[threadIdx.x] = static_cast<float>(__ballot_sync(0x0000ffffu, 1));
+}
+
+__global__ void warp_barrier_with_absent_lanes(const float*, float* out) {
+  if (threadIdx.x != 3) __syncwarp();
+  out[threadIdx.x] = 0;
+}
+
 }  // namespace gankernels::cuda
 
 const char* run_self_test(const char* name, const float* in, float* out, unsigned int blocks,
@@ -140,6 +214,28 @@ const char* run_self_test(const char* name, const float* in, float* out, unsigne
       {"static_shared_after_end", static_shared_after_end},
       {"misaligned_load", misaligned_load},
       {"misaligned_store", misaligned_store},
+      {"misaligned_load_of_global", misaligned_load_of_global},
+      {"misaligned_vector_load", misaligned_vector_load},
+      {"misaligned_vector_store", misaligned_vector_store},
+      {"two_shuffles", two_shuffles},
+      {"two_votes", two_votes},
+      {"shuffle_of_odd_width", shuffle_of_odd_width},
+      {"vote_outside_own_mask", vote_outside_own_mask},
+      {"warp_barrier_with_absent_lanes", warp_barrier_with_absent_lanes},
+#define NAMED(NAME) {#NAME, NAME}
+#define NAMED_OF_EVERY_SPACE(NAME)                                            \
+  NAMED(NAME##_of_shared), NAMED(NAME##_of_local), NAMED(NAME##_of_the_host), \
+      NAMED(NAME##_of_global)
+      NAMED_OF_EVERY_SPACE(ldg),
+      NAMED_OF_EVERY_SPACE(ldca),
+      NAMED_OF_EVERY_SPACE(ldcg),
+      NAMED_OF_EVERY_SPACE(ldcs),
+      NAMED_OF_EVERY_SPACE(ldlu),
+      NAMED_OF_EVERY_SPACE(ldcv),
+      NAMED_OF_EVERY_SPACE(stwb),
+      NAMED_OF_EVERY_SPACE(stcg),
+      NAMED_OF_EVERY_SPACE(stcs),
+      NAMED_OF_EVERY_SPACE(stwt),
   };
   for (const auto& k : kernels) {
     if (strcmp(k.name, name) == 0) {

@@ -165,7 +165,7 @@ DEFECTS = [
     ),
     Defect(
         "alignment_ignored",
-        r"misaligned store by thread \d+ in block",
+        r"misaligned load by thread \d+ in block",
         Substitution(KERNEL, " && addresses % (vector * sizeof(T)) == 0", " && addresses > 0"),
     ),
     Defect(
@@ -190,7 +190,7 @@ DEFECTS = [
     ),
     Defect(
         "penalty_head_before_the_boundary",
-        r"misaligned store|" + WRONG,
+        r"misaligned load|" + WRONG,
         Substitution(PENALTY, "(-(address / sizeof(T)) % V)", "(address / sizeof(T) % V)"),
     ),
     Defect(
@@ -210,7 +210,7 @@ DEFECTS = [
     ),
     Defect(
         "penalty_alignment_ignored",
-        r"misaligned store",
+        r"misaligned store by thread \d+ .*, at line \d+ of vector.h$",
         Substitution(PENALTY, "distance % 16 == 0", "distance % 2 == 0"),
     ),
     Defect(
@@ -262,6 +262,12 @@ DEFECTS = [
         "discrimination_last_tile_alone",
         r"grad_m of .*" + WRONG,
         Substitution(DISCRIMINATION, "first == 0 ? grads[i] : *so_far + grads[i]", "grads[i]"),
+    ),
+    Defect(
+        "discrimination_weights_stored_to_global_memory",
+        r"__stwb, which is of global memory, of shared memory by thread \d+ in block .*"
+        r"large_kernel<float, 1>.*, at line \d+ of vector.h$",
+        Substitution(DISCRIMINATION, "store_shared<V>(weights", "store<V>(weights"),
     ),
     Defect(
         "discrimination_padding_taken_for_samples",

@@ -81,7 +81,16 @@ def test_part_of_a_warp_may_shuffle(emulated, seed):
         ("shuffle_from_outside_mask", 32, 0, "shuffle from a lane outside the mask"),
         ("shuffle_outside_own_mask", 32, 0, "called by a lane outside its mask"),
         ("half_warp_shuffle", 8, 0, "mask names lanes beyond the block"),
+        ("two_shuffles", 32, 0, r"lanes of mask 0xffffffff that never come"),
+        ("two_votes", 32, 0, r"lanes of mask 0xffffffff that never come"),
+        ("vote_outside_own_mask", 32, 0, "called by a lane outside its mask"),
+        ("warp_barrier_with_absent_lanes", 32, 0, r"lanes of mask 0xffffffff that never come"),
+        ("shuffle_of_odd_width", 32, 0, "shuffle of invalid width"),
         ("misaligned_store", 1, 0, "misaligned store"),
+        ("misaligned_load", 1, 0, "misaligned load"),
+        ("misaligned_load_of_global", 1, 0, "misaligned load"),
+        ("misaligned_vector_load", 1, 0, "misaligned load"),
+        ("misaligned_vector_store", 1, 0, "misaligned store"),
     ],
 )
 def test_errors_name_kernel_and_block(emulated, kernel, threads, shared_bytes, message, seed):
@@ -92,6 +101,26 @@ def test_errors_name_kernel_and_block(emulated, kernel, threads, shared_bytes, m
         emulated.self_test(
             kernel, {"in": x}, {"out": y}, blocks=3, threads=threads, shared_bytes=shared_bytes
         )
+
+
+OF_GLOBAL_MEMORY = ("ldg", "ldca", "ldcg", "ldcs", "ldlu", "ldcv", "stwb", "stcg", "stcs", "stwt")
+
+
+@pytest.mark.parametrize("function", OF_GLOBAL_MEMORY)
+def test_what_is_of_global_memory_is_refused_elsewhere(emulated, function):
+    x, y = np.zeros((2, 64), dtype=np.float32)
+    emulated.self_test(f"{function}_of_global", {"in": x}, {"out": y}, threads=1)
+    assert y[1] == (2 if function.startswith("st") else 1)
+    for name, space in (
+        ("shared", "shared memory"), ("local", "local memory"), ("the_host", "memory of the host")
+    ):  # fmt: skip
+        kernel = f"{function}_of_{name}"
+        expected = (
+            rf"^__{function}, which is of global memory, of {space} by thread 0 in block "
+            rf"\(0, 0, 0\) of gankernels::cuda::{kernel}\(.*\), at line \d+ of self_test\.cu$"
+        )
+        with pytest.raises(RuntimeError, match=expected):
+            emulated.self_test(kernel, {"in": x}, {"out": y}, threads=1)
 
 
 def test_writes_outside_of_what_was_asked_for(emulated):

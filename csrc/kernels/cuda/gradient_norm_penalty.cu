@@ -356,8 +356,6 @@ const char* run(const Params& p, const Tiling& tiling, bool aligned, void* scrat
 template <typename Params>
 const char* run_pass(const Params& p, std::initializer_list<const void*> others, void* scratch,
                      int device, void* stream_pointer) {
-  const DeviceGuard guard(device);
-  if (const char* error = guard.error()) return error;
   const Tiling tiling = make_tiling(p, device);
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   bool aligned = true;

@@ -1,4 +1,5 @@
-// The host's side of every kernel: the one way to launch, the device guard, device attributes.
+// The host's side of every kernel: the one way to launch, device attributes. Kernels start on the
+// current device: making it current, and the device before it again, is the caller's part.
 //
 // No call here waits for the device or allocates, so all of it is safe while a CUDA graph is being
 // captured. Functions return a message that says what failed, or null.
@@ -19,29 +20,6 @@ inline const char* error_message(cudaError_t error) {
   cudaGetLastError();  // a failed launch is reported here once, not again by a later call
   return cudaGetErrorString(error);
 }
-
-// Makes `device` current while it lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ != cudaSuccess || previous_ == device) return;
-    error_ = cudaSetDevice(device);
-    changed_ = error_ == cudaSuccess;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  const char* error() const { return error_message(error_); }
-
- private:
-  cudaError_t error_;
-  int previous_ = 0;
-  bool changed_ = false;
-};
 
 // Streaming multiprocessors of `device`, asked for once; 0 where the device does not answer.
 inline int multiprocessors(int device) {

@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_kernel(const Problem p
         const A e = visited ? exp_of_minus(distance[i][j]) : A(0);
         weight.values[i] = weigh<D>(e, s[i][j], g[i] + g_j, tile_sums[i]);
       }
-      if (D > 0) store<V>(weights + (D > 0 ? (j0 + j) * kStride + i0 : 0), weight);
+      if (D > 0) store_shared<V>(weights + (D > 0 ? (j0 + j) * kStride + i0 : 0), weight);
     }
 #pragma unroll
     for (int i = 0; i < V; ++i) sums[i] += tile_sums[i];
@@ -476,8 +476,6 @@ const char* run(const MinibatchDiscrimination& parameters, Problem p, int device
   if (parameters.n > (1 << 30) || parameters.c > (1 << 30)) {
     return "minibatch_discrimination: more than 2^30 samples or dimensions of a kernel";
   }
-  const DeviceGuard guard(device);
-  if (const char* error = guard.error()) return error;
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   p.n = static_cast<int>(parameters.n);
   p.b = parameters.b;

@@ -308,8 +308,6 @@ const char* run(const MinibatchStddev& p, const Tensors& tensors, const Tiling& 
 template <Pass kPass>
 const char* run_pass(const MinibatchStddev& p, const Tensors& tensors, void* scratch, int device,
                      void* stream_pointer) {
-  const DeviceGuard guard(device);
-  if (const char* error = guard.error()) return error;
   const Tiling tiling = make_tiling(p, device);
   auto* const partials = static_cast<double*>(scratch);
   const auto stream = static_cast<cudaStream_t>(stream_pointer);

@@ -77,6 +77,7 @@ __device__ inline Vector<T, V> load(const T* from) {
   return vector;
 }
 
+// To global memory, whatever the pointer says: __stwb is st.global. Elsewhere: store_shared().
 template <int V, typename T>
 __device__ inline void store(T* to, const Vector<T, V>& vector) {
   using Word = typename WordOf<V * sizeof(T)>::type;
@@ -84,6 +85,14 @@ __device__ inline void store(T* to, const Vector<T, V>& vector) {
   memcpy(&word, &vector, sizeof(Word));
   // A plain assignment was seen torn into one store per element.
   __stwb(reinterpret_cast<Word*>(to), word);
+}
+
+template <int V, typename T>
+__device__ inline void store_shared(T* to, const Vector<T, V>& vector) {
+  using Word = typename WordOf<V * sizeof(T)>::type;
+  Word word;
+  memcpy(&word, &vector, sizeof(Word));
+  *reinterpret_cast<Word*>(to) = word;
 }
 
 // Element `i` of an array whose type is known at run time: one value per channel, not per element.

@@ -6,6 +6,16 @@
 //   - a barrier must be reached by every thread of the block, at the same line of the source;
 //   - a warp function must be called by exactly the lanes its mask names, all with the same mask;
 //   - shared memory holds NaNs when a block starts.
+//
+// What an intrinsic that is defined here states, it checks; others do not compile, atomics among
+// them, which no kernel of ours may use:
+//   - loads and stores with a cache operation (__ldg, __ldcs, __stwb, ...): the address is one of
+//     global memory, that is of device_memory(), and a multiple of the access;
+//   - vectors (uint2, uint4, float2, float4, double2): so is every address that one is copied from
+//     or to, as by a plain load or store;
+//   - __shfl_*, __ballot_sync, __any_sync, __all_sync, __syncwarp: the mask, as above, and that its
+//     lanes meet in the same function; of a shuffle also the width and the lane that is read;
+//   - __syncthreads: as above.
 #pragma once
 
 #include <math.h>
@@ -14,6 +24,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <string>
 #include <tuple>
 
 #define __global__
@@ -42,21 +53,52 @@ struct dim3 {
 struct uint3 {
   unsigned int x, y, z;
 };
-struct alignas(8) uint2 {
+
+namespace emulation {
+
+void misaligned(const char* what);
+
+// A member that takes no place of every vector: looks at each address that one is copied from or
+// to.
+template <size_t kBytes>
+struct alignas(kBytes) Aligned {
+  Aligned() = default;
+  Aligned(const Aligned& from) { check("misaligned load", &from); }
+  Aligned& operator=(const Aligned& from) {
+    check("misaligned load", &from);
+    check("misaligned store", this);
+    return *this;
+  }
+  static void check(const char* what, const void* address) {
+    uintptr_t bits = reinterpret_cast<uintptr_t>(address);
+    asm("" : "+r"(bits));  // or the compiler takes for granted what is to be checked
+    if (bits % kBytes != 0) misaligned(what);
+  }
+};
+
+}  // namespace emulation
+
+struct uint2 {
   unsigned int x, y;
+  [[no_unique_address]] emulation::Aligned<8> aligned = {};
 };
-struct alignas(16) uint4 {
+struct uint4 {
   unsigned int x, y, z, w;
+  [[no_unique_address]] emulation::Aligned<16> aligned = {};
 };
-struct alignas(8) float2 {
+struct float2 {
   float x, y;
+  [[no_unique_address]] emulation::Aligned<8> aligned = {};
 };
-struct alignas(16) float4 {
+struct float4 {
   float x, y, z, w;
+  [[no_unique_address]] emulation::Aligned<16> aligned = {};
 };
-struct alignas(16) double2 {
+struct double2 {
   double x, y;
+  [[no_unique_address]] emulation::Aligned<16> aligned = {};
 };
+static_assert(sizeof(uint2) == 8 && sizeof(uint4) == 16 && sizeof(double2) == 16);
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
@@ -72,24 +114,37 @@ inline T max(T a, T b) {
 
 namespace emulation {
 
-enum class WarpFunction { kSync, kShuffle, kVote };
+enum class WarpFunction {
+  kSync,
+  kShuffle,
+  kShuffleDown,
+  kShuffleUp,
+  kShuffleXor,
+  kBallot,
+  kAny,
+  kAll
+};
 
 void barrier(int line);
-[[noreturn]] void fail(const char* what);
+[[noreturn]] void fail(const std::string& what, const std::string& where = {});
+
+// Fails where `address` is not of global memory, or no multiple of the size of the access.
+void check_global(const char* function, const void* address, size_t bytes, const char* file,
+                  int line);
 
 // Waits for the lanes in `mask`; lane i's value is then at the i-th place of what is returned.
 const uint64_t* exchange(WarpFunction function, unsigned int mask, uint64_t value, int line);
 
 // `source`: of a lane in the warp; CUDA leaves undefined what a lane outside the mask would give.
-uint64_t shuffle(unsigned int mask, uint64_t value, int source, int line);
+uint64_t shuffle(WarpFunction function, unsigned int mask, uint64_t value, int source, int line);
 unsigned int lane();
 
 template <typename T>
-T shuffle_value(unsigned int mask, T value, int source, int line) {
+T shuffle_value(WarpFunction function, unsigned int mask, T value, int source, int line) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof(T));
-  bits = shuffle(mask, bits, source, line);
+  bits = shuffle(function, mask, bits, source, line);
   memcpy(&value, &bits, sizeof(T));
   return value;
 }
@@ -108,7 +163,8 @@ template <typename T>
 T __shfl_sync(unsigned int mask, T value, int source, int width = 32, int line = __builtin_LINE()) {
   emulation::check_width(width);
   const int first = static_cast<int>(emulation::lane()) / width * width;
-  return emulation::shuffle_value(mask, value, first + (source & (width - 1)), line);
+  return emulation::shuffle_value(emulation::WarpFunction::kShuffle, mask, value,
+                                  first + (source & (width - 1)), line);
 }
 
 template <typename T>
@@ -117,8 +173,8 @@ T __shfl_down_sync(unsigned int mask, T value, unsigned int delta, int width = 3
   emulation::check_width(width);
   const int lane = static_cast<int>(emulation::lane());
   const int source = lane + static_cast<int>(delta);
-  return emulation::shuffle_value(mask, value, source / width == lane / width ? source : lane,
-                                  line);
+  return emulation::shuffle_value(emulation::WarpFunction::kShuffleDown, mask, value,
+                                  source / width == lane / width ? source : lane, line);
 }
 
 template <typename T>
@@ -127,8 +183,8 @@ T __shfl_up_sync(unsigned int mask, T value, unsigned int delta, int width = 32,
   emulation::check_width(width);
   const int lane = static_cast<int>(emulation::lane());
   const int source = lane - static_cast<int>(delta);
-  return emulation::shuffle_value(mask, value, source >= lane / width * width ? source : lane,
-                                  line);
+  return emulation::shuffle_value(emulation::WarpFunction::kShuffleUp, mask, value,
+                                  source >= lane / width * width ? source : lane, line);
 }
 
 template <typename T>
@@ -137,13 +193,14 @@ T __shfl_xor_sync(unsigned int mask, T value, int lanes, int width = 32,
   emulation::check_width(width);
   const int lane = static_cast<int>(emulation::lane());
   const int source = lane ^ lanes;
-  return emulation::shuffle_value(mask, value, source / width <= lane / width ? source : lane,
-                                  line);
+  return emulation::shuffle_value(emulation::WarpFunction::kShuffleXor, mask, value,
+                                  source / width <= lane / width ? source : lane, line);
 }
 
-inline unsigned int __ballot_sync(unsigned int mask, int predicate, int line = __builtin_LINE()) {
-  const uint64_t* votes =
-      emulation::exchange(emulation::WarpFunction::kVote, mask, predicate != 0, line);
+namespace emulation {
+
+inline unsigned int vote(WarpFunction function, unsigned int mask, int predicate, int line) {
+  const uint64_t* votes = exchange(function, mask, predicate != 0, line);
   unsigned int ballot = 0;
   for (unsigned int i = 0; i < 32; ++i) {
     if (mask >> i & 1u) ballot |= static_cast<unsigned int>(votes[i]) << i;
@@ -151,20 +208,45 @@ inline unsigned int __ballot_sync(unsigned int mask, int predicate, int line = _
   return ballot;
 }
 
+}  // namespace emulation
+
+inline unsigned int __ballot_sync(unsigned int mask, int predicate, int line = __builtin_LINE()) {
+  return emulation::vote(emulation::WarpFunction::kBallot, mask, predicate, line);
+}
+
 inline int __any_sync(unsigned int mask, int predicate, int line = __builtin_LINE()) {
-  return __ballot_sync(mask, predicate, line) != 0;
+  return emulation::vote(emulation::WarpFunction::kAny, mask, predicate, line) != 0;
 }
 
 inline int __all_sync(unsigned int mask, int predicate, int line = __builtin_LINE()) {
-  return __ballot_sync(mask, predicate, line) == mask;
+  return emulation::vote(emulation::WarpFunction::kAll, mask, predicate, line) == mask;
 }
 
-// Stores with the default cache operation, as one access: the address must be aligned for it.
-template <typename T>
-void __stwb(T* to, T value) {
-  if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) emulation::fail("misaligned store");
-  *to = value;
-}
+// Loads and stores with a cache operation, which are of global memory and one access each.
+#define EMULATE_LOAD(NAME)                                                                  \
+  template <typename T>                                                                     \
+  T NAME(const T* from, const char* file = __builtin_FILE(), int line = __builtin_LINE()) { \
+    emulation::check_global(#NAME, from, sizeof(T), file, line);                            \
+    return *from;                                                                           \
+  }
+#define EMULATE_STORE(NAME)                                                                     \
+  template <typename T>                                                                         \
+  void NAME(T* to, T value, const char* file = __builtin_FILE(), int line = __builtin_LINE()) { \
+    emulation::check_global(#NAME, to, sizeof(T), file, line);                                  \
+    *to = value;                                                                                \
+  }
+EMULATE_LOAD(__ldg)
+EMULATE_LOAD(__ldca)
+EMULATE_LOAD(__ldcg)
+EMULATE_LOAD(__ldcs)
+EMULATE_LOAD(__ldlu)
+EMULATE_LOAD(__ldcv)
+EMULATE_STORE(__stwb)
+EMULATE_STORE(__stcg)
+EMULATE_STORE(__stcs)
+EMULATE_STORE(__stwt)
+#undef EMULATE_LOAD
+#undef EMULATE_STORE
 
 // The host's side.
 
