@@ -5,6 +5,7 @@
 #                 WHEEL=path checks a wheel, OUT=folder takes the results; installs nothing
 # make wheel      a wheel that can be published, for every Python and all GPUs, in DIST
 # make lint       formatting and static checks
+# make ptx-lint   what nvcc makes of the kernels for every GPU: address spaces, spilled registers
 #
 # Each sets up what it needs: see .ci/prepare.py. TORCH is what pip installs where there is no
 # suitable torch; PyPI's Linux build brings CUDA with it, pytorch.org says how to get another.
@@ -16,7 +17,7 @@ DIST ?= dist
 
 ready = $$($(PYTHON) .ci/prepare.py --torch "$(TORCH)" $(1))
 
-.PHONY: demo test bench gpu-check wheel lint clean
+.PHONY: demo test bench gpu-check wheel lint ptx-lint clean
 
 demo:
 	@python=$(call ready,train) && \
@@ -54,6 +55,12 @@ lint:
 	$$python -m ruff check . && $$python -m ruff format --check . && \
 	find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' | \
 	xargs $$python -c "import clang_format; clang_format.clang_format()" --dry-run --Werror
+
+ptx-lint:
+	@python=$(call ready,test) && \
+	env -u TORCH_CUDA_ARCH_LIST GANKERNELS_CUDA=1 $$python setup.py --quiet build_ext \
+	  --build-temp build/every_gpu --build-lib build/every_gpu/lib && \
+	$$python tests/packaging/ptx_lint.py build/every_gpu
 
 clean:
 	rm -rf build dist *.egg-info gankernels/libgankernels.so gankernels/_build.json \

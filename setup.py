@@ -194,8 +194,9 @@ class BuildLibrary(build_ext):
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link",
-                f"  command = {nvcc} -shared -cudart static -Xlinker --no-as-needed $in {link} "
-                "-o $out",
+                # -nodlink: no device code calls any of another file, and nvlink would keep -L.
+                f"  command = {nvcc} -shared -nodlink -cudart static -Xlinker --no-as-needed $in "
+                f"{link} -o $out",
             ]
         else:
             lines += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,8 +21,12 @@ _BACKENDS = ("auto", "reference")
 _backend = "auto"
 _load_error: str | None = None
 _record: dict = {}
-_served: set[tuple[str, str]] = set()  # (kind of device, op)
-_warned: set[tuple[str, str]] = set()
+_served: set[tuple[torch.device, str]] = set()
+_warned: set[tuple[torch.device, str]] = set()
+
+# The oldest driver, as the CUDA version that it says, that runs the runtime of a toolkit: a driver
+# runs all older toolkits, and all newer ones of its own major version.
+_DRIVERS = {12: "525", 13: "580"}
 
 
 def _load() -> None:
@@ -85,20 +90,24 @@ def has_kernel(x: Tensor, op: str) -> bool:
     """Whether a compiled kernel of this op serves this tensor; warns once where none does."""
     if _backend == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False  # an exported graph is to run where there is no gankernels
-    return _serves(x.device.type, op)
+    return _serves(x.device, op)
 
 
 @called_while_tracing
-def _serves(kind: str, op: str) -> bool:
-    if (kind, op) in _served:
+def _serves(device: torch.device, op: str) -> bool:
+    if (device, op) in _served:
         return True
-    if LOADED and (kind == "meta" or _registered(op, kind)):
-        _served.add((kind, op))
+    if (device, op) in _warned:
+        return False
+    kind = device.type
+    reason = None if LOADED and kind == "meta" else why_not(kind, device)
+    if reason is None and kind != "meta" and not _registered(op, kind):
+        reason = f"{op} has no kernel for {kind} yet"
+    if reason is None:
+        _served.add((device, op))
         return True
-    if (kind, op) not in _warned:
-        _warned.add((kind, op))
-        reason = why_not(kind) or f"{op} has no kernel for {kind} yet"
-        warnings.warn(f"{op} runs as plain PyTorch on {kind}: {reason}", stacklevel=5)
+    _warned.add((device, op))
+    warnings.warn(f"{op} runs as plain PyTorch on {kind}: {reason}", stacklevel=5)
     return False
 
 
@@ -108,8 +117,11 @@ def _registered(op: str, kind: str) -> bool:
     )
 
 
-def why_not(kind: str) -> str | None:
-    """Why there are no kernels for this kind of device, or None where there are."""
+def why_not(kind: str, device: torch.device | None = None) -> str | None:
+    """Why there are no kernels for this kind of device, or None where there are.
+
+    Of CUDA's, where a `device` is given, also why that one cannot run them.
+    """
     if _load_error:
         return _load_error
     if kind == "cpu":
@@ -120,8 +132,50 @@ def why_not(kind: str) -> str | None:
                 "this build has no CUDA kernels; install the CUDA toolkit (nvcc) and reinstall "
                 "with GANKERNELS_CUDA=1"
             )
-        return None
+        if torch.version.hip is not None:
+            return f"torch {torch.__version__} is built for ROCm, the kernels for CUDA"
+        # Without a GPU there are only tensors that stand for some, as while tracing.
+        if device is None or not torch.cuda.is_available():
+            return None
+        return _driver_too_old() or _not_built_for(device)
     return f"there are kernels for cpu and cuda, none for {kind}"
+
+
+def _driver_too_old() -> str | None:
+    """Why this machine's driver cannot run the CUDA runtime that is linked in, or None."""
+    needed = int(_record["cuda"].split(".")[0])
+    driver = torch._C._cuda_getDriverVersion()  # 12080 is CUDA 12.8's
+    if driver // 1000 >= needed:
+        return None
+    number = f" ({_DRIVERS[needed]} or newer)" if needed in _DRIVERS else ""
+    return (
+        f"the kernels are built with CUDA {_record['cuda']}, which needs a driver of CUDA "
+        f"{needed}{number}, and this machine's is of CUDA {driver // 1000}.{driver % 1000 // 10}; "
+        f"update the driver or reinstall with a toolkit of CUDA {driver // 1000}"
+    )
+
+
+def _not_built_for(device: torch.device) -> str | None:
+    """Why nothing in the build runs on this GPU's architecture, or None."""
+    capability = torch.cuda.get_device_capability(device)
+    if any(_runs(built, capability) for built in _record["cuda_architectures"]):
+        return None
+    return (
+        f"this GPU has compute capability {capability[0]}.{capability[1]}, and the kernels are "
+        f"built for {', '.join(_record['cuda_architectures'])}; reinstall with "
+        f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
+    )
+
+
+def _runs(built: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs what was built: sm_90, sm_90a, compute_120."""
+    kind, major, minor, specific = re.fullmatch(r"(\w+)_(\d+)(\d)([af]?)", built).groups()
+    of = (int(major), int(minor))
+    if specific == "a":  # of that architecture alone
+        return capability == of
+    if kind == "sm" or specific == "f":  # of its generation
+        return capability[0] == of[0] and capability >= of
+    return capability >= of  # PTX
 
 
 def build_info() -> dict:
@@ -140,6 +194,8 @@ def build_info() -> dict:
         cuda_off = "torch finds no usable NVIDIA GPU" + (
             " (CUDA 13 needs driver 580 or newer)" if _record["cuda"].startswith("13") else ""
         )
+    if cuda_off is None:
+        cuda_off = why_not("cuda", torch.device("cuda", torch.cuda.current_device()))
     capability = _CPU_CAPABILITIES[torch.ops.gankernels.cpu_capability()] if LOADED else None
     return {
         "version": __version__,

@@ -1,5 +1,6 @@
 """What is said about the build, and the choice between kernels and plain PyTorch."""
 
+import re
 import shutil
 import types
 import warnings
@@ -130,6 +131,99 @@ def test_warns_on_cuda_where_the_build_has_no_cuda(fresh, monkeypatch):
         UserWarning, match=r"plain PyTorch on cuda.*reinstall with GANKERNELS_CUDA=1"
     ):
         assert not _library.has_kernel(tensor_on("cuda"), OP)
+
+
+# ---- a driver or GPU that cannot run the kernels ---------------------------------------------------
+
+
+@pytest.fixture
+def gpu(fresh, monkeypatch):
+    """`gpu(driver, capability, **record)`: as if this machine had such a GPU, and such a build."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_library, "_registered", lambda op, kind: True)
+
+    def machine(driver, capability, cuda="13.0", built=("sm_80", "sm_90", "compute_90")):
+        record = {"cuda": cuda, "cuda_architectures": list(built)}
+        monkeypatch.setattr(_library, "_record", record)
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    return machine
+
+
+OLD_DRIVER = (
+    r"built with CUDA 13.0, which needs a driver of CUDA 13 \(580 or newer\), and this machine's is "
+    r"of CUDA 12.8; update the driver or reinstall with a toolkit of CUDA 12"
+)
+OTHER_GPU = (
+    r"this GPU has compute capability 7.5, and the kernels are built for sm_80, sm_90, compute_90; "
+    r"reinstall with TORCH_CUDA_ARCH_LIST=7.5"
+)
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "reason"),
+    [(12080, (9, 0), OLD_DRIVER), (13000, (7, 5), OTHER_GPU), (12080, (7, 5), OLD_DRIVER)],
+)
+def test_what_cannot_run_the_kernels_falls_back_with_one_warning(gpu, driver, capability, reason):
+    gpu(driver, capability)
+    with pytest.warns(UserWarning, match=f"^{OP} runs as plain PyTorch on cuda: .*{reason}$"):
+        assert not _library.has_kernel(tensor_on("cuda:0"), OP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not _library.has_kernel(tensor_on("cuda:0"), OP)
+        assert _library.has_kernel(torch.ones(1), OP)
+    info = gk.build_info()
+    assert info["cuda_in_use"] is False
+    assert re.search(reason, info["cuda_off_because"])
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "runs"),
+    [
+        (13000, "13.0", True), (13020, "13.0", True), (13000, "13.2", True), (14000, "13.0", True),
+        (12090, "13.0", False), (12020, "12.8", True), (11080, "12.0", False),
+        (13000, "12.8", True),
+    ],
+)  # fmt: skip
+def test_drivers(gpu, driver, cuda, runs):
+    gpu(driver, (9, 0), cuda)
+    assert gk.build_info()["cuda_in_use"] is runs
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("sm_80", (8, 0), True), ("sm_80", (8, 9), True), ("sm_89", (8, 6), False),
+        ("sm_80", (9, 0), False), ("sm_90", (8, 0), False), ("sm_90a", (9, 0), True),
+        ("sm_100a", (10, 3), False), ("sm_100f", (10, 3), True), ("sm_100", (11, 0), False),
+        ("compute_90", (12, 0), True), ("compute_120", (11, 0), False),
+        ("compute_90", (8, 9), False), ("compute_90a", (10, 0), False),
+    ],
+)  # fmt: skip
+def test_architectures(gpu, built, capability, runs):
+    gpu(13000, capability, built=(built,))
+    info = gk.build_info()
+    assert info["cuda_in_use"] is runs
+    assert (info["cuda_off_because"] is None) is runs
+
+
+def test_gpus_are_told_apart(gpu, monkeypatch):
+    gpu(13000, (9, 0))
+    capabilities = {0: (9, 0), 1: (7, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capabilities[d.index])
+    assert _library.has_kernel(tensor_on("cuda:0"), OP)
+    with pytest.warns(UserWarning, match="compute capability 7.0"):
+        assert not _library.has_kernel(tensor_on("cuda:1"), OP)
+    assert _library.has_kernel(tensor_on("cuda:0"), OP)
+
+
+def test_rocm(gpu, monkeypatch):
+    gpu(13000, (9, 0))
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert "is built for ROCm, the kernels for CUDA" in gk.build_info()["cuda_off_because"]
 
 
 def test_no_warning_where_the_reference_was_asked_for(fresh):

@@ -68,7 +68,11 @@ class Graphs:
         places = [value.clone() for value in inputs]
         try:
             # Other threads may pin memory for batches to come meanwhile.
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            # It waits for the current device before it begins: for the one that captures.
+            with (
+                torch.cuda.device(self.stream.device),
+                torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
+            ):
                 constant, result = function(places)
         except RuntimeError as error:
             first_line = str(error).strip().split("\n")[0]

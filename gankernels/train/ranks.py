@@ -25,8 +25,15 @@ class Ranks:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        several = dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if several and device.type == "cuda":
+            # Objects are gathered by way of the current device, and NCCL has a device to a process.
+            torch.cuda.set_device(device)
+        if several and not dist.is_initialized():
+            if device.type == "cuda":
+                dist.init_process_group("nccl", device_id=device)
+            else:
+                dist.init_process_group("gloo")
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 

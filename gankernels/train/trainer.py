@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -105,6 +105,13 @@ class Trainer:
             casts = prepare_casts(self.game, self.half) if bf16 else {}
             for optimizer in self.optimizers.values():
                 Adam.take_over(optimizer, casts)
+        # Where a graph reads the learning rates: on the CPU nowhere.
+        self.rates = {
+            (name, i): group["lr"]
+            for name, optimizer in self.optimizers.items()
+            for i, group in enumerate(optimizer.param_groups)
+            if isinstance(group["lr"], Tensor)
+        }
         # One for every player: a step that one of them skips is no reason for another to skip.
         self.scalers = {
             player.name: torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -191,13 +198,30 @@ class Trainer:
             for i in range(player.steps)
         ]
         measured = (self.step + 1) % self.config.log_every == 0
-        key = (measured, *(loss for _, loss in moves))
+        key = (measured, self._settings(), *(loss for _, loss in moves))
         streamed = [] if self.resident else [t for _ in moves for t in self._next_batch(len(moves))]
         names, values = self.call(
             key, lambda inputs: self._iterate(moves, measured, inputs), streamed
         )
         self.step += 1
         self.losses.add(self.step, names, values)
+
+    def _settings(self) -> Hashable:
+        """What the optimisers are set to, which a graph has taken for constant.
+
+        The learning rates that it reads from a tensor are written there instead: callbacks, LR
+        schedulers and checkpoints put new ones in their place.
+        """
+        settings = []
+        for name, optimizer in self.optimizers.items():
+            for i, group in enumerate(optimizer.param_groups):
+                rate = self.rates.get((name, i))
+                if rate is not None and group["lr"] is not rate:
+                    rate.fill_(group["lr"])
+                    group["lr"] = rate
+                options = (value for option, value in group.items() if option != "params")
+                settings += [v if isinstance(v, Hashable) else repr(v) for v in options]
+        return tuple(settings)
 
     def _iterate(
         self, moves: Sequence[tuple[Player, Loss]], measured: bool, streamed: Sequence[Tensor]
@@ -400,7 +424,7 @@ class Trainer:
         if self.device.type != "cuda":
             return torch.default_generator
         torch.cuda.init()
-        return torch.cuda.default_generators[self.device.index or 0]
+        return torch.cuda.default_generators[self.device.index]
 
     def _stopping(self) -> bool:
         if self.ranks.size == 1:
@@ -424,7 +448,12 @@ def make_optimizer(player: Player, parameters: list[nn.Parameter]) -> torch.opti
         options["fused"] = True
     if "capturable" in accepted and parameters and parameters[0].is_cuda:
         options["capturable"] = True
-    return factory(parameters, **options)
+    optimizer = factory(parameters, **options)
+    if options.keys() >= {"fused", "capturable"}:  # a graph then reads the rate where it lies
+        for group in optimizer.param_groups:
+            rate = torch.as_tensor(group["lr"], dtype=torch.float32)
+            group["lr"] = rate.to(parameters[0].device, copy=True)
+    return optimizer
 
 
 def choose_device(name: str) -> torch.device:
@@ -437,8 +466,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=torch.device(name)).device  # of "cuda", the current one
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).split("\n")[0]
         raise ValueError(f"device {name!r} cannot be used: {first_line}") from error

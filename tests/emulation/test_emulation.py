@@ -87,7 +87,6 @@ def test_part_of_a_warp_may_shuffle(emulated, seed):
         ("warp_barrier_with_absent_lanes", 32, 0, r"lanes of mask 0xffffffff that never come"),
         ("shuffle_of_odd_width", 32, 0, "shuffle of invalid width"),
         ("misaligned_store", 1, 0, "misaligned store"),
-        ("misaligned_load", 1, 0, "misaligned load"),
         ("misaligned_load_of_global", 1, 0, "misaligned load"),
         ("misaligned_vector_load", 1, 0, "misaligned load"),
         ("misaligned_vector_store", 1, 0, "misaligned store"),

@@ -341,7 +341,7 @@ def test_large_mean_and_small_deviation_do_not_cancel(shape, layout):
 @pytest.mark.parametrize("what", ["outlier first", "steps between samples", "constant"])
 def test_statistics_of_samples_far_from_each_other(what, layout):
     """The kernels sum deviations from a guess of the mean: one that is far off must not matter."""
-    x = torch.randn(96, 5, 12, 12, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(96, 5, 12, 12, generator=seeded(0))
     if what == "outlier first":
         x[0, :, 0, 0] = 3e4
     elif what == "steps between samples":
