@@ -109,7 +109,8 @@ def read_archive(archive: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
                         raise ValueError(f"{member.name} makes it larger than CIFAR's")
                     name = Path(member.name).name
                     if member.isfile() and name in _SET_OF:
-                        content = tar.extractfile(member).read(_MAX_FILE + 1)
+                        _check_size(f"{archive}: {member.name}", member.size)
+                        content = tar.extractfile(member).read()
                         parts[name] = _unpickle(f"{archive}: {member.name}", name, content)
             # What gzip says of its content stands behind it.
             while rest := stream.read(1 << 20):
@@ -142,9 +143,17 @@ def _archive(folder: Path, kind: _Set) -> Path | None:
 def _read_file(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
-            return file.read(_MAX_FILE + 1)
+            _check_size(f"{path}", os.fstat(file.fileno()).st_size)
+            return file.read()
     except ValueError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_size(where: str, size: int) -> None:
+    if size > _MAX_FILE:
+        raise ValueError(f"{where}: no batch of CIFAR, which have fewer bytes than {size:,}")
 
 
 def _assemble(
@@ -232,8 +241,6 @@ class _InertUnpickler(pickle.Unpickler):
 def _unpickle(where: str, name: str, content: bytes) -> dict:
     what = f"not a {_SET_OF[name].title} batch"
     try:
-        if len(content) > _MAX_FILE:
-            raise ValueError(f"more than {_MAX_FILE:,} bytes")
         # Pickle makes a table of as many places as the largest number of a place says.
         for opcode, argument, _ in pickletools.genops(content):
             if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(content):

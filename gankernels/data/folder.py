@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gankernels.data.files import check_memory, either, suffixes, visible
+from gankernels.data.files import check_memory, suffixes, visible
 from gankernels.data.pillow import SUFFIXES, import_pillow, open_image
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 _ACCEPTED = " ".join(sorted(SUFFIXES))
 # Levels down to which folders are searched for those that hold the classes.
 _DEPTH = 4
+
+
+class NoClassesError(ValueError):
+    """A folder does not hold one subfolder of images per class."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,12 @@ class Folder:
 
 
 def scan(folder: Path, size: int | None, channels: int | None) -> Folder:
-    """List the images; what ``size`` and ``channels`` leave open is read from their headers."""
+    """List the images; what ``size`` and ``channels`` leave open is read from their headers.
+
+    Raises:
+        NoClassesError: the folder is no folder of classes.
+        ValueError: an image is damaged, or is not as large as the others. It is named.
+    """
     files, labels, classes = _list(folder)
     grey = True
     if size is None or channels is None:
@@ -117,41 +126,28 @@ def has_classes(folder: Path) -> bool:
     return any(_is_image(entry) for subfolder in subfolders for entry in visible(subfolder))
 
 
-def _list(folder: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
-    try:
-        return _list_classes(folder)
-    except ValueError as error:
-        found = list(_search(folder))
-        if not found:
-            raise
-        found.sort(key=lambda name: not os.path.basename(name).lower().startswith("train"))
-        raise ValueError(f"{error}; for what lies deeper load {either(found)} instead") from error
-
-
-def _search(folder: str | os.PathLike, depth: int = _DEPTH) -> Iterator[str]:
-    """The folders further down that :func:`_list` takes."""
+def search(folder: str | os.PathLike, depth: int = _DEPTH) -> Iterator[Path]:
+    """The folders of classes further down, which can be loaded instead."""
     for entry in visible(folder) if depth else ():
         if entry.is_dir() and not any(map(_is_image, visible(entry.path))):
             try:
-                _list_classes(entry.path)
-                yield entry.path
-            except ValueError:
-                yield from _search(entry.path, depth - 1)
+                _list(entry.path)
+                yield Path(entry)
+            except NoClassesError:
+                yield from search(entry.path, depth - 1)
 
 
-def _list_classes(
-    folder: str | os.PathLike,
-) -> tuple[list[str], list[int], tuple[str, ...]]:
+def _list(folder: str | os.PathLike) -> tuple[list[str], list[int], tuple[str, ...]]:
     entries = visible(folder)
     subfolders = [entry for entry in entries if entry.is_dir()]
     if not subfolders:
         if any(map(_is_image, entries)):
-            raise ValueError(
+            raise NoClassesError(
                 f"{folder}: images without labels; put the images of each class into a subfolder "
                 "named after it (one subfolder will do)"
             )
         holds = f"holds {_kinds(entries)}" if entries else "empty"
-        raise ValueError(
+        raise NoClassesError(
             f"{folder}: {holds}, neither subfolders of images nor train-images-idx3-ubyte[.gz] "
             "nor CIFAR's python batches nor an .npz; a packed set is unpacked first; images are "
             f"{_ACCEPTED}"
@@ -163,12 +159,13 @@ def _list_classes(
         images = [entry.path for entry in members if _is_image(entry)]
         nested = [entry.name for entry in members if entry.is_dir()]
         if nested:
-            raise ValueError(
+            stray = f"{nested[0]} out of there" if images else f"it out of {folder}"
+            raise NoClassesError(
                 f"{subfolder.path}: a class folder must hold images, this one holds the folder "
-                f"{nested[0]!r}; take it out of there"
+                f"{nested[0]!r}; if it is no class, take {stray}"
             )
         if not images:
-            raise ValueError(
+            raise NoClassesError(
                 f"{subfolder.path}: a class folder without an image"
                 f"{f', it holds {_kinds(members)}' if members else ''}; accepted are {_ACCEPTED}; "
                 f"if it is no class, take it out of {folder}"
@@ -241,7 +238,9 @@ def _decode(file: str, size: int, channels: int) -> np.ndarray:
         image = ImageOps.exif_transpose(image)
         if bits:
             image = Image.fromarray(_upper_bits(image, bits, inverted))
-        if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        if image.mode in ("La", "RGBa"):  # colours times alpha, which nothing else converts from
+            image = image.convert(image.mode.upper())
+        if "A" in image.getbands() or "transparency" in image.info:
             opaque = Image.new("RGBA", image.size, "white")
             opaque.alpha_composite(image.convert("RGBA"))
             image = opaque.convert("RGB")

@@ -91,14 +91,18 @@ def load(
     if source == "digits":
         name, (images, labels, classes) = "digits", _read_digits()
     else:
-        path = _find(source)
-        name = Path(os.path.expanduser(source)).resolve().name
-        if path.is_dir() and not cifar.is_folder(path):
-            if stream:
-                return ImageFiles(name=name, **vars(folder.scan(path, size, channels)))
-            images, labels, classes = folder.read(path, size, channels)
-        else:
-            images, labels, classes = _read_packed(path)
+        path = Path(os.path.expanduser(source))
+        name = path.resolve().name
+        packed = _packed(path, source)
+        if packed is None:
+            try:
+                if stream:
+                    return ImageFiles(name=name, **vars(folder.scan(path, size, channels)))
+                images, labels, classes = folder.read(path, size, channels)
+            except folder.NoClassesError as error:
+                packed = _deeper(path, error)
+        if packed is not None:
+            images, labels, classes = _read_packed(packed)
 
     if images.shape[2] != images.shape[3] and size is None:
         height, width = images.shape[2:]
@@ -127,9 +131,8 @@ def absolute(source: str | Path) -> str:
     return str(path.resolve() if path.exists() else source)
 
 
-def _find(source: str | Path) -> Path:
-    """The file or folder that is meant: where a folder is given, it may lie deeper in it."""
-    path = Path(os.path.expanduser(source))
+def _packed(path: Path, source: str | Path) -> Path | None:
+    """The images file, archive or folder of batches that is meant; None for another folder."""
     if not os.fspath(source) or not path.exists():
         raise ValueError(
             f"source {str(source)!r} is not the name of a data set, a file or a folder; "
@@ -142,13 +145,21 @@ def _find(source: str | Path) -> Path:
     if cifar.is_folder(path):
         return path
     found = idx.find(path)
-    if not found and not folder.has_classes(path):
-        found = _sets(path)
-        if not found and (others := _sets(path, training=False)):
-            raise ValueError(f"{path}: no training images; load {either(others)} instead")
     if len(found) > 1:
-        raise ValueError(f"{path}: holds several data sets; load {either(found)} instead")
-    return found[0] if found else path
+        raise ValueError(f"{path}: several data sets; load {either(found)} instead")
+    return found[0] if found else None
+
+
+def _deeper(path: Path, error: folder.NoClassesError) -> Path:
+    """The one packed set in a folder without classes of its own; otherwise the error says more."""
+    packed, images = _sets(path), list(folder.search(path))
+    if len(packed) == 1 and not images and not folder.has_classes(path):
+        return packed[0]
+    if found := packed + sorted(images, key=lambda each: not each.name.startswith("train")):
+        raise ValueError(f"{error}; for what lies deeper load {either(found)} instead") from None
+    if tests := _sets(path, training=False):
+        raise ValueError(f"{path}: no training images; load {either(tests)} instead") from None
+    raise error
 
 
 def _sets(place: Path, training: bool = True, depth: int = _DEPTH) -> list[Path]:
