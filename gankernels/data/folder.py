@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
+from gankernels.data.files import check_memory, suffixes, visible
+from gankernels.data.pillow import SUFFIXES, import_pillow, open_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 # Files handed to the threads at once, so that a folder of millions makes no millions of tasks.
 _AHEAD = 1024
-_GREY_MODES = frozenset({"1", "L", "LA", "La", "I;16", "I;16L", "I;16B"})
-_SUPPORTED_MODES = _GREY_MODES | {
-    "P",
-    "PA",
-    "RGB",
-    "RGBA",
-    "RGBa",
-    "RGBX",
-    "CMYK",
-    "YCbCr",
-    "HSV",
-    "LAB",
-}
+_GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"})
+# Of 32 bits or floating point nobody can say which values are black and white.
+_NO_RANGE = frozenset({"I", "F"})
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+_ACCEPTED = " ".join(sorted(SUFFIXES))
+# Levels down to which folders are searched for those that hold the classes.
+_DEPTH = 4
+
+
+class NoClassesError(ValueError):
+    """A folder does not hold one subfolder of images per class."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +50,32 @@ class Folder:
 
 
 def scan(folder: Path, size: int | None, channels: int | None) -> Folder:
-    """List the images; what ``size`` and ``channels`` leave open is read from their headers."""
+    """List the images; what ``size`` and ``channels`` leave open is read from their headers.
+
+    Raises:
+        NoClassesError: the folder is no folder of classes.
+        ValueError: an image is damaged, or is not as large as the others. It is named.
+    """
     files, labels, classes = _list(folder)
     grey = True
     if size is None or channels is None:
         first = None
-        for file, (mode, dimensions) in zip(files, _each(_read_header, files), strict=False):
-            grey = grey and mode in _GREY_MODES
+        for file, (is_grey, dimensions) in zip(files, _each(_read_header, files), strict=False):
+            grey = grey and is_grey
             if size is None:
                 first = first or dimensions
                 _check_size(file, dimensions, files[0], first)
             elif not grey:
                 break
         size = size or first[0]
+    channels = channels or (1 if grey else 3)
+    _check_fits(folder, 1, channels, size)
     return Folder(
         np.array([os.fsencode(file) for file in files]),
         torch.tensor(labels),
         classes,
         size,
-        channels or (1 if grey else 3),
+        channels,
     )
 
 
@@ -80,16 +85,26 @@ def read(
     """Images uint8 ``(N, C, S, S)``, labels int64 ``(N,)`` and the names of the subfolders.
 
     Images that are not square are cut to their central square where ``size`` is given.
-    Transparent pixels are shown on white, EXIF orientation is applied, of 16-bit grey the upper
+    Transparent pixels are shown on white, EXIF orientation is applied, of deeper grey the upper
     eight bits are kept, of an animation the first frame.
     """
     found = scan(folder, size, channels)
-    shape = (found.channels, found.size, found.size)
-    images = torch.empty(len(found.files), *shape, dtype=torch.uint8)
+    _check_fits(folder, len(found.files), found.channels, found.size)
+    images = torch.empty(
+        len(found.files), found.channels, found.size, found.size, dtype=torch.uint8
+    )
     decoded = _each(lambda file: decode(file, found.size, found.channels), found.files)
     for image, pixels in zip(images, decoded, strict=True):
         image.copy_(pixels)
     return images, found.labels, found.classes
+
+
+def _check_fits(folder: Path, count: int, channels: int, size: int) -> None:
+    try:
+        check_memory(count * channels * size**2)
+    except ValueError as error:
+        advice = "stream=True reads them as they are drawn" if count > 1 else "size= is too large"
+        raise ValueError(f"{folder}: {count} of {size}x{size} {error}; {advice}") from error
 
 
 def decode(file: bytes, size: int, channels: int) -> Tensor:
@@ -105,50 +120,67 @@ def _each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]
             yield from pool.map(function, items[start : start + _AHEAD])
 
 
-def _list(folder: Path) -> tuple[list[str], list[int], tuple[str, ...]]:
-    entries = _visible(folder)
+def has_classes(folder: Path) -> bool:
+    """Whether a subfolder holds images."""
+    subfolders = (entry for entry in visible(folder) if entry.is_dir())
+    return any(_is_image(entry) for subfolder in subfolders for entry in visible(subfolder))
+
+
+def search(folder: str | os.PathLike, depth: int = _DEPTH) -> Iterator[Path]:
+    """The folders of classes further down, which can be loaded instead."""
+    for entry in visible(folder) if depth else ():
+        if entry.is_dir() and not any(map(_is_image, visible(entry.path))):
+            try:
+                _list(entry.path)
+                yield Path(entry)
+            except NoClassesError:
+                yield from search(entry.path, depth - 1)
+
+
+def _list(folder: str | os.PathLike) -> tuple[list[str], list[int], tuple[str, ...]]:
+    entries = visible(folder)
     subfolders = [entry for entry in entries if entry.is_dir()]
     if not subfolders:
-        if any(_is_image(entry) for entry in entries):
-            raise ValueError(
+        if any(map(_is_image, entries)):
+            raise NoClassesError(
                 f"{folder}: images without labels; put the images of each class into a subfolder "
                 "named after it (one subfolder will do)"
             )
-        raise ValueError(
-            f"{folder}: empty, neither subfolders of images nor train-images-idx3-ubyte[.gz] "
-            "nor CIFAR-10's data_batch_1"
+        holds = f"holds {_kinds(entries)}" if entries else "empty"
+        raise NoClassesError(
+            f"{folder}: {holds}, neither subfolders of images nor train-images-idx3-ubyte[.gz] "
+            "nor CIFAR's python batches nor an .npz; a packed set is unpacked first; images are "
+            f"{_ACCEPTED}"
         )
     files: list[str] = []
     labels: list[int] = []
     for label, subfolder in enumerate(subfolders):
-        members = _visible(subfolder)
+        members = visible(subfolder)
+        images = [entry.path for entry in members if _is_image(entry)]
         nested = [entry.name for entry in members if entry.is_dir()]
         if nested:
-            raise ValueError(
+            stray = f"{nested[0]} out of there" if images else f"it out of {folder}"
+            raise NoClassesError(
                 f"{subfolder.path}: a class folder must hold images, this one holds the folder "
-                f"{nested[0]!r}; if its folders are the classes, load {subfolder.path} instead"
+                f"{nested[0]!r}; if it is no class, take {stray}"
             )
-        images = [entry.path for entry in members if _is_image(entry)]
         if not images:
-            raise ValueError(
-                f"{subfolder.path}: a class folder without an image; accepted are "
-                f"{' '.join(sorted(_SUFFIXES))}"
+            raise NoClassesError(
+                f"{subfolder.path}: a class folder without an image"
+                f"{f', it holds {_kinds(members)}' if members else ''}; accepted are {_ACCEPTED}; "
+                f"if it is no class, take it out of {folder}"
             )
         files += images
         labels += [label] * len(images)
     return files, labels, tuple(subfolder.name for subfolder in subfolders)
 
 
-def _visible(folder: str | os.PathLike) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        return sorted(
-            (entry for entry in entries if not entry.name.startswith(".")),
-            key=lambda entry: entry.name,
-        )
-
-
 def _is_image(entry: os.DirEntry) -> bool:
-    return os.path.splitext(entry.name)[1].lower() in _SUFFIXES
+    return os.path.splitext(entry.name)[1].lower() in SUFFIXES and not entry.is_dir()
+
+
+def _kinds(entries: Sequence[os.DirEntry]) -> str:
+    return suffixes(entry.name for entry in entries)
 
 
 def _check_size(
@@ -166,43 +198,49 @@ def _check_size(
         )
 
 
-def _import_pillow():
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError(
-            "reading image files needs Pillow: pip install gankernels[train]"
-        ) from error
-    return Image, ImageOps
+def _read_header(file: str) -> tuple[bool, tuple[int, int]]:
+    """Whether an image is grey, and its width and height."""
+    with open_image(file) as image:
+        _deep_bits(image)
+        # Pillow makes RGBA of a PNG's 16-bit grey with alpha.
+        stored = image.tile[0].args if image.tile else None
+        return image.mode in _GREY_MODES or "LA;16B" in (stored, *(stored or ())), image.size
 
 
-@contextmanager
-def _open(file: str):
-    """Pillow's image of a file; whatever is wrong with the file is an error that names it."""
-    Image, _ = _import_pillow()
-    try:
-        with Image.open(file) as image:
-            if image.mode not in _SUPPORTED_MODES:
-                raise ValueError(f"pixels of mode {image.mode!r} have no fixed range")
-            yield image
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-        raise ValueError(f"{file}: not a readable image: {error}") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{file}: {error}") from error
+def _deep_bits(image: Image) -> int:
+    """Bits of a grey that has more than eight of them, otherwise 0."""
+    if image.mode.startswith("I;16"):
+        return getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        return 16
+    if image.mode in _NO_RANGE:
+        raise ValueError(
+            f"pixels of mode {image.mode!r} have no fixed range; save them with 8 or 16 bits"
+        )
+    return 0
 
 
-def _read_header(file: str) -> tuple[str, tuple[int, int]]:
-    with _open(file) as image:
-        return image.mode, image.size
+def _upper_bits(image: Image, bits: int, inverted: bool) -> np.ndarray:
+    deep = np.asarray(image)
+    pixels = (deep >> (bits - 8)).astype(np.uint8)
+    if inverted:
+        pixels = ~pixels
+    if isinstance(transparent := image.info.get("transparency"), int):
+        pixels[deep == transparent] = 255
+    return pixels
 
 
 def _decode(file: str, size: int, channels: int) -> np.ndarray:
-    Image, ImageOps = _import_pillow()
-    with _open(file) as image:
+    Image, ImageOps = import_pillow()
+    with open_image(file) as image:
+        bits = _deep_bits(image)
+        inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        if bits:
+            image = Image.fromarray(_upper_bits(image, bits, inverted))
+        if image.mode in ("La", "RGBa"):  # colours times alpha, which nothing else converts from
+            image = image.convert(image.mode.upper())
+        if "A" in image.getbands() or "transparency" in image.info:
             opaque = Image.new("RGBA", image.size, "white")
             opaque.alpha_composite(image.convert("RGBA"))
             image = opaque.convert("RGB")

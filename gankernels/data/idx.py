@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import re
 import struct
 import zlib
@@ -13,61 +14,91 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gankernels.data.files import check_promise, open_unpacked, visible
+
 _IMAGES_FILE = re.compile(r"(.+)-images([-.])idx3-ubyte(\.gz)?")
-# DEFLATE cannot expand by more than this, so a header that promises more is wrong, and is found
-# out before memory is asked for.
+# DEFLATE cannot expand by more than this, so a header that promises more is wrong.
 _GZIP_MAX_RATIO = 1032
+_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4"}
+_IMAGES = ((8, 3),)
+# QMNIST's have columns of numbers, the first of which is the class.
+_LABELS = ((8, 1), (12, 2), *((kind, 1) for kind in (9, 11, 12)))
+_QMNIST_COLUMNS = 8
 
 
 def is_images_file(path: Path) -> bool:
     return _IMAGES_FILE.fullmatch(path.name) is not None
 
 
-def find(folder: Path) -> Path | None:
-    """The file with the training images in ``folder``, if it is an IDX folder."""
-    for name in ("train-images-idx3-ubyte", "train-images.idx3-ubyte"):
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-    return None
+def find(folder: Path, training: bool = True) -> list[Path]:
+    """The files with training images in ``folder``, or those with other images."""
+    files: dict[str, Path] = {}
+    for entry in visible(folder):  # by name: unpacked ones before those in gzip
+        match = _IMAGES_FILE.fullmatch(entry.name)
+        if match and not entry.is_dir():
+            stem = match[1]
+            if (stem == "train" or stem.endswith("-train")) == training:
+                files.setdefault(stem, Path(entry))
+    return list(files.values())
 
 
 def read(images_file: Path) -> tuple[Tensor, np.ndarray]:
-    """Images ``(N, 1, H, W)`` and labels ``(N,)``, both uint8, of a file and its labels file."""
+    """Images uint8 ``(N, 1, H, W)`` and integer labels ``(N,)`` of a file and its labels file.
+
+    EMNIST's files hold columns where the others hold rows: its images are turned upright.
+    """
     stem, separator, _ = _IMAGES_FILE.fullmatch(images_file.name).groups()
-    labels_name = f"{stem}-labels{separator}idx1-ubyte"
-    candidates = [images_file.with_name(name) for name in (labels_name, f"{labels_name}.gz")]
-    labels_file = next((path for path in candidates if path.is_file()), None)
-    if labels_file is None:
-        raise ValueError(f"{images_file}: no labels, {labels_name}[.gz] is not beside it")
-    images, labels = _read_array(images_file, dims=3), _read_array(labels_file, dims=1)
+    labels_file = _labels_file(images_file, stem, separator)
+    images, labels = _read_array(images_file, _IMAGES), _read_array(labels_file, _LABELS)
+    if labels.ndim == 2:
+        if labels.shape[1] != _QMNIST_COLUMNS:
+            raise ValueError(
+                f"{labels_file}: labels must be (N,) or QMNIST's (N, 8), got {labels.shape}"
+            )
+        labels = labels[:, 0]
     if len(images) != len(labels):
         raise ValueError(f"{images_file}: {len(images)} images but {len(labels)} labels")
     if images.size == 0:
         raise ValueError(f"{images_file}: holds no images, its shape is {images.shape}")
-    return torch.from_numpy(images).unsqueeze(1), labels
+    if stem.startswith("emnist-"):
+        images = np.ascontiguousarray(images.transpose(0, 2, 1))
+    return torch.from_numpy(images).unsqueeze(1), labels.astype(np.int64)
 
 
-def _read_array(path: Path, dims: int) -> np.ndarray:
-    # By content, not by name: downloads often arrive unpacked under a name that ends in .gz.
-    with open(path, "rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
+def _labels_file(images_file: Path, stem: str, separator: str) -> Path:
+    usual = f"{stem}-labels{separator}idx1-ubyte"
+    kinds = ("idx1-ubyte", "idx2-int", "idx1-int")
+    separators = (separator, *{"-", "."} - {separator})
+    for name in (usual, *(f"{stem}-labels{s}{kind}" for s in separators for kind in kinds)):
+        for path in (images_file.with_name(name), images_file.with_name(f"{name}.gz")):
+            if os.path.lexists(path) and not path.is_dir():
+                return path
+    raise ValueError(f"{images_file}: no labels, {usual}[.gz] is not beside it")
+
+
+def _read_array(path: Path, accepted: tuple[tuple[int, int], ...]) -> np.ndarray:
     try:
-        with gzip.open(path, "rb") if compressed else open(path, "rb") as stream:
-            header = stream.read(4 + 4 * dims)
-            if len(header) < 4 + 4 * dims:
+        with open_unpacked(path) as (stream, stored):
+            start = stream.read(4)
+            kind, dims = accepted[0]
+            if start[:2] == b"\0\0" and tuple(start[2:]) in accepted:
+                kind, dims = start[2:]
+            sizes = stream.read(4 * dims)
+            if len(sizes) < 4 * dims:
                 raise ValueError("it ends inside the header")
-            if header[:4] != bytes([0, 0, 8, dims]):
+            if start != bytes([0, 0, kind, dims]):
                 raise ValueError(
-                    f"starts with {header[:4].hex(' ')}, expected 00 00 08 {dims:02x} "
+                    f"starts with {start.hex(' ')}, expected 00 00 {kind:02x} {dims:02x} "
                     f"(unsigned bytes, {dims} dimension{'s' * (dims > 1)})"
                 )
-            shape = struct.unpack(f">{dims}I", header[4:])
-            expected = math.prod(shape)
-            limit = path.stat().st_size * (_GZIP_MAX_RATIO if compressed else 1)
-            if expected > limit:
+            shape = struct.unpack(f">{dims}I", sizes)
+            dtype = np.dtype(_TYPES[kind])
+            expected = math.prod(shape) * dtype.itemsize
+            expands = _GZIP_MAX_RATIO if isinstance(stream, gzip.GzipFile) else 1
+            if expected > stored * expands:
                 raise ValueError(f"truncated, the header promises {expected} bytes of data")
-            return _read_exactly(stream, expected).reshape(shape)
+            check_promise(expected, stored)
+            return _read_exactly(stream, expected).view(dtype).reshape(shape)
     except (ValueError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: damaged IDX file: {error}") from error
 

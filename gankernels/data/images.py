@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Conversions that pass through float32 go this many images at a time, so that a data set of uint8
-# never exists as a whole at four times its size.
-_CHUNK = 1024
+# Conversions that pass through float32 go this many pixels at a time, or an image, so that a data
+# set of uint8 never exists as a whole at four times its size.
+_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -149,7 +150,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     if side == size:
         return images.contiguous()
     result = images.new_empty(*images.shape[:2], size, size)
-    for source, target in zip(images.split(_CHUNK), result.split(_CHUNK), strict=True):
+    for source, target in _chunks(images, result):
         scaled = F.interpolate(source.float(), (size, size), mode="bilinear", antialias=True)
         target.copy_(scaled.round_().clamp_(0, 255))
     return result
@@ -162,8 +163,14 @@ def convert_channels(images: Tensor, channels: int) -> Tensor:
     if channels == 3:
         return images.expand(-1, 3, -1, -1).contiguous()
     result = images.new_empty(len(images), 1, *images.shape[2:])
-    for source, target in zip(images.split(_CHUNK), result.split(_CHUNK), strict=True):
+    for source, target in _chunks(images, result):
         red, green, blue = source.int().unbind(1)
         # Pillow's fixed-point weights, so that a folder and an array give the same grey.
         target[:, 0] = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
     return result
+
+
+def _chunks(images: Tensor, result: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    pixels = max(images[0].numel(), result[0].numel())
+    rows = max(_CHUNK // pixels, 1)
+    return zip(images.split(rows), result.split(rows), strict=True)

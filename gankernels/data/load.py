@@ -10,15 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gankernels.data import cifar10, folder, idx, npz
+from gankernels.data import cifar, folder, idx, npz
+from gankernels.data.files import check_memory, either, special, visible
 from gankernels.data.images import ImageData, convert_channels, resize
 from gankernels.data.stream import ImageFiles
 
 _ACCEPTED = (
     "'digits', a folder with train-images-idx3-ubyte[.gz] and its labels, such an images file, "
-    "a folder with one subfolder of images per class, "
-    "the CIFAR-10 python archive (.tar.gz) or its folder, or an .npz with images and labels"
+    "a folder with one subfolder of images per class, the python archive (.tar.gz) of CIFAR-10 or "
+    "CIFAR-100 or its folder, an .npz with images and labels, or a folder with one of these in it"
 )
+# Levels down to which a folder is searched: of torchvision's it takes three, EMNIST/raw/gzip.
+_DEPTH = 4
 
 
 @overload
@@ -48,11 +51,17 @@ def load(
             - ``"digits"``: the 1,797 handwritten 8x8 digits that come with scikit-learn;
             - a folder in IDX format (the MNIST family): ``train-images-idx3-ubyte`` and
               ``train-labels-idx1-ubyte``, gzipped or not; or one images file, whose labels file
-              lies beside it;
+              lies beside it. EMNIST's images, which are stored on their side, are turned upright;
+              of QMNIST's labels the class is taken;
             - a folder whose subfolders are the classes and hold image files;
-            - the "python version" of CIFAR-10, as ``.tar.gz`` or unpacked: its training images;
+            - the "python version" of CIFAR-10 or CIFAR-100, as ``.tar.gz`` or unpacked: its
+              training images, with the fine labels;
             - an ``.npz`` with ``images``, uint8 ``(N, H, W)``, ``(N, H, W, C)`` or
-              ``(N, C, H, W)``, and ``labels``, integers or strings ``(N,)``.
+              ``(N, C, H, W)``, and ``labels``, integers or strings ``(N,)``;
+            - a folder in which one of these packed sets lies, such as the ``root`` to which
+              torchvision downloads.
+
+            ``~`` is the home folder; a folder called digits is ``"./digits"``.
         size: height and width to return. The central square of each image is resized, bilinearly
             with antialiasing. ``None`` keeps the size, which must be the same for all and square.
         channels: 1 converts colour to luma, 3 repeats grey. ``None`` keeps what is stored (an
@@ -65,7 +74,8 @@ def load(
 
     Raises:
         TypeError, ValueError: wrong arguments, or a source that is unknown, empty, without labels,
-            damaged, or of several sizes where ``size`` is not given. The file is named.
+            damaged, larger than memory, or of several sizes where ``size`` is not given. The file
+            is named. Nothing is opened but regular files.
         ImportError: a library of ``gankernels[train]`` is needed and missing.
     """
     if not isinstance(source, (str, Path)):
@@ -81,20 +91,28 @@ def load(
     if source == "digits":
         name, (images, labels, classes) = "digits", _read_digits()
     else:
-        path = Path(source)
+        path = Path(os.path.expanduser(source))
         name = path.resolve().name
-        if path.is_dir():
-            os.scandir(path).close()  # a folder that may not be read is the error, not its files
-        if stream and _is_image_folder(path):
-            found = folder.scan(path, size, channels)
-            return ImageFiles(name=name, **vars(found))
-        images, labels, classes = _read_path(path, size, channels)
+        packed = _packed(path, source)
+        if packed is None:
+            try:
+                if stream:
+                    return ImageFiles(name=name, **vars(folder.scan(path, size, channels)))
+                images, labels, classes = folder.read(path, size, channels)
+            except folder.NoClassesError as error:
+                packed = _deeper(path, error)
+        if packed is not None:
+            images, labels, classes = _read_packed(packed)
 
     if images.shape[2] != images.shape[3] and size is None:
         height, width = images.shape[2:]
         raise ValueError(
             f"{source}: images are {height}x{width}, not square; give size= to cut and resize them"
         )
+    try:
+        check_memory(len(images) * (channels or images.shape[1]) * (size or images.shape[2]) ** 2)
+    except ValueError as error:
+        raise ValueError(f"{source}: {len(images)} images of size {size}: {error}") from error
     if channels is not None:
         images = convert_channels(images, channels)
     if size is not None:
@@ -102,31 +120,70 @@ def load(
     return ImageData(images.contiguous(), labels, classes, name)
 
 
-def _read_path(
-    path: Path, size: int | None, channels: int | None
-) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    if path.is_dir():
-        if images_file := idx.find(path):
-            return _index(*idx.read(images_file))
-        if cifar10.is_folder(path):
-            return cifar10.read_folder(path)
-        return folder.read(path, size, channels)
-    if path.is_file():
-        if idx.is_images_file(path):
-            return _index(*idx.read(path))
-        if path.suffix == ".npz":
-            return _index(*npz.read(path))
-        if path.name.endswith((".tar.gz", ".tgz", ".tar")):
-            return cifar10.read_archive(path)
-        raise ValueError(f"source {str(path)!r} is of no known kind; accepted: {_ACCEPTED}")
-    raise ValueError(
-        f"source {str(path)!r} is not the name of a data set, a file or a folder; "
-        f"accepted: {_ACCEPTED}"
-    )
+def absolute(source: str | Path) -> str:
+    """What names the same source from any folder: a path that exists is made absolute.
+
+    ``"digits"`` stays what it is, also where a folder has this name; ``"./digits"`` is the folder.
+    """
+    if source == "digits":
+        return source
+    path = Path(os.path.expanduser(source))
+    return str(path.resolve() if path.exists() else source)
 
 
-def _is_image_folder(path: Path) -> bool:
-    return path.is_dir() and not idx.find(path) and not cifar10.is_folder(path)
+def _packed(path: Path, source: str | Path) -> Path | None:
+    """The images file, archive or folder of batches that is meant; None for another folder."""
+    if not os.fspath(source) or not path.exists():
+        raise ValueError(
+            f"source {str(source)!r} is not the name of a data set, a file or a folder; "
+            f"accepted: {_ACCEPTED}"
+        )
+    if not path.is_dir():
+        if kind := special(path):
+            raise ValueError(f"source {str(source)!r} must be a file or a folder, got {kind}")
+        return path
+    if cifar.is_folder(path):
+        return path
+    found = idx.find(path)
+    if len(found) > 1:
+        raise ValueError(f"{path}: several data sets; load {either(found)} instead")
+    return found[0] if found else None
+
+
+def _deeper(path: Path, error: folder.NoClassesError) -> Path:
+    """The one packed set in a folder without classes of its own; otherwise the error says more."""
+    packed, images = _sets(path), list(folder.search(path))
+    if len(packed) == 1 and not images and not folder.has_classes(path):
+        return packed[0]
+    if found := packed + sorted(images, key=lambda each: not each.name.startswith("train")):
+        raise ValueError(f"{error}; for what lies deeper load {either(found)} instead") from None
+    if tests := _sets(path, training=False):
+        raise ValueError(f"{path}: no training images; load {either(tests)} instead") from None
+    raise error
+
+
+def _sets(place: Path, training: bool = True, depth: int = _DEPTH) -> list[Path]:
+    """What has the name of a packed set, in a folder or in the folders in it."""
+    found = idx.find(place, training)
+    if training:
+        found += cifar.find(place) + npz.find(place)
+    if depth:
+        for entry in visible(place):
+            if entry.is_dir():
+                found += _sets(Path(entry), training, depth - 1)
+    return list({path.resolve(): path for path in found}.values())
+
+
+def _read_packed(path: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    if cifar.is_folder(path):
+        return cifar.read_folder(path)
+    if idx.is_images_file(path):
+        return _index(*idx.read(path))
+    if npz.is_file(path.name):
+        return _index(*npz.read(path))
+    if cifar.is_archive(path.name):
+        return cifar.read_archive(path)
+    raise ValueError(f"source {str(path)!r} is of no known kind; accepted: {_ACCEPTED}")
 
 
 def _read_digits() -> tuple[Tensor, Tensor, tuple[str, ...]]:

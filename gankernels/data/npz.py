@@ -2,53 +2,116 @@
 
 from __future__ import annotations
 
+import math
+import os
 import zipfile
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
+
+from gankernels.data.files import check_promise, one_line, open_regular, visible
+
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+
+
+class _Array(NamedTuple):
+    """What the header of an array says."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def find(folder: Path) -> list[Path]:
+    return [Path(entry) for entry in visible(folder) if is_file(entry.name) and not entry.is_dir()]
+
+
+def is_file(name: str) -> bool:
+    return name.lower().endswith(".npz")
 
 
 def read(path: Path) -> tuple[Tensor, np.ndarray]:
     """Images uint8 ``(N, C, H, W)`` and labels ``(N,)``, integers or strings."""
-    # Asked first: numpy takes anything else for a pickle, and recommends to trust it.
-    if not zipfile.is_zipfile(path):
-        with open(path, "rb"):  # where it cannot be opened at all, that is the error
-            raise ValueError(f"{path}: not a readable .npz of plain arrays: not a zip archive")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = list(archive.files)
-            images = archive["images"] if "images" in names else None
-            labels = archive["labels"] if "labels" in names else None
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a readable .npz of plain arrays: {error}") from error
-    for name, array in (("images", images), ("labels", labels)):
-        if array is None:
+    with _open(path) as archive:
+        headers = {
+            name: _read_header(archive, f"{name}.npy")
+            for name in ("images", "labels")
+            if f"{name}.npy" in archive.namelist()
+        }
+        names = [name.removesuffix(".npy") for name in archive.namelist()[:20]]
+    # All that headers can tell, before anything is read that is large.
+    for name in ("images", "labels"):
+        if name not in headers:
             raise ValueError(f"{path}: no array {name!r} among {names}")
+    images, labels = headers["images"], headers["labels"]
     if images.dtype != np.uint8:
         raise ValueError(f"{path}: images must be uint8 in 0..255, got {images.dtype}")
     if labels.dtype.kind not in "iuU":
         raise ValueError(f"{path}: labels must be integers or strings, got {labels.dtype}")
-    images = _channels_first(path, images)
-    if labels.size != len(images):
+    axes = _channels_first(path, images.shape)
+    if math.prod(labels.shape) != images.shape[0]:
         raise ValueError(
-            f"{path}: labels must be one per image, ({len(images)},), got {labels.shape}"
+            f"{path}: labels must be one per image, ({images.shape[0]},), got {labels.shape}"
         )
-    return torch.from_numpy(images), labels.reshape(-1)
+    with _open(path) as archive:
+        pixels, values = (_read_array(archive, f"{name}.npy") for name in ("images", "labels"))
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(axes)
+    return torch.from_numpy(np.ascontiguousarray(pixels)), values.reshape(-1)
 
 
-def _channels_first(path: Path, images: np.ndarray) -> np.ndarray:
-    shape = images.shape
+@contextmanager
+def _open(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with open_regular(path) as file:
+            # Asked first: of an empty file and of a pickle zipfile itself would say less.
+            if not zipfile.is_zipfile(file):
+                raise ValueError("not a zip archive")
+            with zipfile.ZipFile(file) as archive:
+                yield archive
+    except Exception as error:  # a damaged archive can raise anything
+        raise ValueError(
+            f"{path}: not a readable .npz of plain arrays: {one_line(error)}"
+        ) from error
+
+
+def _read_header(archive: zipfile.ZipFile, name: str) -> _Array:
+    entry = archive.getinfo(name)
+    with archive.open(entry) as file:
+        version = npy.read_magic(file)
+        if version not in _HEADERS:
+            raise ValueError(f"{name} is of version {version} of numpy's format")
+        shape, _, dtype = _HEADERS[version](file)
+        if dtype.hasobject:
+            raise ValueError(f"Objects in {name} are not read, since they can run code")
+        promised = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or file.tell() + promised != entry.file_size:
+            raise ValueError(f"{name} promises {promised:,} bytes, but has {entry.file_size:,}")
+    archive_size = os.fstat(archive.fp.fileno()).st_size
+    check_promise(promised, min(entry.compress_size, archive_size))
+    return _Array(shape, dtype)
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    _read_header(archive, name)  # again, since the file may be another by now
+    with archive.open(name) as file:
+        array = npy.read_array(file, allow_pickle=False)
+        file.read(1)  # to its end, where the checksum is compared
+    return array
+
+
+def _channels_first(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The order of axes that makes ``(N, C, H, W)`` of four axes."""
     if 0 in shape:
         raise ValueError(f"{path}: images are empty, their shape is {shape}")
-    if images.ndim == 3:
-        return images[:, None]
-    if images.ndim == 4 and shape[1] in (1, 3):
-        return images
-    if images.ndim == 4 and shape[3] in (1, 3):
-        return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    if len(shape) == 3 or (len(shape) == 4 and shape[1] in (1, 3)):
+        return (0, 1, 2, 3)
+    if len(shape) == 4 and shape[3] in (1, 3):
+        return (0, 3, 1, 2)
     raise ValueError(
         f"{path}: images must be (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, got {shape}"
     )

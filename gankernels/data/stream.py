@@ -139,7 +139,7 @@ class BatchLoader:
             drawn = next(self._items)
         except (RuntimeError, OSError, EOFError) as error:
             # A connection may break a moment before its process has ended.
-            connection.wait([worker.sentinel for worker in self._workers], timeout=1)
+            connection.wait([worker.sentinel for worker in self._workers], timeout=5)
             for worker in self._workers:
                 if not worker.is_alive():
                     raise ChildProcessError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gankernels._version import __version__
+from gankernels.data.pillow import open_image
 from gankernels.report import WIDTH, Page, png_size, style
 from gankernels.train.files import read_json
 
@@ -286,13 +287,9 @@ def _small(path: Path) -> bytes:
     width, height = png_size(png)
     if width <= GRID_PIXELS:
         return png
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("pictures need Pillow: pip install gankernels[train]") from error
-    picture = Image.open(io.BytesIO(png))
     file = io.BytesIO()
-    picture.resize((GRID_PIXELS, max(1, round(height * GRID_PIXELS / width)))).save(file, "PNG")
+    with open_image(path) as picture:
+        picture.resize((GRID_PIXELS, max(1, round(height * GRID_PIXELS / width)))).save(file, "PNG")
     return file.getvalue()
 
 

@@ -38,9 +38,8 @@ def start(model: str | Path, *, resume: bool = False, **settings: Any) -> Traine
         settings = {**stored, **settings}
     game_class = games.get(str(model))
     settings.setdefault("out", f"runs/{model}")
-    if "data" in settings and Path(settings["data"]).exists():
-        # So that config.json works from any folder.
-        settings["data"] = str(Path(settings["data"]).resolve())
+    if "data" in settings:
+        settings["data"] = data.absolute(settings["data"])  # config.json works from any folder
 
     run = Path(settings["out"])
     if (run / "config.json").exists() or checkpoints(run):

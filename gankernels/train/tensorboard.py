@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from gankernels.data.pillow import open_image
+
 
 class TensorBoard:
     """Writes event files into a folder for `tensorboard --logdir`.
@@ -55,9 +57,7 @@ class TensorBoard:
                 raise TypeError(f"picture must be torch.uint8, got {picture.dtype}")
             pixels = picture.permute(1, 2, 0).cpu().numpy()
         else:
-            from PIL import Image  # tensorboard needs it as well
-
-            with Image.open(picture) as opened:
+            with open_image(picture) as opened:
                 pixels = np.asarray(opened.convert("RGB"))
         self._writer.add_image(name, pixels, step, dataformats="HWC")
         self._writer.flush()  # grids are rare, and what led to one is then there as well

@@ -1,0 +1,253 @@
+"""The "python version" of CIFAR-10 and CIFAR-100: pickled batches in a tar archive, or unpacked.
+
+Pickle can run any code, so nothing a batch names is ever called: the few names that these files
+use for a numpy array stand for inert records here, every other name is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import pickletools
+import tarfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gankernels.data.files import one_line, open_regular, open_unpacked
+
+# Python's training files are 31 MB each of CIFAR-10 and 155 MB of CIFAR-100.
+_MAX_FILE = 1 << 28
+_MAX_ARCHIVE = 1 << 30
+
+
+class _Set(NamedTuple):
+    """Where the parts of a set are kept."""
+
+    title: str
+    folder: str
+    archive: str
+    meta: str
+    class_names: str
+    batches: tuple[str, ...]
+    labels: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.meta, *self.batches)
+
+
+_SETS = (
+    _Set(
+        "CIFAR-10",
+        "cifar-10-batches-py",
+        "cifar-10-python",
+        "batches.meta",
+        "label_names",
+        tuple(f"data_batch_{i}" for i in range(1, 6)),
+        "labels",
+    ),
+    _Set(
+        "CIFAR-100",
+        "cifar-100-python",
+        "cifar-100-python",
+        "meta",
+        "fine_label_names",
+        ("train",),
+        "fine_labels",
+    ),
+)
+_SET_OF = {name: each for each in _SETS for name in each.files}
+_ARCHIVES = (".tar.gz", ".tgz", ".tar")
+
+
+def is_archive(name: str) -> bool:
+    return name.lower().endswith(_ARCHIVES)
+
+
+def is_folder(path: Path) -> bool:
+    return _folder_set(path) is not None
+
+
+def find(folder: Path) -> list[Path]:
+    """``folder`` itself, or the archives in it that are not unpacked beside it."""
+    if is_folder(folder):
+        return [folder]
+    archives = [_archive(folder, each) for each in _SETS if not is_folder(folder / each.folder)]
+    return [archive for archive in archives if archive]
+
+
+def read_folder(folder: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Training images uint8 ``(N, 3, 32, 32)``, labels int64 ``(N,)``, class names."""
+    kind = _folder_set(folder)
+    try:
+        parts = {}
+        for name in kind.files:
+            if os.path.lexists(folder / name):
+                parts[name] = _unpickle(f"{folder / name}", name, _read_file(folder / name))
+        return _assemble(folder, kind, parts)
+    except ValueError as error:
+        if archive := _archive(folder.parent, kind):
+            raise ValueError(f"{error}; load {archive} instead, or unpack it again") from error
+        raise
+
+
+def read_archive(archive: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """The same from ``cifar-10-python.tar.gz``; nothing is written to disk."""
+    parts, total = {}, 0
+    try:
+        with open_unpacked(archive) as (stream, _):
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                for member in tar:
+                    total += member.size
+                    if total > _MAX_ARCHIVE:
+                        raise ValueError(f"{member.name} makes it larger than CIFAR's")
+                    name = Path(member.name).name
+                    if member.isfile() and name in _SET_OF:
+                        _check_size(f"{archive}: {member.name}", member.size)
+                        content = tar.extractfile(member).read()
+                        parts[name] = _unpickle(f"{archive}: {member.name}", name, content)
+            # What gzip says of its content stands behind it.
+            while rest := stream.read(1 << 20):
+                total += len(rest)
+                if total > _MAX_ARCHIVE:
+                    raise ValueError("what follows its last file has no end")
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
+        if str(error).startswith(f"{archive}: "):
+            raise
+        raise ValueError(f"{archive}: damaged archive: {one_line(error)}") from error
+    kind = next((each for each in _SETS if each.meta in parts), _SETS[0])
+    return _assemble(archive, kind, parts)
+
+
+def _folder_set(folder: Path) -> _Set | None:
+    def holds(name: str) -> bool:
+        return os.path.lexists(folder / name) and not (folder / name).is_dir()
+
+    ten, hundred = _SETS
+    if any(map(holds, ten.batches)):
+        return ten
+    return hundred if all(map(holds, hundred.files)) else None
+
+
+def _archive(folder: Path, kind: _Set) -> Path | None:
+    paths = (folder / f"{kind.archive}{suffix}" for suffix in _ARCHIVES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            _check_size(f"{path}", os.fstat(file.fileno()).st_size)
+            return file.read()
+    except ValueError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_size(where: str, size: int) -> None:
+    if size > _MAX_FILE:
+        raise ValueError(f"{where}: no batch of CIFAR, which have fewer bytes than {size:,}")
+
+
+def _assemble(
+    source: Path, kind: _Set, parts: dict[str, dict]
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    missing = [name for name in kind.files if name not in parts]
+    if missing:
+        raise ValueError(
+            f"{source}: not {kind.title}'s python version, or incomplete: no {', '.join(missing)}"
+        )
+    names = _entry(f"{source}: {kind.meta}", parts[kind.meta], kind.class_names, list)
+    if not all(isinstance(name, (bytes, str)) for name in names):
+        raise ValueError(f"{source}: {kind.meta}: damaged, a class without a name")
+    classes = tuple(
+        name.decode(errors="replace") if isinstance(name, bytes) else name for name in names
+    )
+    images, labels = [], []
+    for name in kind.batches:
+        where = f"{source}: {name}"
+        pixels = _entry(where, parts[name], "data", _Array).to_numpy(where)
+        images.append(pixels.reshape(-1, 3, 32, 32))
+        labels += _entry(where, parts[name], kind.labels, list)
+        if sum(map(len, images)) != len(labels):
+            raise ValueError(f"{where}: {len(pixels)} images, but another number of labels")
+    if not labels:
+        raise ValueError(f"{source}: holds no images")
+    if not all(type(label) is int and 0 <= label < len(classes) for label in labels):
+        raise ValueError(f"{source}: a label outside the {len(classes)} classes of {kind.meta}")
+    return torch.from_numpy(np.concatenate(images)), torch.tensor(labels), classes
+
+
+def _entry(where: str, part: dict, key: str, kind: type):
+    # Python 2 wrote the files, so keys are bytes; copies rewritten by Python 3 have str.
+    value = part.get(key.encode(), part.get(key))
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: damaged, no {key!r} entry of the expected kind")
+    return value
+
+
+class _Array:
+    """What a pickled numpy array consists of."""
+
+    def __init__(self, *_ignored) -> None:
+        self.state = None
+
+    def __setstate__(self, state) -> None:
+        self.state = state
+
+    def to_numpy(self, where: str) -> np.ndarray:
+        try:
+            _version, shape, dtype, fortran_order, raw = self.state
+            if dtype.name not in (b"u1", "u1") or len(shape) != 2 or shape[1] != 3072:
+                raise ValueError(f"expected (N, 3072) bytes, found {shape}")
+            return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran_order else "C")
+        except Exception as error:  # what stands there can be anything
+            raise ValueError(f"{where}: damaged 'data' entry: {one_line(error)}") from error
+
+
+class _DType:
+    def __init__(self, name, *_ignored) -> None:
+        self.name = name
+
+    def __setstate__(self, state) -> None:
+        pass
+
+
+_RECORDS = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+}
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        try:
+            return _RECORDS[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, which no file of CIFAR does"
+            ) from None
+
+
+def _unpickle(where: str, name: str, content: bytes) -> dict:
+    what = f"not a {_SET_OF[name].title} batch"
+    try:
+        # Pickle makes a table of as many places as the largest number of a place says.
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(content):
+                raise ValueError(f"it names place {argument:,} of its memory")
+        part = _InertUnpickler(io.BytesIO(content), encoding="bytes").load()
+    except Exception as error:  # a damaged pickle can raise anything, MemoryError included
+        raise ValueError(f"{where}: {what}: {one_line(error)}") from error
+    if not isinstance(part, dict):
+        raise ValueError(f"{where}: {what}: holds a {type(part).__name__}")
+    return part

@@ -1,0 +1,53 @@
+"""The one place where Pillow opens a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from gankernels.data.files import one_line, open_regular
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: Decoders that neither start programs nor read other files. Left to itself Pillow goes by content,
+#: and hands PostScript to Ghostscript whatever its name is.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+#: Names of such files.
+SUFFIXES = frozenset(
+    {
+        ".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
+        ".ppm", ".tif", ".tiff", ".webp",
+    }
+)  # fmt: skip
+
+
+def import_pillow():
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError(
+            "reading image files needs Pillow: pip install gankernels[train]"
+        ) from error
+    return Image, ImageOps
+
+
+@contextmanager
+def open_image(path: str | os.PathLike) -> Iterator[Image]:
+    """Pillow's image of a regular file.
+
+    Raises:
+        ValueError: it is of another format, damaged, too large for Pillow or no regular file, also
+            where Pillow finds out when it decodes. The file is named.
+    """
+    Image, _ = import_pillow()
+    try:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+            yield image
+    except Exception as error:  # a damaged file can make Pillow raise anything
+        reason = one_line(error)
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"none of {', '.join(FORMATS)}"
+        raise ValueError(f"{path}: not a readable image: {reason}") from error
