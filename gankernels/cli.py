@@ -1,17 +1,20 @@
 """The command line: one `add_<command>` and one `run_<command>` for every command.
 
 Errors of the user's making (UserError) print one line and end with status 2; a run that diverged
-ends with status 1. Whatever else is raised is a defect and keeps its traceback.
+ends with status 1, an interruption with 130. Whatever else is raised is a defect and keeps its
+traceback. Nothing is printed before what it tells of is safe, and a reader who has gone is no error.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+from gankernels._console import fill_descriptors, is_terminal, say, settle
 
 PROGRAM = "gankernels"
 
@@ -43,9 +46,27 @@ class Parser(argparse.ArgumentParser):
         more = f"\n{self.more_help()}\n" if self.more_help else ""
         return super().format_help() + more
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        show(message, end="", needed=True)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv`, `sys.argv[1:]` when None, and return the exit status."""
+    fill_descriptors()
+    try:
+        return run(argv)
+    except UserError as error:
+        complain(error)
+        return 2
+    except KeyboardInterrupt:
+        say(f"{PROGRAM}: interrupted")
+        return 130
+    finally:
+        settle()
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """What `main` does, with errors as exceptions."""
     parser = Parser(
         prog=PROGRAM,
         description="GANs on fused kernels that stay fast through the second derivative.",
@@ -56,12 +77,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_evaluate(commands)
     add_bench(commands)
     add_info(commands)
-    try:
-        args = parser.parse_args(argv)
-        return args.run(args)
-    except UserError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+def show(text: str, end: str = "\n", needed: bool = False) -> None:
+    """Write to stdout. A reader who has gone has seen enough.
+
+    Raises UserError where it is `needed`, being all that a command does, and the stream fails.
+    """
+    error = say(text, "stdout", end, patient=needed)
+    if needed and error is not None and error.errno not in (errno.EPIPE, errno.EBADF):
+        raise UserError(f"stdout cannot be written to: {error.strerror}")
+
+
+def complain(error: object) -> None:
+    say(f"{PROGRAM}: error: {error}")
 
 
 def add_train(commands: Any) -> None:
@@ -153,17 +184,17 @@ def run_train(args: argparse.Namespace) -> int:
     try:
         trainer.fit()
     except train.DivergenceError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        complain(error)
         return 1
     except (train.CheckpointError, OSError, ValueError) as error:
         # A full disk, say, or a damaged file among those that are read while it trains.
         raise UserError(str(error)) from error
     if not trainer.ranks.first:
         return 0
-    print(f"{trainer.run / 'samples.png'} shows samples at step {trainer.step}")
+    show(f"{trainer.run / 'samples.png'} shows samples at step {trainer.step}")
     if trainer.step < trainer.config.steps:
-        print(f"stopped early; continue with: {PROGRAM} train {trainer.game.name} --resume", end="")
-        print(f" --out {trainer.run}")
+        again = f"{PROGRAM} train {trainer.game.name} --resume --out {trainer.run}"
+        show(f"stopped early; continue with: {again}")
     return 0
 
 
@@ -250,9 +281,12 @@ def add_sample(commands: Any) -> None:
 
 
 def run_sample(args: argparse.Namespace) -> int:
+    from gankernels.train.files import is_stdout
+
     with user_errors():
         out, count = sample_run(args)
-    print(f"{out}: {count} samples")
+    if not is_stdout(out):
+        show(f"{out}: {count} samples")
     return 0
 
 
@@ -358,13 +392,16 @@ def add_evaluate(commands: Any) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from gankernels.train.files import write_json
+    from gankernels.train.files import is_stdout, write_json
 
     with user_errors():
         scores = evaluate_run(args)
-        if args.json is not None:
-            write_json(Path(args.json), scores)
-    print("\n".join(describe_scores(scores)))
+        try:
+            if args.json is not None:
+                write_json(Path(args.json), scores)
+        finally:  # what took minutes to compute is shown, also where it cannot be written
+            if args.json is None or not is_stdout(Path(args.json)):
+                show("\n".join(describe_scores(scores)), needed=args.json is None)
     return 0
 
 
@@ -390,7 +427,7 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
         real,
         checkpoint.parent.parent if in_run_folder else checkpoint.parent,
         device=device,
-        progress=sys.stderr.isatty(),
+        progress=is_terminal(),
     )
     real_features = metrics.features(classifier, real.images)
     with torch.random.fork_rng(devices=[]):
@@ -498,18 +535,20 @@ def run_bench(args: argparse.Namespace) -> int:
 
     with StopRequest() as stop:
         results = bench.compare(plan, lambda: stop.requested)
-    if not results.rows:
-        raise UserError("stopped before anything was measured")
-    print("\n".join(bench.describe(results)))
-    try:
-        page = results.write(out)
-    except OSError as error:  # a full disk, say
-        raise UserError(str(error)) from error
-    if not results.complete:
-        print(f"\nstopped early, after {len(results.rows)} of {results.planned} cases", end="")
-    print(f"\n{page} shows it, {out / 'results.json'} has all figures; {results.took:.0f} s")
+        if not results.rows:
+            raise UserError("stopped before anything was measured")
+        try:  # before anything is told: its reader may have gone
+            page = results.write(out)
+        except OSError as error:  # a full disk, say
+            raise UserError(str(error)) from error
+        finally:
+            show("\n".join(bench.describe(results)))
+    early = f"stopped early, after {len(results.rows)} of {results.planned} cases\n"
+    told = f"{page} shows it, " if page is not None else ""
+    told += f"{out / 'results.json'} has all figures; {results.took:.0f} s"
+    show(f"\n{'' if results.complete else early}{told}")
     for row in results.failed:
-        print(f"{PROGRAM}: error: {row.case}: {row.errors['ours']}", file=sys.stderr)
+        complain(f"{row.case}: {row.errors['ours']}")
     return 1 if results.failed else 0
 
 
@@ -525,7 +564,7 @@ def add_info(commands: Any) -> None:
 def run_info(args: argparse.Namespace) -> int:
     import gankernels
 
-    print("\n".join(describe_build(gankernels.build_info())))
+    show("\n".join(describe_build(gankernels.build_info())), needed=True)
     return 0
 
 

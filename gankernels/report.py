@@ -18,6 +18,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -220,15 +221,14 @@ class Page:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """matplotlib's settings for figures of a page, for the `with` block that makes one.
+    """matplotlib's settings for figures of a page, for the `with` block that makes or draws one.
 
-    Raises ImportError where matplotlib is missing.
+    They are its own defaults and ours, whatever matplotlibrc says: with `text.usetex`, say, no
+    figure could be drawn where LaTeX is missing. Raises ImportError where matplotlib is missing.
     """
-    try:
-        import matplotlib
-        from cycler import cycler
-    except ImportError as error:
-        raise ImportError("reports need matplotlib: pip install gankernels[train]") from error
+    matplotlib = import_matplotlib()
+    from cycler import cycler
+
     ink, muted, rule = (_COLOURS[name][0] for name in ("ink", "muted", "rule"))
     settings = {
         "axes.axisbelow": True,
@@ -257,8 +257,39 @@ def style() -> Iterator[None]:
         "ytick.color": rule,
         "ytick.labelcolor": muted,
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(settings)
         yield
+
+
+def import_matplotlib() -> Any:
+    """The module, also where the backend or the settings that the user has for it are no good.
+
+    Raises ImportError where it is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("reports need matplotlib: pip install gankernels[train]") from error
+    except Exception:  # MPLBACKEND is no backend, or matplotlibrc no text
+        with _without_settings():
+            import matplotlib
+    return matplotlib
+
+
+@contextmanager
+def _without_settings() -> Iterator[None]:
+    names = {"MPLBACKEND": None, "MATPLOTLIBRC": os.devnull}
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ.update({name: value for name, value in names.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def format_value(value: Any) -> str:
@@ -330,7 +361,8 @@ def _svg(figure: Any, alt: str, prefix: str) -> str:
     _check_alt(alt)
     file = io.StringIO()
     # Text stays text, in the page's font; ids repeat from run to run.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gankernels"}):
+    own = {"svg.fonttype": "none", "svg.hashsalt": "gankernels"}
+    with style(), matplotlib.rc_context(own):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].strip()

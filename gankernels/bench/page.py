@@ -105,7 +105,8 @@ def _count(results: Results) -> str:
 
 def _save_png(figure: Figure, path: Path) -> None:
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150, facecolor=PAPER)
+    with style():
+        figure.savefig(file, format="png", dpi=150, facecolor=PAPER)
     write_atomically(path, lambda out: out.write(file.getvalue()))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gankernels._console import describe, warn
 from gankernels.bench.ops import OPS, Case
 from gankernels.bench.timing import Timing
 from gankernels.bench.training import Training
@@ -128,9 +129,18 @@ class Results:
             "training": [row.to_json() for row in self.training],
         }
 
-    def write(self, folder: str | Path) -> Path:
-        """Writes results.json, index.html and the plots as PNG; returns the page's path."""
+    def write(self, folder: str | Path) -> Path | None:
+        """Writes results.json, index.html and the plots as PNG; returns the page's path.
+
+        Where the page cannot be drawn there is none, and a warning.
+        """
         from gankernels.bench.page import write_page
 
         write_json(Path(folder) / "results.json", self.to_json())
-        return write_page(self, Path(folder))
+        try:
+            return write_page(self, Path(folder))
+        except OSError:
+            raise
+        except Exception as error:  # whatever a plotting library raises
+            warn(f"{folder}: there are no plots, since they could not be drawn: {describe(error)}")
+            return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,14 @@ from typing import Any
 import torch
 
 import gankernels as gk
+from gankernels import _console as console
 from gankernels._library import why_not
 from gankernels.bench import ops, timing, training
 from gankernels.bench.ops import OPS, Case
 from gankernels.bench.results import Results, Row
 from gankernels.bench.timing import Run, interleaved
 from gankernels.bench.training import Training
+from gankernels.report import import_matplotlib
 from gankernels.train.cpus import available, bound_threads
 from gankernels.train.trainer import choose_device
 
@@ -65,10 +66,7 @@ def plan(
             kernels for it.
         ImportError: matplotlib, or what the games' data need, is missing.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install gankernels[train]") from error
+    import_matplotlib()
     if seconds is None:
         seconds = 0.2 if quick else 1.0
     if not seconds >= 0:
@@ -167,13 +165,8 @@ class progress:  # noqa: N801  (reads as a function)
     """Tells on stderr what is measured: a bar on a terminal that has tqdm, else a line per case."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.done, self.bar = total, 0, None
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self.bar = tqdm(total=total, unit="case", dynamic_ncols=True, leave=False)
+        self.total, self.done = total, 0
+        self.bar = console.bar(total=total, unit="case", leave=False)
 
     def __enter__(self) -> Callable[..., None]:
         return self.tell
@@ -191,4 +184,4 @@ class progress:  # noqa: N801  (reads as a function)
         elif row is not None:
             told = [f"{row.ratio(name):.2f}x {name}" for name in row.baselines if row.ratio(name)]
             told += [f"{name} failed: {why}" for name, why in row.errors.items()]
-            print(f"[{self.done}/{self.total}] {case}: {', '.join(told)}", file=sys.stderr)
+            console.say(f"[{self.done}/{self.total}] {case}: {', '.join(told)}")

@@ -74,9 +74,9 @@ class BatchLoader:
     with ``first=k`` goes on where another stopped, whatever their workers. PyTorch's random state
     is left alone.
 
-    Workers are processes that prepare two batches each ahead of time. They leave SIGINT and SIGTERM
-    to the process that started them, which may want a last batch before it stops. Call
-    :meth:`close` to end them; they also end with the loader and with the process.
+    Workers are processes that prepare two batches each ahead of time. They leave SIGINT,
+    SIGTERM and SIGHUP to the process that started them, which may want a last batch before it
+    stops. Call :meth:`close` to end them; they also end with the loader and with the process.
 
     Args:
         data: the images, in host memory or in files.
@@ -184,7 +184,7 @@ class _Draws(Dataset):
 
 
 def _ignore_stop_signals(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gankernels import _console as console
 from gankernels.data import ImageData, to_float
 
 _WIDTH = 32
@@ -136,11 +137,8 @@ def _augment(x: Tensor, rng: torch.Generator) -> Tensor:
 def _progress_bar(steps: int, shown: bool):
     if not shown:
         return range(steps)
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install gankernels[train]") from error
-    return tqdm(range(steps), desc="classifier", unit="step", leave=False)
+    bar = console.bar(iterable=range(steps), desc="classifier", unit="step", leave=False)
+    return range(steps) if bar is None else bar
 
 
 @torch.no_grad()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gankernels import _console as console
+from gankernels.data import ImageData, ImageFiles
 from gankernels.train import checkpoint, report
-from gankernels.train.files import write_atomically
+from gankernels.train.files import append, make_way, set_aside, write_atomically
 from gankernels.train.losses import GRADIENT_NORM
 from gankernels.train.tensorboard import TensorBoard
 
@@ -21,9 +23,13 @@ class Callback:
     """Something that `Trainer.fit` tells what it does; a subclass overrides what it wants.
 
     All methods are called between two iterations, in the order in which the callbacks were given,
-    on the process that writes the run folder only. `trainer.stop()` ends the run early, saved as
-    always. What a method raises ends the run.
+    on the process that writes the run folder only, after what is due was saved. `trainer.stop()`
+    ends the run early, saved as always. So does what a method raises, and `fit` then raises it.
     """
+
+    #: What the trainer's own callbacks show. They cannot end a run: one that fails is named by this
+    #: in a warning and told no more.
+    shows: str | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first iteration; a resumed run starts at `trainer.step`."""
@@ -47,16 +53,10 @@ class Callback:
 class Progress(Callback):
     """Steps, losses and speed on stderr: a bar on a terminal, else a line per report."""
 
+    shows = "progress on stderr"
+
     def on_start(self, trainer: Trainer) -> None:
-        self.bar = None
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError as error:
-                raise ImportError("the bar needs tqdm: pip install gankernels[train]") from error
-            self.bar = tqdm(
-                total=trainer.config.steps, initial=trainer.step, unit="it", dynamic_ncols=True
-            )
+        self.bar = console.bar(total=trainer.config.steps, initial=trainer.step, unit="it")
 
     def on_step(self, trainer: Trainer) -> None:
         if self.bar is not None:
@@ -73,7 +73,7 @@ class Progress(Callback):
             speed = values["it_per_s"]
             left = time.strftime("%H:%M:%S", time.gmtime((steps - step) / max(speed, 1e-9)))
             shown += f"  {speed:.1f} it/s  {left} left"
-        print(f"step {step}/{steps}  {shown}", file=sys.stderr, flush=True)
+        console.say(f"step {step}/{steps}  {shown}")
 
     def on_end(self, trainer: Trainer) -> None:
         if getattr(self, "bar", None) is not None:
@@ -83,45 +83,77 @@ class Progress(Callback):
 class Metrics(Callback):
     """metrics.jsonl: one JSON object per line, continued where a resumed run stopped."""
 
+    shows = "metrics.jsonl"
+
     def on_start(self, trainer: Trainer) -> None:
-        path = trainer.run / "metrics.jsonl"
+        self.path = path = trainer.run / "metrics.jsonl"
+        make_way(path)
+        if not path.exists():
+            return
+        content = path.read_bytes()
         # A killed run may have logged beyond its last checkpoint, and half a line.
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= trainer.step]
-        if kept != lines:
-            write_atomically(path, lambda file: file.write("".join(kept).encode()))
-        self.file = path.open("a")
+        lines = content.splitlines(keepends=True)
+        torn = bool(lines) and not lines[-1].endswith(b"\n")
+        rows = [report.read_row(line) for line in lines[: len(lines) - torn]]
+        kept = [
+            line
+            for line, row in zip(lines, rows, strict=False)
+            if row is not None and row["step"] <= trainer.step
+        ]
+        if None in rows:
+            place = rows.index(None) + 1
+            set_aside(path, f"has lines that are no metrics, the first of them line {place}")
+        if len(kept) < len(lines):
+            write_atomically(path, lambda file: file.write(b"".join(kept)))
 
     def on_report(self, trainer: Trainer, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"step": trainer.step, **values}) + "\n")
-        self.file.flush()
-
-    def on_end(self, trainer: Trainer) -> None:
-        if hasattr(self, "file"):
-            self.file.close()
+        append(self.path, json.dumps({"step": trainer.step, **values}).encode() + b"\n")
 
 
-class Boards(Callback):
-    """TensorBoard's event files and report.html, where the libraries they need are installed."""
+class Board(Callback):
+    """TensorBoard's event files, where it is installed."""
+
+    shows = "TensorBoard's log"
 
     def on_start(self, trainer: Trainer) -> None:
         self.board = None
         if TensorBoard.available():
-            self.board = TensorBoard(trainer.run / "tensorboard", trainer.step)
+            self._open(trainer)
 
     def on_report(self, trainer: Trainer, values: dict[str, float]) -> None:
-        if self.board is not None:
+        if self._ready(trainer):
             self.board.write(trainer.step, values)
 
     def on_samples(self, trainer: Trainer, path: Path) -> None:
-        if self.board is not None:
+        if self._ready(trainer):
             self.board.image(trainer.step, path)
-        if report.available():
-            report.write_report(trainer.run)
 
     def on_end(self, trainer: Trainer) -> None:
         if getattr(self, "board", None) is not None:
             self.board.close()
+
+    def _open(self, trainer: Trainer) -> None:
+        self.folder = trainer.run / "tensorboard"
+        make_way(self.folder / "events")
+        self.board = TensorBoard(self.folder, trainer.step)
+
+    def _ready(self, trainer: Trainer) -> bool:
+        if self.board is not None and not self.folder.is_dir():  # deleted while it trains
+            with contextlib.suppress(Exception):
+                self.board.close()
+            self._open(trainer)
+        return self.board is not None
+
+
+class Report(Callback):
+    """report.html, where matplotlib is installed."""
+
+    shows = report.FILE
+
+    def on_samples(self, trainer: Trainer, path: Path) -> None:
+        if report.available():
+            make_way(trainer.run / report.FILE)
+            report.write_report(trainer.run, damaged=set_aside)
 
 
 class Score(Callback):
@@ -131,12 +163,31 @@ class Score(Callback):
     features images are compared is trained at the first score, unless the run folder has it.
     """
 
+    shows = "score"
+
     #: Samples per score: enough to tell generators apart, few enough not to hold up a run.
     COUNT = 2000
 
+    @classmethod
+    def check(cls, data: ImageData | ImageFiles) -> None:
+        """Raises ValueError where samples cannot be scored against these data."""
+        if not isinstance(data, ImageData):
+            raise ValueError("score compares with all images: it needs them in memory")
+        if len(data) < 2:
+            raise ValueError(f"score needs at least 2 images, got {len(data)}")
+
     def on_start(self, trainer: Trainer) -> None:
         self.classifier = None
-        self.best = checkpoint.best_score(trainer.run)
+        self.best = None
+        best = trainer.run / checkpoint.FOLDER / "best.pt"
+        try:
+            if best.is_file():
+                self.best = checkpoint.best_score(trainer.run)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            for path in (best.with_suffix(".json"), best):
+                set_aside(path, f"has no score that can be read ({console.describe(error)})")
+        for path in (best.with_suffix(".json"), best):
+            make_way(path)
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         from gankernels import metrics

@@ -7,8 +7,8 @@ checkpoint is complete. It is a zip archive, whose checksums tell whether a disk
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
+import math
 import textwrap
 import zipfile
 from pathlib import Path
@@ -20,7 +20,7 @@ from gankernels import games
 from gankernels.games import DataSpec, Game
 from gankernels.train.config import configure, from_dict
 from gankernels.train.cpu import accelerate
-from gankernels.train.files import read_json, write_atomically, write_json
+from gankernels.train.files import copy_atomically, read_json, write_atomically, write_json
 
 MAGIC = "gankernels checkpoint"
 VERSION = 2
@@ -70,29 +70,28 @@ def save(run: Path, step: int, content: dict[str, Any], keep: int) -> Path:
         raise CheckpointError(
             f"could not write {path}: {text}; earlier checkpoints are intact"
         ) from error
-    leftovers = path.parent.glob(".step_*.tmp")  # of processes that were killed while writing
-    for old in [*checkpoints(run)[:-keep], *leftovers]:
-        old.unlink()
+    for old in checkpoints(run)[:-keep]:
+        with contextlib.suppress(OSError):  # one too many is no reason to stop
+            old.unlink()
     return path
 
 
 def keep_best(run: Path, path: Path, score: float) -> None:
     """Keep the checkpoint `path` as best.pt, under its score, whatever becomes of `path`."""
     best = run / FOLDER / "best.pt"
-    temporary = best.with_name(".best.pt.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, best)
+    copy_atomically(path, best)
     write_json(best.with_suffix(".json"), {"checkpoint": path.name, "frechet": score})
 
 
 def best_score(run: Path) -> float | None:
     """The score under which best.pt was kept, if there is one."""
     best = run / FOLDER / "best.json"
-    return read_json(best)["frechet"] if best.exists() else None
+    if not best.exists():
+        return None
+    score = float(read_json(best)["frechet"])
+    if not math.isfinite(score):
+        raise ValueError(f"{best} holds a score of {score}")
+    return score
 
 
 def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:

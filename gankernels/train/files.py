@@ -1,38 +1,333 @@
-"""Files that are either the old ones or the new ones, never something between."""
+"""Files that are either the old ones or the new ones, never something between.
+
+Everything that the package writes goes through here, for which there are four rules. Only regular
+files are replaced; what is a pipe or a device is written to. Links are followed. A file is written
+under a name that nobody else has, and nobody else's files are touched. What a file has beside its
+content, its mode and its owner, it keeps.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Callable
+import re
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from gankernels._console import describe, warn
+
+#: Bytes that file systems allow a name.
+LONGEST_NAME = 255
+#: What says of a folder or a whole file system that it cannot do something, not that it failed.
+UNSUPPORTED = {
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.ENOLCK,
+    errno.ENOTTY, errno.EROFS,
+}  # fmt: skip
+
+DAY = 24 * 60 * 60.0
+
+_TEMPORARY = re.compile(r"\.gankernels-\d+-[0-9a-f]{16}\.tmp")
+_unsynced: set[str] = set()
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let `write` fill a temporary file beside `path`, fsync it, rename it to `path`.
 
-    Whatever goes wrong (a full disk, a kill), `path` keeps its old content or does not exist.
+    Whatever goes wrong (a full disk, a kill), `path` keeps its old content or does not exist. A
+    link stays, and what it leads to is replaced. A pipe or a device is written to.
+
+    Raises:
+        IsADirectoryError: a folder is in the way.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    path = Path(path)
+    old = _stat(path)
+    if old is not None and stat.S_ISDIR(old.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "a folder is where the file is to be", str(path))
+    descriptor = _named_descriptor(path)
+    if descriptor is not None or (old is not None and not stat.S_ISREG(old.st_mode)):
+        _write_through(path, descriptor, write)
+        return
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handled = sys.exc_info()[1]
     try:
-        with open(temporary, "wb") as file:
+        with temporary_file(target.parent) as (file, temporary):
             write(file)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if old is not None:
+                _adopt(file.fileno(), old)
+            _sync(file.fileno(), path)
+            os.replace(temporary, target)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # of a full disk the system does not say where
+        # An interruption can reach us as the RuntimeError of a library that it went through.
+        if interruption := _interruption(error, handled):
+            raise interruption from None
+        if isinstance(error, OSError) and _is_temporary(error.filename):
+            # Of a full disk the system does not say where.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    # The rename itself is on disk only once the folder is.
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def temporary_file(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new file in `folder` that is deleted after the block unless it was renamed.
+
+    As long as its process lives it is locked, so that others know a left-over one.
+    """
+    while True:
+        path, number = create_temporary(folder)
+        with open(number, "wb") as file:
+            # Somebody who cleans up may have taken the file for a left-over one just before.
+            if not (_lock(number) and not path.exists()):
+                try:
+                    yield file, path
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+
+def create_temporary(folder: Path) -> tuple[Path, int]:
+    path = temporary_name(folder)
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return path, beyond_streams(number)
+
+
+def temporary_name(folder: Path) -> Path:
+    """A name in `folder` that nobody else has, short whatever the file is called."""
+    return folder / f".gankernels-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+
+
+def delete_leftovers(*folders: Path) -> None:
+    """Delete the temporary files that killed processes have left in `folders`."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(folder):
+                if _TEMPORARY.fullmatch(entry.name):
+                    with contextlib.suppress(OSError):
+                        _delete_leftover(entry.path)
+
+
+def _delete_leftover(path: str) -> None:
+    # Open for writing: over NFS these locks ask for that.
+    number = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        os.fsync(folder)
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        abandoned = True
+    except BlockingIOError:
+        abandoned = False
+    except OSError:  # a file system without locks
+        abandoned = time.time() - os.fstat(number).st_mtime > DAY
     finally:
-        os.close(folder)
+        os.close(number)
+    if abandoned:
+        os.unlink(path)
+
+
+def copy_atomically(source: Path, path: Path) -> None:
+    """Give `path` the content of `source`, as a link where the file system has links."""
+    target = Path(os.path.realpath(path))
+    temporary = temporary_name(target.parent)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        write_atomically(path, lambda file: _pour(source, file))
+        return
+    try:
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def fill_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, whose content is at `path` after the block, or not at all.
+
+    Raises:
+        ValueError: something lies at `path` that is not an empty folder.
+    """
+    target = Path(os.path.realpath(path))
+    exists = target.exists()
+    if exists and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{path} is there already: samples go into a new or an empty folder")
+    # A folder that is there stays: it may be a mount, or where somebody's shell is.
+    temporary = temporary_name(target if exists else target.parent)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if exists:
+            for entry in sorted(temporary.iterdir()):
+                os.rename(entry, target / entry.name)
+            temporary.rmdir()
+        else:
+            os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(target.parent)
+
+
+def make_way(path: Path) -> None:
+    """Set aside what is no regular file where one is to be written, or no folder where it goes."""
+    if os.path.lexists(path.parent) and not path.parent.is_dir():
+        set_aside(path.parent, "is no folder")
+    if path.exists() and not path.is_file():
+        set_aside(path, "is no file")
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename what cannot be used to a free name that says so, and warn; the new path."""
+    for i in range(10_000):
+        suffix = ".damaged" if i == 0 else f".damaged-{i}"
+        stem = os.fsencode(path.name)[: LONGEST_NAME - len(suffix)]
+        aside = path.with_name(os.fsdecode(stem) + suffix)
+        if not os.path.lexists(aside):
+            break
+    os.rename(path, aside)
+    warn(f"{path} {why}: it is kept as {aside.name}, and the run goes on without it")
+    return aside
+
+
+def append(path: Path, content: bytes) -> None:
+    """Write to the end of a file, which is made where it does not exist."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(beyond_streams(os.open(path, flags, 0o666)), "ab") as file:
+        file.write(content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring names in `folder` to the disk: a rename is there only once the folder is."""
+    try:
+        number = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+    except OSError as error:
+        _warn_unsynced(folder, error)
+
+
+def _sync(number: int, path: Path) -> None:
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn_unsynced(path.parent, error)
+
+
+def _warn_unsynced(folder: Path, error: OSError) -> None:
+    if str(folder) not in _unsynced:
+        _unsynced.add(str(folder))
+        warn(
+            f"{folder} cannot be synchronized with its disk ({error.strerror}): "
+            "the newest files may be lost where the power fails"
+        )
+
+
+def beyond_streams(number: int) -> int:
+    """A file descriptor that is none of the standard streams', which others write to."""
+    if number > 2:
+        return number
+    try:
+        return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(number)
+
+
+def _lock(number: int) -> bool:
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def is_stdout(path: Path) -> bool:
+    """Whether what is written to `path` is this process's standard output."""
+    if _named_descriptor(path) == 1:
+        return True
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:
+        return False
+
+
+def _named_descriptor(path: Path) -> int | None:
+    """The number of the descriptor that a path stands for, as /dev/stdout and /dev/fd/3 do."""
+    name = os.path.abspath(path)
+    for _ in range(40):
+        folder, last = os.path.split(name)
+        folder = os.path.realpath(folder)
+        if re.fullmatch(rf"/proc/{os.getpid()}(/task/\d+)?/fd", folder) and last.isdecimal():
+            return int(last)
+        name = os.path.join(folder, last)
+        if not os.path.islink(name):
+            break
+        name = os.path.join(folder, os.readlink(name))
+    return None
+
+
+def _write_through(path: Path, descriptor: int | None, write: Callable[[BinaryIO], None]) -> None:
+    with tempfile.TemporaryFile() as whole:  # what writes archives wants to go back and forth
+        write(whole)
+        whole.seek(0)
+        number = os.open(path, os.O_WRONLY) if descriptor is None else os.dup(descriptor)
+        with open(number, "wb") as file:
+            shutil.copyfileobj(whole, file)
+
+
+def _adopt(number: int, old: os.stat_result) -> None:
+    """Give a new file the owner and the mode of the one that it replaces, as far as we may."""
+    new = os.fstat(number)
+    with contextlib.suppress(OSError):
+        if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+            os.fchown(number, old.st_uid, old.st_gid)
+    with contextlib.suppress(OSError):
+        os.fchmod(number, stat.S_IMODE(old.st_mode))
+
+
+def _interruption(
+    error: BaseException | None, handled: BaseException | None
+) -> BaseException | None:
+    """The KeyboardInterrupt or SystemExit, if any, that an exception comes from.
+
+    Those do not count that were being handled when our work began.
+    """
+    while error is not None and error is not handled:
+        if not isinstance(error, Exception):
+            return error
+        error = error.__context__
+    return None
+
+
+def _is_temporary(name: Any) -> bool:
+    return name is None or _TEMPORARY.fullmatch(os.path.basename(os.fsdecode(name))) is not None
+
+
+def _pour(source: Path, file: BinaryIO) -> None:
+    with open(source, "rb") as opened:
+        shutil.copyfileobj(opened, file)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -42,7 +337,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Raises ValueError, naming the file, where it is not JSON."""
+    if path.exists() and not path.is_file():  # nobody may ever write into a pipe
+        raise ValueError(f"{path} is no file")
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file: {describe(error)}") from error

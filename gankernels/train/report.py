@@ -7,15 +7,17 @@ import io
 import json
 import math
 import re
+import struct
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gankernels._console import describe, warn
 from gankernels._version import __version__
-from gankernels.data.pillow import open_image
 from gankernels.report import WIDTH, Page, png_size, style
 from gankernels.train.files import read_json
 
@@ -44,12 +46,17 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def write_report(run: str | Path) -> Path:
+def write_report(
+    run: str | Path, damaged: Callable[[Path, str], Any] = lambda path, why: warn(f"{path} {why}")
+) -> Path:
     """Write `report.html` into the folder of a run, finished or not, and return its path.
 
-    It is one file that can be sent on, made of what is there: config.json, metrics.jsonl (a torn
-    line is passed over), samples.png, samples/step_*.png, and scores.json, for which there is
-    `evaluate --json`.
+    It is one file that can be sent on, made of what is there: config.json, metrics.jsonl (lines
+    that are no metrics are passed over), samples.png, samples/step_*.png, and scores.json, for
+    which there is `evaluate --json`.
+
+    Args:
+        damaged: told of a picture or of scores that cannot be shown, and why; warns by itself.
 
     Raises:
         FileNotFoundError, ValueError: no config.json, or one that is no JSON.
@@ -57,6 +64,8 @@ def write_report(run: str | Path) -> Path:
     """
     run = Path(run)
     config = read_json(run / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{run / 'config.json'} holds no settings")
     rows = read_metrics(run / "metrics.jsonl")
     series = collect(rows)
     data = str(config.get("data", "unknown data"))
@@ -64,9 +73,8 @@ def write_report(run: str | Path) -> Path:
 
     page = Page(title)
     page.facts(dict(_state(config, rows)))
-    _add_samples(page, run)
-    if (run / "scores.json").exists():
-        scores = read_json(run / "scores.json")
+    _add_samples(page, run, damaged)
+    if scores := _scores(run / "scores.json", damaged):
         page.section("Scores")
         page.facts({_words(name): value for name, value in scores.items()})
     speed = series.pop("it_per_s", None)
@@ -107,17 +115,19 @@ class Series(NamedTuple):
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl by step; lines that are torn or lack a step are left out."""
-    if not path.exists():
+    if not path.is_file():
         return []
-    rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and _is_number(row.get("step")):
-            rows.append(row)
-    return sorted(rows, key=lambda row: row["step"])
+    rows = map(read_row, path.read_bytes().splitlines())
+    return sorted((row for row in rows if row is not None), key=lambda row: row["step"])
+
+
+def read_row(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is none, torn, say."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and _is_number(row.get("step")) else None
 
 
 def collect(rows: list[dict[str, Any]]) -> dict[str, Series]:
@@ -255,42 +265,97 @@ def _state(config: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[tuple
             yield _words(name), config[name]
 
 
-def _add_samples(page: Page, run: Path) -> None:
+def _add_samples(page: Page, run: Path, damaged: Callable[[Path, str], Any]) -> None:
     grids = {}
-    for path in (run / "samples").glob("step_*.png"):
+    folder = run / "samples"
+    for path in folder.glob("step_*.png") if folder.is_dir() else ():
         if found := re.fullmatch(r"step_(\d+)\.png", path.name):
             grids[int(found[1])] = path
-    steps = sorted(grids)
-    final = run / "samples.png"
-    if final.exists() or steps:
+    final = _picture(run / "samples.png", damaged)
+    read = {step: _picture(grids[step], damaged) for step in _spread(sorted(grids))}
+    pictures = {step: pair for step, pair in read.items() if pair is not None}
+    steps = list(pictures)
+    if final is not None or steps:
         page.section("Samples")
         # A run that was resumed has newer grids than the picture of its former end.
-        if final.exists() and not (steps and _age(grids[steps[-1]]) > _age(final)):
-            png, shown = final.read_bytes(), "samples of the trained generator"
+        if final and not (steps and _age(grids[steps[-1]]) > _age(run / "samples.png")):
+            png, shown = final[0], "samples of the trained generator"
         else:
-            png, shown = grids[steps[-1]].read_bytes(), f"samples at step {steps[-1]:,}"
+            png, shown = pictures[steps[-1]][0], f"samples at step {steps[-1]:,}"
         own = png_size(png)[0]
         enlarged = own * max(1, int(900 // own))  # whole pixels stay sharp
         page.figure(png, alt=f"A grid of {shown}", caption=shown.capitalize(), width=enlarged)
     if len(steps) > 1:
         page.section("Samples over time")
-        chosen = sorted({steps[round(i)] for i in np.linspace(0, len(steps) - 1, GRIDS)})
         page.gallery(
-            (_small(grids[step]), f"A grid of samples at step {step:,}", f"step {step:,}")
-            for step in chosen
+            (pictures[step][1], f"A grid of samples at step {step:,}", f"step {step:,}")
+            for step in steps
         )
 
 
-def _small(path: Path) -> bytes:
-    """A PNG file, made smaller where it is larger than the page shows it."""
-    png = path.read_bytes()
+def _spread(steps: list[int]) -> list[int]:
+    """Up to GRIDS of the steps, the first and the last among them."""
+    return sorted({steps[round(i)] for i in np.linspace(0, len(steps) - 1, GRIDS)} if steps else ())
+
+
+def _picture(path: Path, damaged: Callable[[Path, str], Any]) -> tuple[bytes, bytes] | None:
+    """A PNG file, and the same no larger than the page shows it; None where it is none."""
+    if not path.exists():
+        return None
+    try:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        png = path.read_bytes()
+        check_png(png)
+        return png, _small(png)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever a damaged picture makes Pillow raise
+        damaged(path, f"is no picture that can be shown ({describe(error)})")
+        return None
+
+
+def check_png(png: bytes) -> None:
+    """Raises ValueError where a PNG file is torn, or a checksum in it wrong."""
+    if not all(png_size(png)):
+        raise ValueError("image must have pixels")
+    place, kind = 8, b""
+    while kind != b"IEND":
+        length, kind = struct.unpack(">I4s", png[place : place + 8].ljust(8, b"\0"))
+        end = place + 8 + length
+        checksum = png[end : end + 4]
+        if len(checksum) < 4 or zlib.crc32(png[place + 4 : end]) != int.from_bytes(checksum, "big"):
+            raise ValueError(f"image is damaged beyond byte {place}")
+        place = end + 4
+
+
+def _small(png: bytes) -> bytes:
+    """A picture, made smaller where it is larger than the page shows it."""
     width, height = png_size(png)
     if width <= GRID_PIXELS:
         return png
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("pictures need Pillow: pip install gankernels[train]") from error
+    picture = Image.open(io.BytesIO(png), formats=["PNG"])
     file = io.BytesIO()
-    with open_image(path) as picture:
-        picture.resize((GRID_PIXELS, max(1, round(height * GRID_PIXELS / width)))).save(file, "PNG")
+    picture.resize((GRID_PIXELS, max(1, round(height * GRID_PIXELS / width)))).save(file, "PNG")
     return file.getvalue()
+
+
+def _scores(path: Path, damaged: Callable[[Path, str], Any]) -> dict[str, Any]:
+    """What scores.json holds."""
+    if not path.exists():
+        return {}
+    try:
+        scores = read_json(path) if path.is_file() else None
+        if not isinstance(scores, dict):
+            raise ValueError("it holds something else")
+    except (OSError, ValueError) as error:
+        damaged(path, f"has no scores ({describe(error)})")
+        return {}
+    return scores
 
 
 def _age(path: Path) -> float:
@@ -298,7 +363,11 @@ def _age(path: Path) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    except OverflowError:  # a whole number beyond floating point
+        return False
 
 
 def _words(name: str) -> str:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from gankernels.data import to_uint8
 from gankernels.games import Game
-from gankernels.train.files import write_atomically
+from gankernels.train.files import fill_folder, write_atomically
 from gankernels.train.images import to_picture
 
 #: Rows of noise drawn at a time; with another number a seed would mean other images.
@@ -140,24 +138,14 @@ def save_folder(images: Iterable[Tensor], labels: Tensor | None, path: str | Pat
     Raises:
         ValueError: something lies where the folder is to be.
     """
-    path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} is there already: samples go into a new or an empty folder")
-    temporary = path.with_name(f".{path.name}.tmp")
     digits = 1 if labels is None else len(str(int(labels.max())))  # 02 and 10 sort as they should
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with fill_folder(Path(path)) as whole:
         for i, image in enumerate(itertools.chain.from_iterable(images)):
-            folder = temporary
+            folder = whole
             if labels is not None:
-                folder = temporary / f"{int(labels[i]):0{digits}}"
+                folder = whole / f"{int(labels[i]):0{digits}}"
                 folder.mkdir(exist_ok=True)
             to_picture(image).save(folder / f"{i:06d}.png")
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -1,30 +1,39 @@
-"""Ctrl-C and SIGTERM as a polite request."""
+"""Ctrl-C, SIGTERM and SIGHUP as a polite request."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `requested` instead of ending the process.
+    """While entered, SIGINT, SIGTERM or SIGHUP sets `requested` instead of ending the process.
 
-    The second one acts as usual. Outside the main thread signals are left alone.
+    A second SIGINT acts as usual: it raises KeyboardInterrupt, which damages no file. It counts as
+    the second one after half a second, since some tools send every signal twice. SIGTERM and SIGHUP
+    may come as often as they like; SIGKILL ends a process at once. SIGHUP stays ignored where it
+    is, as under nohup. Outside the main thread signals are left alone.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    TWICE = 0.5
 
     def __init__(self) -> None:
         self.requested = False
+        self._interrupted: float | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.getsignal(number) for number in self.SIGNALS}
             for number in self.SIGNALS:
-                signal.signal(number, self._request)
+                previous = signal.getsignal(number)
+                ignored = number == signal.SIGHUP and previous == signal.SIG_IGN
+                if previous is not None and not ignored:  # None: a handler that is not Python's
+                    self._previous[number] = previous
+                    signal.signal(number, self._request)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -34,4 +43,11 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self.__exit__()
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted is None:
+            self._interrupted = now
+        elif now - self._interrupted > self.TWICE:
+            self.__exit__()
+            signal.raise_signal(number)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from gankernels import data, games
+from gankernels._console import warn
 from gankernels.games import DataSpec, Game
-from gankernels.train.checkpoint import checkpoints
+from gankernels.train.checkpoint import checkpoints, read
 from gankernels.train.config import RESUMABLE, configure, from_dict
 from gankernels.train.files import read_json
 from gankernels.train.trainer import Trainer
@@ -70,7 +71,9 @@ def _continued(
     game_class: type[Game], model: str, run: Path, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The settings of the run in the folder with those given now, where both may differ."""
-    stored = from_dict(read_json(run / "config.json"), run / "config.json")
+    stored = _stored(game_class, model, run)
+    if stored is None:
+        return dict(given)
     if stored.pop("model") != model:
         raise ValueError(f"{run} holds a run of another model, not of {model}")
     # Compared after conversion, since what is given may be text.
@@ -84,3 +87,21 @@ def _continued(
                     f"{before[name]!r} in {run}, {after[name]!r} given"
                 )
     return {**stored, **given}
+
+
+def _stored(game_class: type[Game], model: str, run: Path) -> dict[str, Any] | None:
+    """The settings of a run, from a checkpoint where config.json is damaged; None without either.
+
+    The file is left to the trainer, which writes it anew.
+    """
+    path, found = run / "config.json", checkpoints(run)
+    try:
+        stored = from_dict(read_json(path), path)
+        if stored["model"] == model:
+            values = {name: value for name, value in stored.items() if name != "model"}
+            configure(game_class, values)
+        return stored
+    except (ValueError, TypeError, OSError) as error:
+        instead = f"the settings are those of {found[-1].name}" if found else "the run begins anew"
+        warn(f"{error} ({path} cannot be used): {instead}")
+    return from_dict(read(found[-1])["config"], found[-1]) if found else None

@@ -28,7 +28,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                "logs for TensorBoard need tensorboard: pip install gankernels[train]"
+                f"logs for TensorBoard need tensorboard: pip install gankernels[train] ({error})"
             ) from error
         # What has purge_step or more no longer shows; `step` itself stays, as in metrics.jsonl.
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)

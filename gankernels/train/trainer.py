@@ -16,18 +16,20 @@ import torch
 from torch import Tensor, nn
 
 import gankernels
+from gankernels._console import describe, warn
 from gankernels._shard import shard
 from gankernels.data import BatchLoader, ImageData, ImageFiles, to_float
 from gankernels.games import Batch, Game, Player
 from gankernels.train import checkpoint
 from gankernels.train.adam import Adam
-from gankernels.train.callbacks import Boards, Callback, Metrics, Progress, Score
+from gankernels.train.callbacks import Board, Callback, Metrics, Progress, Report, Score
 from gankernels.train.config import Config, to_dict
 from gankernels.train.cpu import accelerate, prepare_casts, use_casts
 from gankernels.train.cpus import bound_threads
-from gankernels.train.files import write_json
+from gankernels.train.files import delete_leftovers, make_way, temporary_file, write_json
 from gankernels.train.graph import Graphs, run_eagerly
 from gankernels.train.images import arrange, save_grid
+from gankernels.train.lock import RunLock
 from gankernels.train.losses import GRADIENT_NORM, DivergenceError, Losses, Name
 from gankernels.train.ranks import Ranks, synchronise
 from gankernels.train.signals import StopRequest
@@ -70,6 +72,8 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         _check_fit(game, data)
+        if config.score:
+            Score.check(data)
         self.config = replace(config, size=data.size, channels=data.channels)
         self.run = Path(config.out)
         self.device = choose_device(config.device)
@@ -124,71 +128,137 @@ class Trainer:
         self.step = 0
         self.losses = Losses(self.ranks.average)
         self.call = self._graphs() or run_eagerly
-        own = [Progress(), Metrics(), Boards()]
+        own = [Progress(), Metrics(), Board(), Report()]
         if config.score:
-            if not isinstance(data, ImageData):
-                raise ValueError("score compares with all images: it needs them in memory")
             own.append(Score())
         self.callbacks = [*own, *callbacks] if self.ranks.first else []
         self.foreign = len(callbacks) > 0
+        self.lock = RunLock(self.run)
+        self._off: set[str | int] = set()
+        self._failure: BaseException | None = None
         self._stop = StopRequest()
 
     def fit(self) -> None:
-        """Train until `config.steps`, or until SIGINT or SIGTERM asks to stop; save either way.
+        """Train until `config.steps`, or until SIGINT, SIGTERM or SIGHUP asks to stop; save then.
 
         Raises DivergenceError where a loss, a gradient or a weight is no longer finite; the
-        checkpoints are then from before. Raises ValueError where the folder holds a run that went
-        further.
+        checkpoints are then from before. Raises ValueError where another process trains in the
+        folder, or where it holds a run that went further, and OSError where it cannot be written
+        to. What a callback raises is raised after a last checkpoint.
         """
+        gankernels.tune_allocator()
+        bound_threads()
+        self._stop, self._off, self._failure = StopRequest(), set(), None
+        try:
+            self._take_folder()
+            try:
+                self.tell("on_start")
+                with self._stop:
+                    if not self.ranks.any(self._failure is not None):
+                        self._train()
+            finally:
+                self._close_loader()
+                self.tell("on_end")
+        finally:
+            self.lock.release()
+        if self._failure is not None:
+            raise self._failure
+
+    def _take_folder(self) -> None:
+        """Take the folder, and find out whether it can be written to before there is work to lose.
+
+        All processes raise what the one that writes raises.
+        """
+        error = None
+        if self.ranks.first:
+            try:
+                self.lock.acquire()
+                self._check_folder()
+            except (ValueError, OSError) as raised:
+                error = raised
+        if (error := self.ranks.gather(error)[0]) is not None:
+            raise error
+
+    def _check_folder(self) -> None:
         saved = checkpoint.checkpoints(self.run)
         if saved and saved[-1] > checkpoint.path_of(self.run, self.step):
             raise ValueError(
                 f"{self.run} already holds a run beyond step {self.step}: "
                 "load its latest checkpoint or choose another folder"
             )
-        gankernels.tune_allocator()
-        bound_threads()
+        path = checkpoint.path_of(self.run, self.step)
+        make_way(path)
+        path.parent.mkdir(exist_ok=True)
+        delete_leftovers(self.run, path.parent, self.run / "samples")
+        with temporary_file(path.parent):
+            pass
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        path = self.run / "config.json"
+        make_way(path)
+        write_json(path, to_dict(self.game.name, self.config, self.game.options))
+
+    def _train(self) -> None:
         config = self.config
-        if self.ranks.first:
-            settings = to_dict(self.game.name, config, self.game.options)
-            write_json(self.run / "config.json", settings)
-        self._stop = StopRequest()
         began, reported = time.perf_counter(), self.step
-        try:
-            self.tell("on_start")
-            with self._stop:
-                stopping = False
-                while self.step < config.steps and not stopping:
-                    self.iterate()
-                    self.tell("on_step")
-                    if self.foreign:
-                        self._count_change()
-                    stopping = self._stopping()
-                    last = self.step == config.steps or stopping
-                    if self.step % config.log_every == 0 or last:
-                        values = self.losses.take()
-                        self._check_scales()
-                        speed = (self.step - reported) / (time.perf_counter() - began)
-                        self.tell("on_report", {"it_per_s": round(speed, 2), **values})
-                        began, reported = time.perf_counter(), self.step
-                    if _due(self.step, config.sample_every):
-                        self.save_samples(self.run / "samples" / f"step_{self.step:08d}.png")
-                    if _due(self.step, config.checkpoint_every) and not last:
-                        self.save()
-                self.save()
-                self.save_samples(self.run / "samples.png")
-        finally:
-            self._close_loader()
-            self.tell("on_end")
+        last = False
+        if self.step >= config.steps:  # nothing is left to do, but the files may be gone
+            self.save()
+        while self.step < config.steps and not last:
+            self.iterate()
+            self.tell("on_step")
+            if self.foreign:
+                self._count_change()
+            last = self._stopping() or self.step == config.steps
+            values = None
+            if self.step % config.log_every == 0 or last:
+                values = self.losses.take()
+                self._check_scales()
+                speed = (self.step - reported) / (time.perf_counter() - began)
+                values = {"it_per_s": round(speed, 2), **values}
+            # First save, then tell: nobody's ability to read decides what there is to go on from.
+            path = self._save() if _due(self.step, config.checkpoint_every) or last else None
+            if values is not None:
+                self.tell("on_report", values)
+                began, reported = time.perf_counter(), self.step
+            if _due(self.step, config.sample_every):
+                self._show_samples(self.run / "samples" / f"step_{self.step:08d}.png")
+            if path is not None:
+                self.tell("on_checkpoint", path)
+        self._show_samples(self.run / "samples.png")
 
     def stop(self) -> None:
         """End `fit` after this iteration, as if a signal had asked for it."""
         self._stop.requested = True
 
     def tell(self, event: str, *details: Any) -> None:
-        """Call the method of that name of every callback."""
-        for callback in self.callbacks:
-            getattr(callback, event)(self, *details)
+        """Call the method of that name of every callback.
+
+        One of the trainer's own that fails is not called again. Where another one fails, the run
+        ends after a checkpoint, and all that this one still hears of is the end.
+        """
+        for callback in list(self.callbacks):
+            method = getattr(callback, event)
+            if callback.shows is not None:
+                self._attempt(callback.shows, method, self, *details)
+            elif id(callback) not in self._off or event == "on_end":
+                try:
+                    method(self, *details)
+                except (Exception, SystemExit) as error:
+                    self._off.add(id(callback))
+                    self._failure = self._failure or error
+                    self.stop()
+
+    def _attempt(self, what: str, action: Callable[..., None], *arguments: Any) -> None:
+        """Do what only shows the run: where it fails it is not done again, and training goes on."""
+        if what in self._off:
+            return
+        try:
+            action(*arguments)
+        except Exception as error:
+            self._off.add(what)
+            warn(f"{self.run}: there is no {what} from step {self.step} on: {describe(error)}")
 
     def iterate(self) -> None:
         """One iteration: every player makes its steps, then the average follows."""
@@ -341,11 +411,20 @@ class Trainer:
         labels, columns = arrange(GRID, classes)
         fixed = torch.Generator().manual_seed(self.config.seed)
         with self.sampling() as game:
+            make_way(path)
             save_grid(game.sample(GRID, labels, fixed), path, columns)
         self.tell("on_samples", path)
 
+    def _show_samples(self, path: Path) -> None:
+        self._attempt("grid of samples", self.save_samples, path)
+
     def save(self) -> Path:
         """Write a checkpoint; DivergenceError where a loss or a weight is no longer finite."""
+        path = self._save()
+        self.tell("on_checkpoint", path)
+        return path
+
+    def _save(self) -> Path:
         self.losses.check()
         for player in self.players:
             finite = [p.isfinite().all() for p in self.parameters[player.name]]
@@ -356,8 +435,11 @@ class Trainer:
         path = checkpoint.path_of(self.run, self.step)
         content = self.state_dict()
         if self.ranks.first:
+            self.lock.check()
+            make_way(path)
             checkpoint.save(self.run, self.step, content, self.config.keep)
-            self.tell("on_checkpoint", path)
+            if not (self.run / "config.json").exists():  # somebody has tidied up
+                self._attempt("config.json", self._write_settings)
         return path
 
     def state_dict(self) -> dict[str, Any]:
