@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gankernels._paths import expand
 from gankernels.bench.ops import OPS, Case
 from gankernels.bench.timing import Timing
 from gankernels.bench.training import Training
@@ -132,5 +133,6 @@ class Results:
         """Writes results.json, index.html and the plots as PNG; returns the page's path."""
         from gankernels.bench.page import write_page
 
-        write_json(Path(folder) / "results.json", self.to_json())
-        return write_page(self, Path(folder))
+        folder = expand(folder)
+        write_json(folder / "results.json", self.to_json())
+        return write_page(self, folder)

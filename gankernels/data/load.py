@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gankernels._paths import expand
 from gankernels.data import cifar10, folder, idx, npz
-from gankernels.data.images import ImageData, convert_channels, resize
+from gankernels.data.images import ImageData, convert_channels, digest_of, resize
 from gankernels.data.stream import ImageFiles
 
 _ACCEPTED = (
@@ -61,7 +62,8 @@ def load(
             asked for. With ``size`` and ``channels`` given, no file is opened before. The other
             kinds of source are read into memory all the same.
 
-    The classes are the sorted distinct labels, or the names of the folders.
+    The classes are the sorted distinct labels, or the names of the folders. Names sort as text, as
+    they do in torchvision: a folder "10" comes before a folder "2".
 
     Raises:
         TypeError, ValueError: wrong arguments, or a source that is unknown, empty, without labels,
@@ -81,7 +83,7 @@ def load(
     if source == "digits":
         name, (images, labels, classes) = "digits", _read_digits()
     else:
-        path = Path(source)
+        path = expand(source)
         name = path.resolve().name
         if path.is_dir():
             os.scandir(path).close()  # a folder that may not be read is the error, not its files
@@ -97,9 +99,12 @@ def load(
         )
     if channels is not None:
         images = convert_channels(images, channels)
+    stored = images
     if size is not None:
-        images = resize(images, size)
-    return ImageData(images.contiguous(), labels, classes, name)
+        images = resize(stored, size)
+    resized = images.shape != stored.shape
+    source = digest_of(stored, labels) if resized else None
+    return ImageData(images.contiguous(), labels, classes, name, source)
 
 
 def _read_path(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gankernels._paths import expand
 from gankernels._version import __version__
 from gankernels.report import WIDTH, Page, png_size, style
 from gankernels.train.files import read_json
@@ -54,7 +55,7 @@ def write_report(run: str | Path) -> Path:
         FileNotFoundError, ValueError: no config.json, or one that is no JSON.
         ImportError: matplotlib, or Pillow where grids are large, is missing.
     """
-    run = Path(run)
+    run = expand(run)
     config = read_json(run / "config.json")
     rows = read_metrics(run / "metrics.jsonl")
     series = collect(rows)

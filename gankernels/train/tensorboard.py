@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from gankernels._paths import expand
+
 
 class TensorBoard:
     """Writes event files into a folder for `tensorboard --logdir`.
@@ -29,7 +31,7 @@ class TensorBoard:
                 "logs for TensorBoard need tensorboard: pip install gankernels[train]"
             ) from error
         # What has purge_step or more no longer shows; `step` itself stays, as in metrics.jsonl.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._writer = SummaryWriter(str(expand(folder)), purge_step=step + 1)
 
     @staticmethod
     def available() -> bool:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import gankernels
+from gankernels._paths import expand
 from gankernels._shard import shard
 from gankernels.data import BatchLoader, ImageData, ImageFiles, to_float
 from gankernels.games import Batch, Game, Player
@@ -24,7 +26,7 @@ from gankernels.train.adam import Adam
 from gankernels.train.callbacks import Boards, Callback, Metrics, Progress, Score
 from gankernels.train.config import Config, to_dict
 from gankernels.train.cpu import accelerate, prepare_casts, use_casts
-from gankernels.train.cpus import bound_threads
+from gankernels.train.cpus import bound_threads, threads
 from gankernels.train.files import write_json
 from gankernels.train.graph import Graphs, run_eagerly
 from gankernels.train.images import arrange, save_grid
@@ -71,17 +73,22 @@ class Trainer:
     ) -> None:
         _check_fit(game, data)
         self.config = replace(config, size=data.size, channels=data.channels)
-        self.run = Path(config.out)
+        self.run = expand(config.out)
         self.device = choose_device(config.device)
         self.ranks = Ranks(self.device)
         self.share = self.ranks.share(config.batch_size)
         self.data = data
-        self.resident = _fits(data, self.device)
-        if self.resident:
-            self.images, self.labels = data.images.to(self.device), data.labels.to(self.device)
+        self.identity = data.identity()
+        self._place(_fits(data, self.device))
         self._loader = None
         self.layout = torch.channels_last if game.channels_last else torch.contiguous_format
-        self.game = game.to(self.device, memory_format=self.layout).train()
+        self.game = game.to(self.device, memory_format=self.layout)
+        if not game.training:
+            warnings.warn(
+                "the game is in evaluation mode and stays so: without dropout, and with the "
+                "statistics that its norms have; game.train() puts it into training mode",
+                stacklevel=2,
+            )
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         if self.device.type == "cpu":
             accelerate(self.game)
@@ -96,6 +103,10 @@ class Trainer:
             for player in self.players
         }
         self.everyones = list(self.game.parameters())
+        self.others = {
+            name: [p for p in self.everyones if p not in own]
+            for name, own in ((name, set(own)) for name, own in self.parameters.items())
+        }
         self.optimizers = {
             player.name: make_optimizer(player, self.parameters[player.name])
             for player in self.players
@@ -126,6 +137,13 @@ class Trainer:
         self.foreign = len(callbacks) > 0
         self._stop = StopRequest()
 
+    def _place(self, resident: bool) -> None:
+        """Keep the images on the device or not; batches are then drawn in another way."""
+        self.resident = resident
+        self.images = self.data.images.to(self.device) if resident else None
+        self.labels = self.data.labels.to(self.device) if resident else None
+
+    @bound_threads()
     def fit(self) -> None:
         """Train until `config.steps`, or until SIGINT or SIGTERM asks to stop; save either way.
 
@@ -134,13 +152,12 @@ class Trainer:
         further.
         """
         saved = checkpoint.checkpoints(self.run)
-        if saved and saved[-1] > checkpoint.path_of(self.run, self.step):
+        if saved and checkpoint.step_of(saved[-1]) > self.step:
             raise ValueError(
                 f"{self.run} already holds a run beyond step {self.step}: "
                 "load its latest checkpoint or choose another folder"
             )
         gankernels.tune_allocator()
-        bound_threads()
         config = self.config
         if self.ranks.first:
             settings = to_dict(self.game.name, config, self.game.options)
@@ -223,11 +240,39 @@ class Trainer:
 
         Where `measured`, the norm of the gradient is one of them.
         """
-        parameters = self.parameters[player.name]
-        for parameter in self.everyones:
+        with self._alone(player):
+            terms = self._step(player, loss, batch, measured)
+        optimizer = self.optimizers[player.name]
+        if player.after_step is not None:
+            with torch.no_grad():
+                player.after_step()
+        if player.after_step is not None or optimizer._optimizer_step_post_hooks:
+            self._count_change()
+        return terms
+
+    @contextmanager
+    def _alone(self, player: Player) -> Iterator[None]:
+        """Everybody else's parameters frozen, and no gradients on its own, before or after.
+
+        Whether a parameter can be trained is the caller's to say, also while the run goes on: what
+        is frozen stays so, and what is not is so again afterwards.
+        """
+        own = self.parameters[player.name]
+        frozen = [p for p in self.others[player.name] if p.requires_grad]
+        for parameter in own:
+            parameter.grad = None
+        for parameter in frozen:
             parameter.requires_grad = False
-        for parameter in parameters:
-            parameter.requires_grad = True
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad = True
+            for parameter in own:
+                parameter.grad = None
+
+    def _step(self, player: Player, loss: Loss, batch: Batch, measured: bool) -> dict[str, Tensor]:
+        parameters = self.parameters[player.name]
         with (
             torch.autocast(self.device.type, self.half, enabled=self.half is not None),
             shard(self.ranks.rank, self.ranks.size),
@@ -249,13 +294,6 @@ class Trainer:
         scaler.update()
         if type(optimizer) is not Adam:  # fused ones of PyTorch's leave versions alone
             torch.autograd.graph.increment_version(parameters)
-        for parameter in parameters:
-            parameter.grad = None
-        if player.after_step is not None:
-            with torch.no_grad():
-                player.after_step()
-        if player.after_step is not None or optimizer._optimizer_step_post_hooks:
-            self._count_change()
         return terms
 
     def _count_change(self) -> None:
@@ -298,16 +336,26 @@ class Trainer:
 
     @contextmanager
     def sampling(self) -> Iterator[Game]:
-        """The game in evaluation mode with the averaged generator, for the `with` block."""
+        """The game in evaluation mode with the averaged generator, for the `with` block.
+
+        Then every module is in its own mode again, and PyTorch's default generators are where they
+        were: a run computes the same however often somebody looks at samples.
+        """
         generator = self.game.generator
-        self.game.eval()
-        if self.average is not None:
-            self.game.generator = self.average
+        modes = [(module, module.training) for module in self.game.modules()]
+        states = [(rng, rng.get_state()) for rng in self._default_rngs()]
         try:
+            self.game.eval()
+            if self.average is not None:
+                self.game.generator = self.average
             yield self.game
         finally:
             self.game.generator = generator
-            self.game.train()
+            for module, training in modes:  # parents first, whose train() reaches their children
+                if module.training != training:
+                    module.train(training)
+            for rng, state in states:
+                rng.set_state(state)
 
     def save_samples(self, path: Path) -> None:
         """A grid from the same noise every time; columns are classes in a conditional game."""
@@ -317,6 +365,8 @@ class Trainer:
         labels, columns = arrange(GRID, classes)
         fixed = torch.Generator().manual_seed(self.config.seed)
         with self.sampling() as game:
+            for rng in self._default_rngs():  # of a generator that draws more noise by itself
+                rng.manual_seed(self.config.seed)
             save_grid(game.sample(GRID, labels, fixed), path, columns)
         self.tell("on_samples", path)
 
@@ -343,7 +393,10 @@ class Trainer:
             "spec": asdict(self.game.spec),
             "classes": list(self.data.classes),
             "count": len(self.data),
+            "identity": self.identity,
             "device": self.device.type,
+            "threads": threads(),
+            "resident": self.resident,
             "game": self.game.state_dict(),
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
             "scalers": {name: s.state_dict() for name, s in self.scalers.items()},
@@ -353,16 +406,18 @@ class Trainer:
         }
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of this game, bit for bit. Raises CheckpointError.
+        """Go on from a checkpoint of this game, bit for bit.
 
-        With another number of processes dropout goes on with other random numbers.
+        With another number of processes dropout goes on with other random numbers; with another
+        number of threads results differ by rounding, of which a warning tells.
+
+        Raises:
+            CheckpointError: the file cannot be used, or it is of other data: of another number,
+                size or other classes, or of other content. Where they lie does not matter.
         """
+        path = expand(path)
         content = checkpoint.read(path, self.device)
-        if content["spec"] != asdict(self.game.spec) or content["count"] != len(self.data):
-            raise checkpoint.CheckpointError(
-                f"{path} was trained on {content['count']} images of {content['spec']}, "
-                f"the data are {len(self.data)} of {asdict(self.game.spec)}"
-            )
+        checkpoint.check_data(content, asdict(self.game.spec), self.data, self.identity, path)
         if content["device"] != self.device.type:
             raise checkpoint.CheckpointError(
                 f"{path} was written on {content['device']}, whose random numbers cannot go on "
@@ -383,6 +438,14 @@ class Trainer:
         else:
             torch.manual_seed(hash((self.config.seed, content["step"], self.ranks.rank)))
         self.step = content["step"]
+        if content.get("resident", self.resident) != self.resident:
+            self._place(content["resident"])
+        if content.get("threads", threads()) != threads() and self.device.type == "cpu":
+            warnings.warn(
+                f"{path} was written with {content['threads']} threads, now there are {threads()}: "
+                "results will differ from those of a run in one piece by rounding",
+                stacklevel=2,
+            )
         self._close_loader()
         self.call = self._graphs() or run_eagerly  # what was captured holds older tensors
 
@@ -395,6 +458,10 @@ class Trainer:
         ):
             return None
         return Graphs([self.rng])
+
+    def _default_rngs(self) -> list[torch.Generator]:
+        own = self._default_rng()
+        return [own] if self.device.type == "cpu" else [torch.default_generator, own]
 
     def _default_rng(self) -> torch.Generator:
         if self.device.type != "cuda":
