@@ -382,8 +382,10 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
 
     from gankernels import data, metrics, train
     from gankernels.train.checkpoint import list_classes
+    from gankernels.train.sample import check_seed
     from gankernels.train.trainer import choose_device
 
+    check_seed(args.seed)
     device = choose_device(args.device)
     checkpoint = train.latest_checkpoint(args.source)
     game, config = train.load_game(checkpoint, device)

@@ -71,7 +71,8 @@ class Progress(Callback):
         step, steps = trainer.step, trainer.config.steps
         if "it_per_s" in values:
             speed = values["it_per_s"]
-            shown += f"  {speed:.1f} it/s  {time_left(steps - step, speed)} left"
+            rate = f"{speed:.1f}" if speed >= 1 else f"{speed:.2g}"
+            shown += f"  {rate} it/s  {time_left(steps - step, speed)} left"
         print(f"step {step}/{steps}  {shown}", file=sys.stderr, flush=True)
 
     def on_end(self, trainer: Trainer) -> None:

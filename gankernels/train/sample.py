@@ -46,12 +46,17 @@ def draw(game: Game, count: int, seed: int, truncation: float | None = None) -> 
     Raises:
         ValueError: a truncation that is not above 0, or a seed that no generator takes.
     """
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    check_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     for start in range(0, count, BLOCK):
         noise = game.noise(BLOCK, rng)[: count - start]
         yield noise if truncation is None else truncate(noise, truncation)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a number that no generator of PyTorch's takes."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
 
 
 def truncate(noise: Tensor, threshold: float) -> Tensor:

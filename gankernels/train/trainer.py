@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import gankernels
+from gankernels._modes import evaluating
 from gankernels._paths import expand
 from gankernels._shard import shard
 from gankernels.data import BatchLoader, ImageData, ImageFiles, to_float
@@ -95,7 +96,7 @@ class Trainer:
         if self.ranks.size > 1:
             self.ranks.broadcast(self.game)
             synchronise(self.game)
-            torch.manual_seed(config.seed + self.ranks.rank)  # each drops out on its own
+            torch.manual_seed((config.seed + self.ranks.rank) % 2**64)  # each drops out on its own
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
         self.players = game.players()
         self.parameters = {
@@ -179,7 +180,7 @@ class Trainer:
                         values = self.losses.take()
                         self._check_scales()
                         speed = (self.step - reported) / (time.perf_counter() - began)
-                        self.tell("on_report", {"it_per_s": round(speed, 2), **values})
+                        self.tell("on_report", {"it_per_s": float(f"{speed:.4g}"), **values})
                         began, reported = time.perf_counter(), self.step
                     if _due(self.step, config.sample_every):
                         self.save_samples(self.run / "samples" / f"step_{self.step:08d}.png")
@@ -342,20 +343,16 @@ class Trainer:
         were: a run computes the same however often somebody looks at samples.
         """
         generator = self.game.generator
-        modes = [(module, module.training) for module in self.game.modules()]
         states = [(rng, rng.get_state()) for rng in self._default_rngs()]
-        try:
-            self.game.eval()
+        with evaluating(self.game):
             if self.average is not None:
                 self.game.generator = self.average
-            yield self.game
-        finally:
-            self.game.generator = generator
-            for module, training in modes:  # parents first, whose train() reaches their children
-                if module.training != training:
-                    module.train(training)
-            for rng, state in states:
-                rng.set_state(state)
+            try:
+                yield self.game
+            finally:
+                self.game.generator = generator
+                for rng, state in states:
+                    rng.set_state(state)
 
     def save_samples(self, path: Path) -> None:
         """A grid from the same noise every time; columns are classes in a conditional game."""
