@@ -30,4 +30,5 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="session", autouse=True)
 def _as_the_command_line_does():
     gk.tune_allocator()
-    bound_threads()
+    with bound_threads():
+        yield

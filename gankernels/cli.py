@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gankernels._console import fill_descriptors, is_terminal, say, settle
+from gankernels._paths import expand
 
 PROGRAM = "gankernels"
 
@@ -240,13 +241,15 @@ def add_sample(commands: Any) -> None:
         "--format",
         choices=["grid", "png", "npz"],
         help="grid: one PNG of all; png: a folder with a PNG of each, in a subfolder per class "
-        "where there are classes; npz: images and labels as --data takes them "
+        "where there are classes; npz: images and labels, the data's own, as --data takes them "
         "(default: npz where PATH ends in .npz, else grid)",
     )
     parser.add_argument("--count", type=int, metavar="N", help="images (default: 64)")
     parser.add_argument(
         "--labels",
-        help="classes to draw in turn, as indices: 0,1,2 (default: all; conditional models only)",
+        metavar="NAMES",
+        help="classes to draw in turn: cat,dog or, where none is called by a number, their indices "
+        "0,1 (default: all; conditional models only)",
     )
     parser.add_argument("--seed", type=int, metavar="S", help="of the noise (default: 0)")
     parser.add_argument(
@@ -307,9 +310,9 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
     game, _ = train.load_game(args.source, choose_device(args.device))
     labels = None
     if args.labels is not None:
-        labels = parse_numbers("--labels", args.labels, "0,1,2")
+        labels = sample.parse_labels(args.labels, game.classes)
     elif game.conditional:
-        labels = list(range(game.num_classes))
+        labels = list(range(len(game.classes)))
 
     if args.interpolate is None:
         count = args.count or 64
@@ -332,9 +335,11 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
     if form == "grid":
         save_grid(torch.cat(list(images)), out, columns)
     elif form == "png":
-        sample.save_folder(images, labels, out)
+        sample.save_folder(images, labels, out, game.classes, count)
+    elif labels is None:
+        sample.save_npz(images, torch.zeros(count).long(), out)
     else:
-        sample.save_npz(images, torch.zeros(count).long() if labels is None else labels, out)
+        sample.save_npz(images, labels, out, game.classes)
     return out, count
 
 
@@ -349,7 +354,7 @@ def choose_format(form: str | None, out: str | None) -> tuple[str, Path]:
         raise ValueError(f"npz goes with names that end in .npz: --format {form}, --out {out}")
     elif form == "png" and out.endswith(".png"):
         raise ValueError(f"--format png makes a folder, and grid one PNG: got --out {out}")
-    return form, Path(out)
+    return form, expand(out)
 
 
 def parse_numbers(option: str, text: str, example: str, length: int | None = None) -> list[int]:
@@ -398,9 +403,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
         scores = evaluate_run(args)
         try:
             if args.json is not None:
-                write_json(Path(args.json), scores)
+                write_json(expand(args.json), scores)
         finally:  # what took minutes to compute is shown, also where it cannot be written
-            if args.json is None or not is_stdout(Path(args.json)):
+            if args.json is None or not is_stdout(expand(args.json)):
                 show("\n".join(describe_scores(scores)), needed=args.json is None)
     return 0
 
@@ -412,15 +417,20 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from gankernels import data, metrics, train
+    from gankernels.train.checkpoint import list_classes
+    from gankernels.train.sample import check_seed
     from gankernels.train.trainer import choose_device
 
+    check_seed(args.seed)
     device = choose_device(args.device)
     checkpoint = train.latest_checkpoint(args.source)
     game, config = train.load_game(checkpoint, device)
     real = data.load(args.data or config["data"], size=game.spec.size, channels=game.spec.channels)
-    if game.conditional and real.num_classes != game.num_classes:
+    if game.conditional and real.classes != game.classes:
         raise ValueError(
-            f"{real.name} has {real.num_classes} classes, the model knows {game.num_classes}"
+            f"the model was trained on other classes than {real.name} has: "
+            f"{list_classes(game.classes, real.classes)} there, "
+            f"{list_classes(real.classes, game.classes)} here"
         )
     in_run_folder = checkpoint.parent.name == "checkpoints"
     classifier, _ = metrics.load_or_train_classifier(
@@ -529,7 +539,7 @@ def run_bench(args: argparse.Namespace) -> int:
             quick=args.quick,
             seconds=args.seconds,
         )
-        out = Path(args.out)
+        out = expand(args.out)
         out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to shows now
     from gankernels.train.signals import StopRequest
 

@@ -21,11 +21,14 @@ import itertools
 import os
 import re
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from gankernels._paths import expand
 
 #: Inches that a figure as wide as the page has; text of 9 points then has the page's size.
 WIDTH = 9.6
@@ -216,7 +219,10 @@ class Page:
         from gankernels.train.files import write_atomically  # the trainer imports this module
 
         content = self.html().encode("utf-8", errors="replace")
-        write_atomically(Path(path), lambda file: file.write(content))
+        write_atomically(expand(path), lambda file: file.write(content))
+
+
+_STYLING = threading.RLock()
 
 
 @contextmanager
@@ -257,7 +263,8 @@ def style() -> Iterator[None]:
         "ytick.color": rule,
         "ytick.labelcolor": muted,
     }
-    with matplotlib.rc_context():
+    # The settings are the process's: of two threads the second would put the first one's back.
+    with _STYLING, matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(settings)
         yield

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gankernels._console import describe, warn
+from gankernels._paths import expand
 from gankernels.bench.ops import OPS, Case
 from gankernels.bench.timing import Timing
 from gankernels.bench.training import Training
@@ -136,9 +137,10 @@ class Results:
         """
         from gankernels.bench.page import write_page
 
-        write_json(Path(folder) / "results.json", self.to_json())
+        folder = expand(folder)
+        write_json(folder / "results.json", self.to_json())
         try:
-            return write_page(self, Path(folder))
+            return write_page(self, folder)
         except OSError:
             raise
         except Exception as error:  # whatever a plotting library raises

@@ -95,6 +95,7 @@ def plan(
     return Plan(tuple(cases), tuple(trainings), where, compiled, quick, seconds)
 
 
+@bound_threads()
 def compare(plan: Plan, stop: Callable[[], bool] = lambda: False) -> Results:
     """Measures what is planned, and tells on stderr how far it is.
 
@@ -102,7 +103,6 @@ def compare(plan: Plan, stop: Callable[[], bool] = lambda: False) -> Results:
     that there are. A contender that fails, for want of memory say, is left out with its reason.
     """
     gk.tune_allocator()
-    bound_threads()
     began = time.perf_counter()
     results = Results(environment(plan.device), len(plan), plan.quick)
     with progress(len(plan)) as tell:

@@ -24,12 +24,15 @@ class ImageData:
         labels: int64 tensor ``(N,)`` of indices into ``classes``.
         classes: the name of each class.
         name: what the set is called in logs and reports.
+        source: digest of the pixels and labels before they were resized, which one processor
+            rounds differently from another; None where the images are as they were stored.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
     name: str
+    source: str | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -86,10 +89,11 @@ class ImageData:
 
     def digest(self) -> str:
         """SHA-256 (hex) of pixels, labels and class names: equal for equal content."""
-        digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes)).encode())
-        for tensor in (self.images, self.labels):
-            digest.update(tensor.contiguous().cpu().numpy())
-        return digest.hexdigest()
+        return digest_of(self.images, self.labels, self.classes)
+
+    def identity(self) -> str:
+        """A digest of what is stored, wherever it lies: what a checkpoint knows the set by."""
+        return self.source or digest_of(self.images, self.labels)
 
     def split(self, held_out: float = 0.2, seed: int = 0) -> tuple[ImageData, ImageData]:
         """Split into (training, held-out) with the class proportions of the whole.
@@ -117,6 +121,13 @@ class ImageData:
     def _select(self, mask: Tensor) -> ImageData:
         mask = mask.to(self.images.device)
         return ImageData(self.images[mask], self.labels[mask], self.classes, self.name)
+
+
+def digest_of(images: Tensor, labels: Tensor, *more: object) -> str:
+    digest = hashlib.sha256(repr((tuple(images.shape), *more)).encode())
+    for tensor in (images, labels):
+        digest.update(tensor.contiguous().cpu().numpy())
+    return digest.hexdigest()
 
 
 def to_float(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

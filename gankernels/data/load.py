@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gankernels._paths import expand
 from gankernels.data import cifar, folder, idx, npz
 from gankernels.data.files import check_memory, either, special, visible
-from gankernels.data.images import ImageData, convert_channels, resize
+from gankernels.data.images import ImageData, convert_channels, digest_of, resize
 from gankernels.data.stream import ImageFiles
 
 _ACCEPTED = (
@@ -70,7 +71,8 @@ def load(
             asked for. With ``size`` and ``channels`` given, no file is opened before. The other
             kinds of source are read into memory all the same.
 
-    The classes are the sorted distinct labels, or the names of the folders.
+    The classes are the sorted distinct labels, or the names of the folders. Names sort as text, as
+    they do in torchvision: a folder "10" comes before a folder "2".
 
     Raises:
         TypeError, ValueError: wrong arguments, or a source that is unknown, empty, without labels,
@@ -91,7 +93,7 @@ def load(
     if source == "digits":
         name, (images, labels, classes) = "digits", _read_digits()
     else:
-        path = Path(os.path.expanduser(source))
+        path = expand(source)
         name = path.resolve().name
         packed = _packed(path, source)
         if packed is None:
@@ -115,9 +117,12 @@ def load(
         raise ValueError(f"{source}: {len(images)} images of size {size}: {error}") from error
     if channels is not None:
         images = convert_channels(images, channels)
+    stored = images
     if size is not None:
-        images = resize(images, size)
-    return ImageData(images.contiguous(), labels, classes, name)
+        images = resize(stored, size)
+    resized = images.shape != stored.shape
+    source = digest_of(stored, labels) if resized else None
+    return ImageData(images.contiguous(), labels, classes, name, source)
 
 
 def absolute(source: str | Path) -> str:
@@ -127,7 +132,7 @@ def absolute(source: str | Path) -> str:
     """
     if source == "digits":
         return source
-    path = Path(os.path.expanduser(source))
+    path = expand(source)
     return str(path.resolve() if path.exists() else source)
 
 

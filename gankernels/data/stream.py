@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,6 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from gankernels.data import folder
 from gankernels.data.images import ImageData
+
+#: Held while workers start, so that none is taken for one of another thread's loader.
+_STARTING = threading.Lock()
+#: Of a set's files, bytes that its identity looks at.
+_SAMPLED = 256 * 2**20
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,6 +72,30 @@ class ImageFiles:
         for image, row in zip(images, rows.tolist(), strict=True):
             image.copy_(folder.decode(self.files[row], self.size, self.channels))
         return images
+
+    def identity(self) -> str:
+        """A digest of the content, wherever it lies: what a checkpoint knows the set by.
+
+        Of the labels, the names of the files below the folder and their sizes, and of the bytes of
+        every k-th file, where k is the least with which 256 MiB are read: of all files of a set
+        that is no larger. Hence it notices any other size or name, and other content in k files
+        that follow each other.
+
+        Raises:
+            OSError: a file is missing or cannot be read.
+        """
+        names = [os.fsdecode(file) for file in self.files]
+        parts = [names[i : i + 1024] for i in range(0, len(names), 1024)]
+        sizes = np.concatenate(list(folder._each(_sizes, parts)))
+        top = len(os.path.commonpath({os.path.dirname(name) for name in names}))
+        below = [name[top:].replace(os.sep, "/").encode(errors="surrogateescape") for name in names]
+        digest = hashlib.sha256(b"\0".join(below))
+        digest.update(sizes)
+        digest.update(self.labels.numpy().astype("<i8"))
+        every = max(1, -(-int(sizes.sum()) // _SAMPLED))
+        for content in folder._each(_digest, names[::every]):
+            digest.update(content)
+        return digest.hexdigest()
 
 
 class BatchLoader:
@@ -122,12 +153,12 @@ class BatchLoader:
             # Left out, the default generator would be drawn from: a resumed run would differ.
             generator=torch.Generator(),
         )
-        others = set(multiprocessing.active_children())
         # The thread that pins memory works on the device that is current now.
         current = torch.accelerator.device_index(self.device.index if on_cuda else None)
-        with _sigchld_kept(), current:
+        with _STARTING, _sigchld_kept(), current:
+            others = set(multiprocessing.active_children())
             self._items: Iterator = iter(loader)
-        self._workers = [w for w in multiprocessing.active_children() if w not in others]
+            self._workers = [w for w in multiprocessing.active_children() if w not in others]
         # At exit multiprocessing would end them by SIGTERM and wait, for ever.
         self._end_workers = util.Finalize(self, _kill, args=(self._workers,), exitpriority=0)
 
@@ -181,6 +212,15 @@ class _Draws(Dataset):
             return self.data.read(rows), self.data.labels[rows]
         except ValueError as error:
             return error
+
+
+def _sizes(names: list[str]) -> np.ndarray:
+    return np.array([os.path.getsize(name) for name in names], dtype="<i8")
+
+
+def _digest(name: str) -> bytes:
+    with open(name, "rb") as file:
+        return hashlib.sha256(file.read()).digest()
 
 
 def _ignore_stop_signals(worker: int) -> None:

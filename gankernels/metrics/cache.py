@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from gankernels._paths import expand
 from gankernels.data import ImageData
 from gankernels.metrics.classifier import Classifier, train_classifier
 
@@ -33,7 +34,7 @@ def load_or_train_classifier(
     that cannot be read is trained anew, a folder that cannot be written only warned about.
     """
     key = hashlib.sha256(f"{_RECIPE} {seed} {data.digest()}".encode()).hexdigest()[:16]
-    path = Path(cache_dir) / f"classifier-{key}.pt"
+    path = expand(cache_dir) / f"classifier-{key}.pt"
     if path.exists():
         try:
             classifier = _load(path, data)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gankernels import _console as console
+from gankernels._modes import evaluating
 from gankernels.data import ImageData, to_float
 
 _WIDTH = 32
@@ -146,23 +147,19 @@ def features(classifier: Classifier, images: Tensor, batch_size: int = 256) -> T
     """Penultimate features of ``images``, float32 ``(N, F)`` on the CPU.
 
     Args:
-        classifier: used in eval mode, and put back into the mode it was in.
+        classifier: used in eval mode, and put back into the modes it was in.
         images: ``(N, C, S, S)``, uint8 pixels or floating point in [-1, 1].
         batch_size: images converted and computed at a time.
     """
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
     device = classifier.head.weight.device
-    was_training = classifier.training
-    classifier.eval()
-    try:
-        parts = []
+    parts = []
+    with evaluating(classifier):
         for batch in images.split(batch_size):
             batch = batch.to(device)
             batch = to_float(batch) if batch.dtype == torch.uint8 else batch.float()
             parts.append(
                 classifier.features(batch.contiguous(memory_format=torch.channels_last)).cpu()
             )
-        return torch.cat(parts)
-    finally:
-        classifier.train(was_training)
+    return torch.cat(parts)

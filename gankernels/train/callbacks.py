@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +71,23 @@ class Progress(Callback):
         step, steps = trainer.step, trainer.config.steps
         if "it_per_s" in values:
             speed = values["it_per_s"]
-            left = time.strftime("%H:%M:%S", time.gmtime((steps - step) / max(speed, 1e-9)))
-            shown += f"  {speed:.1f} it/s  {left} left"
+            rate = f"{speed:.1f}" if speed >= 1 else f"{speed:.2g}"
+            shown += f"  {rate} it/s  {time_left(steps - step, speed)} left"
         console.say(f"step {step}/{steps}  {shown}")
 
     def on_end(self, trainer: Trainer) -> None:
         if getattr(self, "bar", None) is not None:
             self.bar.close()
+
+
+def time_left(steps: int, speed: float) -> str:
+    """As hours, minutes and seconds, with days in front where there are some; "?" if unknown."""
+    if not 0 < speed < math.inf:
+        return "?"
+    minutes, seconds = divmod(round(steps / speed), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days:,} d " if days else "") + f"{hours:02}:{minutes:02}:{seconds:02}"
 
 
 class Metrics(Callback):

@@ -9,21 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import textwrap
+import warnings
 import zipfile
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gankernels import games
+from gankernels._paths import expand
+from gankernels.data import ImageData, ImageFiles
 from gankernels.games import DataSpec, Game
 from gankernels.train.config import configure, from_dict
 from gankernels.train.cpu import accelerate
 from gankernels.train.files import copy_atomically, read_json, write_atomically, write_json
 
 MAGIC = "gankernels checkpoint"
-VERSION = 2
+VERSION = 3
+#: Versions that can be read: 2 does not hold a digest of the data.
+READABLE = (VERSION, 2)
 FOLDER = "checkpoints"
 
 
@@ -33,11 +41,23 @@ class CheckpointError(RuntimeError):
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
-    return sorted((run / FOLDER).glob("step_*.pt"))
+    return _checkpoints_in(run / FOLDER)
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    # By number: as text, step 100,000,000 comes before step 20,000,000.
+    found = [path for path in folder.glob("step_*.pt") if step_of(path) is not None]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's name tells; None where it has the name of none."""
+    found = re.fullmatch(r"step_([0-9]+)\.pt", path.name)
+    return int(found[1]) if found else None
 
 
 def path_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies; paths sort as steps do."""
+    """Where the checkpoint of a step lies."""
     return run / FOLDER / f"step_{step:08d}.pt"
 
 
@@ -46,7 +66,7 @@ def latest_checkpoint(path: str | Path) -> Path:
 
     Raises FileNotFoundError where there is none.
     """
-    path = Path(path)
+    path = expand(path)
     if path.is_file():
         return path
     if not path.exists():
@@ -110,9 +130,10 @@ def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("magic") != MAGIC:
         raise CheckpointError(f"{path} is not a checkpoint of gankernels")
-    if (version := content.get("version")) != VERSION:
+    if (version := content.get("version")) not in READABLE:
         raise CheckpointError(
-            f"{path} has version {version}, this gankernels reads {VERSION}: "
+            f"{path} has version {version}, this gankernels reads "
+            f"{' and '.join(map(str, READABLE))}: "
             "use the one that wrote it"
         )
     return content
@@ -124,8 +145,9 @@ def _first_line(error: BaseException) -> str:
 
 def _way_out(path: Path) -> str:
     """What to do about a damaged file of a run: the newest intact one before it, if any."""
-    earlier = [beside for beside in path.parent.glob("step_*.pt") if beside < path]
-    for candidate in sorted(earlier, reverse=True):
+    step = step_of(path) or 0
+    earlier = [beside for beside in _checkpoints_in(path.parent) if step_of(beside) < step]
+    for candidate in reversed(earlier):
         try:
             read(candidate)
         except (CheckpointError, OSError):
@@ -147,7 +169,8 @@ def load_game(
         game: its class, where that is not one of `gankernels.games`.
 
     Returns:
-        The game, and the settings it was trained with (the content of config.json).
+        The game, whose `classes` are those of the data, and the settings it was trained with (the
+        content of config.json).
 
     Raises:
         FileNotFoundError: no such file or no checkpoint in the folder.
@@ -166,12 +189,61 @@ def load_game(
     game_class = game or games.get(model)
     _, options = configure(game_class, settings)
     game = game_class(DataSpec(**content["spec"]), options)
+    game.classes = tuple(content["classes"])
     load_state(game, content["game"], path)
     if content["ema"] is not None:
         load_state(game.generator, content["ema"], path)
     if torch.device(device).type == "cpu":
         accelerate(game)  # so that it samples what it sampled in training, to the last bit
     return game.to(device).eval(), content["config"]
+
+
+def check_data(
+    content: dict[str, Any],
+    spec: dict[str, Any],
+    data: ImageData | ImageFiles,
+    identity: str,
+    path: Path,
+) -> None:
+    """Raises CheckpointError where the checkpoint is of other data, and says in what they differ.
+
+    Content is what counts, and what classes are called, since labels stand for names.
+    """
+    classes = list(data.classes)
+    if (content["spec"], content["count"]) != (spec, len(data)):
+        raise CheckpointError(
+            f"{path} was trained on {content['count']} images of {content['spec']}, "
+            f"the data ({data.name}) are {len(data)} of {spec}"
+        )
+    if content["classes"] != classes:
+        raise CheckpointError(
+            f"{path} was trained on other classes: {list_classes(content['classes'], classes)} "
+            f"there, {list_classes(classes, content['classes'])} in the data ({data.name})"
+        )
+    if "identity" not in content:
+        warnings.warn(
+            f"{path} is of an earlier version, which kept no digest of the data: whether their "
+            "content is the same is not checked",
+            stacklevel=3,
+        )
+    elif content["identity"] != identity:
+        raise CheckpointError(
+            f"{path} was trained on other data: as many images of the same size and classes, but "
+            f"the digest of pixels and labels is {content['identity'][:12]} there, {identity[:12]} "
+            f"in the data ({data.name})"
+        )
+
+
+def list_classes(classes: Sequence[str], others: Sequence[str] = (), most: int = 12) -> str:
+    """The names, `most` of them: from where they begin to differ from the others'."""
+    if len(classes) <= most:
+        return ", ".join(classes)
+    pairs = zip(classes, others, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    start = min(same, len(classes) - most)
+    shown = ", ".join(classes[start : start + most])
+    before, after = "... " if start else "", " ..." if start + most < len(classes) else ""
+    return f"{before}{shown}{after} ({len(classes)} in all)"
 
 
 def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path) -> None:

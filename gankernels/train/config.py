@@ -45,15 +45,22 @@ class Config:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        # What PyTorch's counters and generators take.
+        for name, most in {"steps": 2**63 - 1, "seed": 2**64 - 1}.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {self.precision!r}")
 
 
-#: What may differ when a run is resumed: how long it runs, where and what it shows, not what it
-#: computes. (Trainer.load refuses another kind of device, whose random numbers are others.)
+#: What may differ when a run is resumed: how long it runs, where it and its data lie, who reads
+#: them and what it shows, not what it computes. (Trainer.load refuses data of other content, and
+#: another kind of device, whose random numbers are others.)
 RESUMABLE = {
+    "data",
+    "workers",
     "steps",
     "out",
     "device",
@@ -62,6 +69,7 @@ RESUMABLE = {
     "sample_every",
     "checkpoint_every",
     "keep",
+    "score",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -227,20 +228,31 @@ class _As(torch.autograd.Function):
         return grad.to(ctx.dtype), None
 
 
-_casts_in_use = False
+class _Flag(threading.local):
+    """Of this thread, since a process may hold several trainers, each in a thread of its own."""
+
+    raised = False
+
+    def __bool__(self) -> bool:
+        return self.raised
+
+    def __repr__(self) -> str:
+        return str(self.raised)
+
+
+_casts_in_use = _Flag()
 
 
 @contextmanager
 def use_casts() -> Iterator[None]:
-    """Inside, weights are cast once per version of theirs. Whoever changes one in a way that
-    PyTorch does not count (through `data`, or by a fused optimiser) has to count it himself, by
-    `torch.autograd.graph.increment_version`."""
-    global _casts_in_use
-    before, _casts_in_use = _casts_in_use, True
+    """Inside, in this thread, weights are cast once per version of theirs. Whoever changes one in a
+    way that PyTorch does not count (through `data`, or by a fused optimiser) has to count it
+    himself, by `torch.autograd.graph.increment_version`."""
+    before, _casts_in_use.raised = _casts_in_use.raised, True
     try:
         yield
     finally:
-        _casts_in_use = before
+        _casts_in_use.raised = before
 
 
 def _cast_once(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,10 +31,22 @@ def available(cgroup: Path = CGROUP) -> int:
     return max(1, min(count, int(quota) // int(period)))
 
 
-def bound_threads() -> None:
-    """Lower PyTorch's threads to `available`: more than that make each other wait.
+def threads() -> int:
+    """PyTorch's threads, but no more than `available`: more than that make each other wait.
 
     PyTorch counts the processors it may run on, but knows nothing of a container's quota.
     """
-    if torch.get_num_threads() > (most := available()):
+    return min(torch.get_num_threads(), available())
+
+
+@contextmanager
+def bound_threads() -> Iterator[None]:
+    """Inside, PyTorch has as many as `threads`; it counts them for every Python thread apart."""
+    before, most = torch.get_num_threads(), threads()
+    if most < before:
         torch.set_num_threads(most)
+    try:
+        yield
+    finally:
+        if most < before and torch.get_num_threads() == most:  # nobody chose another number since
+            torch.set_num_threads(before)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gankernels._paths import expand
 from gankernels.data import to_uint8
 from gankernels.train.files import write_atomically
 
@@ -47,7 +48,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
     """Write images `(N, C, H, W)`, C 1 or 3, uint8 or in [-1, 1], as one PNG."""
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
     picture = to_picture(make_grid(pixels.cpu(), columns))
-    write_atomically(Path(path), lambda file: picture.save(file, "PNG"))
+    write_atomically(expand(path), lambda file: picture.save(file, "PNG"))
 
 
 def to_picture(pixels: Tensor) -> Image:

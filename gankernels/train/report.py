@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gankernels._console import describe, warn
+from gankernels._paths import expand
 from gankernels._version import __version__
 from gankernels.report import WIDTH, Page, png_size, style
 from gankernels.train.files import read_json
@@ -62,7 +63,7 @@ def write_report(
         FileNotFoundError, ValueError: no config.json, or one that is no JSON.
         ImportError: matplotlib, or Pillow where grids are large, is missing.
     """
-    run = Path(run)
+    run = expand(run)
     config = read_json(run / "config.json")
     if not isinstance(config, dict):
         raise ValueError(f"{run / 'config.json'} holds no settings")

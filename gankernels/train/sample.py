@@ -8,23 +8,32 @@ the same however many are drawn.
 
 from __future__ import annotations
 
+import csv
 import itertools
 import math
+import os
+import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gankernels._paths import expand
 from gankernels.data import to_uint8
 from gankernels.games import Game
+from gankernels.train.checkpoint import list_classes
 from gankernels.train.files import fill_folder, write_atomically
 from gankernels.train.images import to_picture
 
 #: Rows of noise drawn at a time; with another number a seed would mean other images.
 BLOCK = 256
+#: What the name of a folder of images cannot have: separators, and a dot where it begins.
+IMPOSSIBLE = r"^\.|[/\0\ud800-\udc7f\udd00-\udfff]"
+#: Bytes of a folder's name, with room for what tells two of them apart; file systems take 255.
+LONGEST = 240
 
 
 def draw(game: Game, count: int, seed: int, truncation: float | None = None) -> Iterator[Tensor]:
@@ -36,12 +45,17 @@ def draw(game: Game, count: int, seed: int, truncation: float | None = None) -> 
     Raises:
         ValueError: a truncation that is not above 0, or a seed that no generator takes.
     """
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    check_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     for start in range(0, count, BLOCK):
         noise = game.noise(BLOCK, rng)[: count - start]
         yield noise if truncation is None else truncate(noise, truncation)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a number that no generator of PyTorch's takes."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
 
 
 def truncate(noise: Tensor, threshold: float) -> Tensor:
@@ -107,11 +121,60 @@ def generate(
         done += n
 
 
-def save_npz(images: Iterable[Tensor], labels: Tensor, path: str | Path) -> None:
+def parse_labels(text: str, classes: Sequence[str]) -> list[int]:
+    """Classes by name or, where none is called by a number, by index: `cat,dog` or `0,1`.
+
+    A name that has a comma in it stands between double quotes.
+
+    Raises:
+        ValueError: no such class; the message says which there are.
+    """
+    index = {name: i for i, name in enumerate(classes)}
+    if text in index:
+        return [index[text]]
+    if not any(re.fullmatch("[+-]?[0-9]+", name) for name in classes):
+        index = {str(i): i for i in range(len(classes))} | index
+    try:
+        names = next(csv.reader([text], skipinitialspace=True), []) or [""]
+    except csv.Error as error:
+        raise ValueError(f"labels must be names like cat,dog, got {text!r}: {error}") from error
+    labels = [index.get(name, index.get(name.strip())) for name in names]
+    if None in labels:
+        wrong = names[labels.index(None)]
+        raise ValueError(f"labels must be among {list_classes(classes)}, got {wrong!r}")
+    return labels
+
+
+def _is_number(name: str) -> bool:
+    return re.fullmatch("-?(0|[1-9][0-9]{0,17})", name) is not None
+
+
+def values_of(classes: Sequence[str]) -> np.ndarray:
+    """What stands for each class in an array of labels: its number where all are called by one.
+
+    Sorted they are in the order of the classes, if those are as `gankernels.data.load` has them:
+    numbers in their order, or names in that of text.
+    """
+    if all(map(_is_number, classes)):
+        numbers = np.array([int(name) for name in classes], dtype=np.int64)
+        if (np.diff(numbers) > 0).all():
+            return numbers
+    return np.array(classes, dtype=np.str_)
+
+
+def save_npz(
+    images: Iterable[Tensor],
+    labels: Tensor,
+    path: str | Path,
+    classes: Sequence[str] | None = None,
+) -> None:
     """Write what `gankernels.data.load` reads.
 
-    That is `images`, uint8 `(N, H, W)` or, of colour, `(N, H, W, C)`, and `labels`, int64 `(N,)`.
+    That is `images`, uint8 `(N, H, W)` or, of colour, `(N, H, W, C)`, and `labels` `(N,)`: int64
+    or, where `classes` are given that are not called by numbers, their names.
     """
+    path = expand(path)
+    values = labels.numpy() if classes is None else values_of(classes)[labels.numpy()]
     images = iter(images)
     first = next(images)
     shape = tuple(_channels_last(first).shape[1:])
@@ -125,27 +188,59 @@ def save_npz(images: Iterable[Tensor], labels: Tensor, path: str | Path) -> None
                 for part in itertools.chain([first], images):
                     entry.write(_channels_last(part).contiguous().numpy().tobytes())
             with archive.open("labels.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, labels.numpy())
+                np.lib.format.write_array(entry, values)
 
-    write_atomically(Path(path), write)
+    write_atomically(path, write)
 
 
-def save_folder(images: Iterable[Tensor], labels: Tensor | None, path: str | Path) -> None:
+def save_folder(
+    images: Iterable[Tensor],
+    labels: Tensor | None,
+    path: str | Path,
+    classes: Sequence[str] | None = None,
+    count: int = 0,
+) -> None:
     """Write one PNG per image: `000000.png`, ..., in a subfolder for every label there is.
 
     The folder appears when it is complete.
 
+    Args:
+        classes: what the subfolders are called; numbers of one width where it is None. A name that
+            no folder can have, or that is hidden, is written as `folder_names` does.
+        count: how many images there are, so that their names are of one width.
+
     Raises:
         ValueError: something lies where the folder is to be.
     """
-    digits = 1 if labels is None else len(str(int(labels.max())))  # 02 and 10 sort as they should
-    with fill_folder(Path(path)) as whole:
+    width = max(6, len(str(count - 1)))
+    if labels is not None and classes is None:
+        digits = len(str(int(labels.max())))  # 02 and 10 sort as they should
+        names = [f"{i:0{digits}}" for i in range(int(labels.max()) + 1)]
+    else:
+        names = folder_names(classes or ())
+    with fill_folder(expand(path)) as whole:
         for i, image in enumerate(itertools.chain.from_iterable(images)):
             folder = whole
             if labels is not None:
-                folder = whole / f"{int(labels[i]):0{digits}}"
+                folder = whole / names[int(labels[i])]
                 folder.mkdir(exist_ok=True)
-            to_picture(image).save(folder / f"{i:06d}.png")
+            to_picture(image).save(folder / f"{i:0{width}d}.png")
+
+
+def folder_names(classes: Sequence[str]) -> list[str]:
+    """A name for a folder of each class: its own wherever that can be.
+
+    Elsewhere what stands in the way (a slash, a dot in front) is written as in an address: `a%2Fb`.
+    """
+    names: dict[str, None] = {}
+    own = set(classes)
+    for name in classes:
+        safe = re.sub(IMPOSSIBLE, lambda found: f"%{ord(found[0]):02X}", name) or "%"
+        while len(os.fsencode(safe)) > LONGEST:
+            safe = safe[:-1]
+        free = (safe if n == 1 else f"{safe}~{n}" for n in itertools.count(1))
+        names[next(x for x in free if x == name or (x not in names and x not in own))] = None
+    return list(names)
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from gankernels import data, games
 from gankernels._console import warn
+from gankernels._paths import expand
 from gankernels.games import DataSpec, Game
 from gankernels.train.checkpoint import checkpoints, read
 from gankernels.train.config import RESUMABLE, configure, from_dict
@@ -25,7 +26,9 @@ def start(model: str | Path, *, resume: bool = False, **settings: Any) -> Traine
 
     Args:
         model: the name of a game, or a config.json to run again.
-        resume: continue the run in the folder `out`, or start it where there is none.
+        resume: continue the run in the folder `out`, or start it where there is none. What does
+            not change what it computes may be another then (`config.RESUMABLE`), the place of the
+            data too: they are known by their content.
         settings: fields of `Config` and of the game's options, as values or as text.
 
     Raises:
@@ -34,15 +37,15 @@ def start(model: str | Path, *, resume: bool = False, **settings: Any) -> Traine
         CheckpointError: the newest checkpoint is damaged or belongs to something else.
     """
     if str(model).endswith(".json"):
-        stored = from_dict(read_json(Path(model)), Path(model))
+        path = expand(model)
+        stored = from_dict(read_json(path), path)
         model = stored.pop("model")
         settings = {**stored, **settings}
     game_class = games.get(str(model))
-    settings.setdefault("out", f"runs/{model}")
+    settings["out"] = run = expand(settings.get("out", f"runs/{model}"))
     if "data" in settings:
         settings["data"] = data.absolute(settings["data"])  # config.json works from any folder
 
-    run = Path(settings["out"])
     if (run / "config.json").exists() or checkpoints(run):
         if not resume:
             raise ValueError(
@@ -51,6 +54,12 @@ def start(model: str | Path, *, resume: bool = False, **settings: Any) -> Traine
         settings = _continued(game_class, str(model), run, settings)
     config, options = configure(game_class, settings)
 
+    found = checkpoints(run)
+    if found and config.data != "digits" and not Path(config.data).exists():
+        raise ValueError(
+            f"data {config.data!r}, on which the run in {run} was trained, is not there: "
+            "--data says where it is now"
+        )
     images = data.load(
         config.data, size=_size(config), channels=config.channels, stream=config.stream
     )
@@ -58,7 +67,7 @@ def start(model: str | Path, *, resume: bool = False, **settings: Any) -> Traine
     torch.manual_seed(config.seed)
     game = game_class(DataSpec(images.channels, images.size, images.num_classes), options)
     trainer = Trainer(game, images, config)
-    if found := checkpoints(run):
+    if found:
         trainer.load(found[-1])
     return trainer
 

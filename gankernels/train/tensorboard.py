@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from gankernels._paths import expand
 from gankernels.data.pillow import open_image
 
 
@@ -31,7 +32,7 @@ class TensorBoard:
                 f"logs for TensorBoard need tensorboard: pip install gankernels[train] ({error})"
             ) from error
         # What has purge_step or more no longer shows; `step` itself stays, as in metrics.jsonl.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._writer = SummaryWriter(str(expand(folder)), purge_step=step + 1)
 
     @staticmethod
     def available() -> bool:

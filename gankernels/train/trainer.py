@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 import gankernels
 from gankernels._console import describe, warn
+from gankernels._modes import evaluating
+from gankernels._paths import expand
 from gankernels._shard import shard
 from gankernels.data import BatchLoader, ImageData, ImageFiles, to_float
 from gankernels.games import Batch, Game, Player
@@ -25,7 +28,7 @@ from gankernels.train.adam import Adam
 from gankernels.train.callbacks import Board, Callback, Metrics, Progress, Report, Score
 from gankernels.train.config import Config, to_dict
 from gankernels.train.cpu import accelerate, prepare_casts, use_casts
-from gankernels.train.cpus import bound_threads
+from gankernels.train.cpus import bound_threads, threads
 from gankernels.train.files import delete_leftovers, make_way, temporary_file, write_json
 from gankernels.train.graph import Graphs, run_eagerly
 from gankernels.train.images import arrange, save_grid
@@ -75,24 +78,29 @@ class Trainer:
         if config.score:
             Score.check(data)
         self.config = replace(config, size=data.size, channels=data.channels)
-        self.run = Path(config.out)
+        self.run = expand(config.out)
         self.device = choose_device(config.device)
         self.ranks = Ranks(self.device)
         self.share = self.ranks.share(config.batch_size)
         self.data = data
-        self.resident = _fits(data, self.device)
-        if self.resident:
-            self.images, self.labels = data.images.to(self.device), data.labels.to(self.device)
+        self.identity = data.identity()
+        self._place(_fits(data, self.device))
         self._loader = None
         self.layout = torch.channels_last if game.channels_last else torch.contiguous_format
-        self.game = game.to(self.device, memory_format=self.layout).train()
+        self.game = game.to(self.device, memory_format=self.layout)
+        if not game.training:
+            warnings.warn(
+                "the game is in evaluation mode and stays so: without dropout, and with the "
+                "statistics that its norms have; game.train() puts it into training mode",
+                stacklevel=2,
+            )
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         if self.device.type == "cpu":
             accelerate(self.game)
         if self.ranks.size > 1:
             self.ranks.broadcast(self.game)
             synchronise(self.game)
-            torch.manual_seed(config.seed + self.ranks.rank)  # each drops out on its own
+            torch.manual_seed((config.seed + self.ranks.rank) % 2**64)  # each drops out on its own
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
         self.players = game.players()
         self.parameters = {
@@ -100,6 +108,10 @@ class Trainer:
             for player in self.players
         }
         self.everyones = list(self.game.parameters())
+        self.others = {
+            name: [p for p in self.everyones if p not in own]
+            for name, own in ((name, set(own)) for name, own in self.parameters.items())
+        }
         self.optimizers = {
             player.name: make_optimizer(player, self.parameters[player.name])
             for player in self.players
@@ -138,6 +150,13 @@ class Trainer:
         self._failure: BaseException | None = None
         self._stop = StopRequest()
 
+    def _place(self, resident: bool) -> None:
+        """Keep the images on the device or not; batches are then drawn in another way."""
+        self.resident = resident
+        self.images = self.data.images.to(self.device) if resident else None
+        self.labels = self.data.labels.to(self.device) if resident else None
+
+    @bound_threads()
     def fit(self) -> None:
         """Train until `config.steps`, or until SIGINT, SIGTERM or SIGHUP asks to stop; save then.
 
@@ -147,7 +166,6 @@ class Trainer:
         to. What a callback raises is raised after a last checkpoint.
         """
         gankernels.tune_allocator()
-        bound_threads()
         self._stop, self._off, self._failure = StopRequest(), set(), None
         try:
             self._take_folder()
@@ -181,7 +199,7 @@ class Trainer:
 
     def _check_folder(self) -> None:
         saved = checkpoint.checkpoints(self.run)
-        if saved and saved[-1] > checkpoint.path_of(self.run, self.step):
+        if saved and checkpoint.step_of(saved[-1]) > self.step:
             raise ValueError(
                 f"{self.run} already holds a run beyond step {self.step}: "
                 "load its latest checkpoint or choose another folder"
@@ -216,7 +234,7 @@ class Trainer:
                 values = self.losses.take()
                 self._check_scales()
                 speed = (self.step - reported) / (time.perf_counter() - began)
-                values = {"it_per_s": round(speed, 2), **values}
+                values = {"it_per_s": float(f"{speed:.4g}"), **values}
             # First save, then tell: nobody's ability to read decides what there is to go on from.
             path = self._save() if _due(self.step, config.checkpoint_every) or last else None
             if values is not None:
@@ -317,11 +335,39 @@ class Trainer:
 
         Where `measured`, the norm of the gradient is one of them.
         """
-        parameters = self.parameters[player.name]
-        for parameter in self.everyones:
+        with self._alone(player):
+            terms = self._step(player, loss, batch, measured)
+        optimizer = self.optimizers[player.name]
+        if player.after_step is not None:
+            with torch.no_grad():
+                player.after_step()
+        if player.after_step is not None or optimizer._optimizer_step_post_hooks:
+            self._count_change()
+        return terms
+
+    @contextmanager
+    def _alone(self, player: Player) -> Iterator[None]:
+        """Everybody else's parameters frozen, and no gradients on its own, before or after.
+
+        Whether a parameter can be trained is the caller's to say, also while the run goes on: what
+        is frozen stays so, and what is not is so again afterwards.
+        """
+        own = self.parameters[player.name]
+        frozen = [p for p in self.others[player.name] if p.requires_grad]
+        for parameter in own:
+            parameter.grad = None
+        for parameter in frozen:
             parameter.requires_grad = False
-        for parameter in parameters:
-            parameter.requires_grad = True
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad = True
+            for parameter in own:
+                parameter.grad = None
+
+    def _step(self, player: Player, loss: Loss, batch: Batch, measured: bool) -> dict[str, Tensor]:
+        parameters = self.parameters[player.name]
         with (
             torch.autocast(self.device.type, self.half, enabled=self.half is not None),
             shard(self.ranks.rank, self.ranks.size),
@@ -343,13 +389,6 @@ class Trainer:
         scaler.update()
         if type(optimizer) is not Adam:  # fused ones of PyTorch's leave versions alone
             torch.autograd.graph.increment_version(parameters)
-        for parameter in parameters:
-            parameter.grad = None
-        if player.after_step is not None:
-            with torch.no_grad():
-                player.after_step()
-        if player.after_step is not None or optimizer._optimizer_step_post_hooks:
-            self._count_change()
         return terms
 
     def _count_change(self) -> None:
@@ -392,16 +431,22 @@ class Trainer:
 
     @contextmanager
     def sampling(self) -> Iterator[Game]:
-        """The game in evaluation mode with the averaged generator, for the `with` block."""
+        """The game in evaluation mode with the averaged generator, for the `with` block.
+
+        Then every module is in its own mode again, and PyTorch's default generators are where they
+        were: a run computes the same however often somebody looks at samples.
+        """
         generator = self.game.generator
-        self.game.eval()
-        if self.average is not None:
-            self.game.generator = self.average
-        try:
-            yield self.game
-        finally:
-            self.game.generator = generator
-            self.game.train()
+        states = [(rng, rng.get_state()) for rng in self._default_rngs()]
+        with evaluating(self.game):
+            if self.average is not None:
+                self.game.generator = self.average
+            try:
+                yield self.game
+            finally:
+                self.game.generator = generator
+                for rng, state in states:
+                    rng.set_state(state)
 
     def save_samples(self, path: Path) -> None:
         """A grid from the same noise every time; columns are classes in a conditional game."""
@@ -412,6 +457,8 @@ class Trainer:
         fixed = torch.Generator().manual_seed(self.config.seed)
         with self.sampling() as game:
             make_way(path)
+            for rng in self._default_rngs():  # of a generator that draws more noise by itself
+                rng.manual_seed(self.config.seed)
             save_grid(game.sample(GRID, labels, fixed), path, columns)
         self.tell("on_samples", path)
 
@@ -449,7 +496,10 @@ class Trainer:
             "spec": asdict(self.game.spec),
             "classes": list(self.data.classes),
             "count": len(self.data),
+            "identity": self.identity,
             "device": self.device.type,
+            "threads": threads(),
+            "resident": self.resident,
             "game": self.game.state_dict(),
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
             "scalers": {name: s.state_dict() for name, s in self.scalers.items()},
@@ -459,16 +509,18 @@ class Trainer:
         }
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of this game, bit for bit. Raises CheckpointError.
+        """Go on from a checkpoint of this game, bit for bit.
 
-        With another number of processes dropout goes on with other random numbers.
+        With another number of processes dropout goes on with other random numbers; with another
+        number of threads results differ by rounding, of which a warning tells.
+
+        Raises:
+            CheckpointError: the file cannot be used, or it is of other data: of another number,
+                size or other classes, or of other content. Where they lie does not matter.
         """
+        path = expand(path)
         content = checkpoint.read(path, self.device)
-        if content["spec"] != asdict(self.game.spec) or content["count"] != len(self.data):
-            raise checkpoint.CheckpointError(
-                f"{path} was trained on {content['count']} images of {content['spec']}, "
-                f"the data are {len(self.data)} of {asdict(self.game.spec)}"
-            )
+        checkpoint.check_data(content, asdict(self.game.spec), self.data, self.identity, path)
         if content["device"] != self.device.type:
             raise checkpoint.CheckpointError(
                 f"{path} was written on {content['device']}, whose random numbers cannot go on "
@@ -489,6 +541,14 @@ class Trainer:
         else:
             torch.manual_seed(hash((self.config.seed, content["step"], self.ranks.rank)))
         self.step = content["step"]
+        if content.get("resident", self.resident) != self.resident:
+            self._place(content["resident"])
+        if content.get("threads", threads()) != threads() and self.device.type == "cpu":
+            warnings.warn(
+                f"{path} was written with {content['threads']} threads, now there are {threads()}: "
+                "results will differ from those of a run in one piece by rounding",
+                stacklevel=2,
+            )
         self._close_loader()
         self.call = self._graphs() or run_eagerly  # what was captured holds older tensors
 
@@ -501,6 +561,10 @@ class Trainer:
         ):
             return None
         return Graphs([self.rng])
+
+    def _default_rngs(self) -> list[torch.Generator]:
+        own = self._default_rng()
+        return [own] if self.device.type == "cpu" else [torch.default_generator, own]
 
     def _default_rng(self) -> torch.Generator:
         if self.device.type != "cuda":
