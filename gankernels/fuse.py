@@ -27,6 +27,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from gankernels import nn as fused
 from gankernels.nn.batch_norm_leaky_relu import LeakyReLUSyncBatchNorm, SyncBatchNormLeakyReLU
+from gankernels.nn.pairs import pair, take_apart
 
 __all__ = ["fuse", "unfuse"]
 
@@ -92,7 +93,7 @@ def fuse(
     if report is not None and not callable(report):
         raise TypeError(f"report is a {type(report).__name__}; a function of a line is needed")
     names = {m: name or "module" for name, m in module.named_modules()}
-    norms = [m for m in names if isinstance(m, _BatchNorm)]
+    norms = [m for m in names if isinstance(m, _BatchNorm) and not isinstance(m, _FUSED)]
     calls = _Calls(module, names) if any(type(m) in _NORMS for m in norms) else None
     lines = [] if norms else ["no BatchNorm to fuse"]
     partners: dict[nn.Module, nn.Module] = {}
@@ -104,13 +105,12 @@ def fuse(
         if norm not in partners:
             activation, first, sharing, why = calls.partner(norm)
             if activation is not None:
-                _become_pairs(sharing, activation, first)
+                pair({norm: _NORMS[type(norm)][first] for norm in sharing}, activation)
                 partners.update(dict.fromkeys(sharing, activation))
         if norm in partners:
             lines.append(f"fused {names[norm]} with {names[partners[norm]]}: {norm}")
         elif lone and not why.endswith(_TYPES):
-            _become(norm, _NORMS[type(norm)][0], ())
-            norm.negative_slope = 1.0
+            pair({norm: _NORMS[type(norm)][0]}, None)
             lines.append(f"fused {names[norm]} alone ({why}): {norm}")
         else:
             lines.append(f"left {names[norm]}: {why}")
@@ -135,16 +135,8 @@ def unfuse(module: nn.Module) -> nn.Module:
         TypeError: where ``module`` is no module.
     """
     _check(module)
-    pending = list(module.modules())
-    for norm in pending:
-        if type(norm) in _FUSED and "_before_fusion" in vars(norm):
-            norm.__class__, activations = vars(norm).pop("_before_fusion")
-            for layer in activations:
-                if "_before_fusion" in vars(layer):
-                    layer.__class__, sharing = vars(layer).pop("_before_fusion")
-                    pending += sharing  # which lose their activation too
-            del norm.negative_slope
-            vars(norm).pop("sync", None)  # which may have been set meanwhile
+    for layer in list(module.modules()):
+        take_apart(layer)
     return module
 
 
@@ -153,23 +145,6 @@ def _check(module: nn.Module) -> None:
         raise TypeError(f"module is a {type(module).__name__}; a torch.nn.Module is needed")
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError("module is compiled by TorchScript; fuse the module it was made from")
-
-
-def _become_pairs(
-    norms: tuple[nn.Module, ...], activation: nn.Module, activation_first: bool
-) -> None:
-    slope = activation.negative_slope if type(activation) is nn.LeakyReLU else 0.0
-    for norm in norms:
-        _become(norm, _NORMS[type(norm)][activation_first], (activation,))
-        norm.negative_slope = slope
-    _become(activation, nn.Identity, norms)
-
-
-def _become(layer: nn.Module, cls: type[nn.Module], others: tuple[nn.Module, ...]) -> None:
-    """Changes the layer's class. What takes it back travels with copies and pickles; the tuple
-    keeps ``others`` from being registered as submodules."""
-    layer._before_fusion = (type(layer), others)
-    layer.__class__ = cls
 
 
 def _unfit(layer: nn.Module) -> str | None:

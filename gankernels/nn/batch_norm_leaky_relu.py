@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.modules.batchnorm import _NormBase
+from torch.fx import Proxy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gankernels.functional import _batch_norm
+from gankernels.nn.pairs import Eps, Half, call_in_trace
 from gankernels.ops.batch_norm_leaky_relu import reference
 from gankernels.ops.collectives import check_group, group_of_several
 
 
-class _BatchNormActivation(_NormBase):
+class _BatchNormActivation(Half, _BatchNorm):
     """What the layers share.
 
-    It derives from the base of torch.nn.BatchNorm for its parameters, buffers and state_dict, but
-    not from torch.nn.BatchNorm's own class: code that looks for that one, such as
-    ``SyncBatchNorm.convert_sync_batchnorm``, would replace the layer and lose the activation.
+    They are BatchNorms to all code that looks for such, to freeze them, to renew their statistics
+    or to initialize them. Code that looks for them in order to compute the norm in another way
+    would lose the activation: ``eps`` tells it.
     """
 
     _activation_first: bool
-    _dimensions: tuple[int, ...]
     negative_slope: float
     sync: bool = False  # for the layers that gankernels.fuse makes, which have no attribute
     process_group: dist.ProcessGroup | None = None
 
     # For torch.jit.script.
     __constants__ = (
-        *_NormBase.__constants__, "negative_slope", "sync", "_activation_first", "_dimensions",
+        *_BatchNorm.__constants__, "negative_slope", "sync", "_activation_first",
     )  # fmt: skip
     __jit_ignored_attributes__ = ("process_group", "_before_fusion")
+    __jit_unused_properties__ = ("eps",)
 
     def __init__(
         self,
@@ -54,22 +56,32 @@ class _BatchNormActivation(_NormBase):
         self.sync = sync
         self.process_group = process_group
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() not in self._dimensions:
-            expected = " or ".join([f"{d}D" for d in self._dimensions])
-            raise ValueError(f"expected {expected} input (got {x.dim()}D input)")
+    @property
+    def eps(self) -> float:
+        return Eps(self.__dict__["eps"], self)
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.__dict__["eps"] = float.__float__(value) if isinstance(value, Eps) else value
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if isinstance(input, Proxy):
+                return call_in_trace(self, input)
+        self._check_input_dim(input)
         training = self.training or self.running_mean is None
         tracking = self.training and self.track_running_stats
         running_mean = self.running_mean if not self.training or tracking else None
         running_var = self.running_var if not self.training or tracking else None
         if not torch.jit.is_scripting():
-            if x.shape[1] != self.num_features:
+            # Where there are tensors per channel they tell, as with PyTorch's layer.
+            if input.shape[1] != self.num_features and self.weight is running_mean is None:
                 raise RuntimeError(
                     f"expected input with {self.num_features} channels (num_features), "
-                    f"got {x.shape[1]} in input of shape {tuple(x.shape)}"
+                    f"got {input.shape[1]} in input of shape {tuple(input.shape)}"
                 )
             return _batch_norm(
-                x,
+                input,
                 running_mean,
                 running_var,
                 self.num_batches_tracked if tracking else None,
@@ -77,7 +89,7 @@ class _BatchNormActivation(_NormBase):
                 self.bias,
                 training,
                 self.momentum,
-                self.eps,
+                self.__dict__["eps"],
                 self.negative_slope,
                 activation_first=self._activation_first,
                 group=group_of_several(self.process_group) if self.sync and self.training else None,
@@ -91,7 +103,7 @@ class _BatchNormActivation(_NormBase):
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         return reference(
-            x,
+            input,
             running_mean,
             running_var,
             self.weight,
@@ -107,6 +119,7 @@ class _BatchNormActivation(_NormBase):
         return (
             f"{self.num_features}, negative_slope={self.negative_slope}, eps={self.eps}, "
             f"momentum={self.momentum}, affine={self.affine}, "
+            f"{'bias=False, ' if self.affine and self.bias is None else ''}"
             f"track_running_stats={self.track_running_stats}"
             f"{', sync=True' if self.sync else ''}"
         )
@@ -159,12 +172,11 @@ def _layer(order: str, d: int) -> type[_BatchNormActivation]:
     )
     return type(
         f"{order}{d}d",
-        (_BatchNormActivation,),
+        (_BatchNormActivation, {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[d]),
         {
             "__doc__": doc,
             "__module__": __name__,
             "_activation_first": activation_first,
-            "_dimensions": {1: (2, 3), 2: (4,), 3: (5,)}[d],
         },
     )
 
@@ -181,8 +193,11 @@ class SyncBatchNormLeakyReLU(_BatchNormActivation):
     """What :func:`gankernels.fuse` makes of a SyncBatchNorm, which is of any dimension too."""
 
     _activation_first = False
-    _dimensions = (2, 3, 4, 5)
     sync = True
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
 
 class LeakyReLUSyncBatchNorm(SyncBatchNormLeakyReLU):
