@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gankernels.data import cifar10, folder, idx, npz
-from gankernels.data.images import ImageData, convert_channels, resize
+from gankernels.data.images import ImageData
+from gankernels.data.pixels import convert_channels, resize
 from gankernels.data.stream import ImageFiles
 
 _ACCEPTED = (
