@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from gankernels import games
-from gankernels.games import DataSpec, Game
+from gankernels.data import Spec
+from gankernels.games import Game
 from gankernels.train.config import configure, from_dict
 from gankernels.train.cpu import accelerate
 from gankernels.train.files import read_json, write_atomically, write_json
 
 MAGIC = "gankernels checkpoint"
-VERSION = 2
+VERSION = 3
 FOLDER = "checkpoints"
 
 
@@ -166,10 +167,10 @@ def load_game(
         )
     game_class = game or games.get(model)
     _, options = configure(game_class, settings)
-    game = game_class(DataSpec(**content["spec"]), options)
+    game = game_class(Spec.from_dict(content["spec"]), options)
     load_state(game, content["game"], path)
-    if content["ema"] is not None:
-        load_state(game.generator, content["ema"], path)
+    for name, state in content["ema"].items():
+        load_state(getattr(game, name), state, path)
     if torch.device(device).type == "cpu":
         accelerate(game)  # so that it samples what it sampled in training, to the last bit
     return game.to(device).eval(), content["config"]

@@ -6,9 +6,10 @@ import copy
 import inspect
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 import gankernels
 from gankernels._shard import shard
-from gankernels.data import BatchLoader, ImageData, ImageFiles, to_float
-from gankernels.games import Batch, Game, Player
+from gankernels.data import BatchLoader, Data, ImageData, Table
+from gankernels.games import Batch, Game, Loss, Player
 from gankernels.train import checkpoint
 from gankernels.train.adam import Adam
 from gankernels.train.callbacks import Boards, Callback, Metrics, Progress, Score
@@ -38,8 +39,6 @@ GRID = 80
 AGREE_EVERY = 10
 #: Below this the gradients have been infinite or NaN some thirty times in a row.
 LEAST_SCALE = 1e-4
-
-Loss = Callable[[Batch, torch.Generator], dict[str, Tensor]]
 
 
 class Trainer:
@@ -65,7 +64,7 @@ class Trainer:
     def __init__(
         self,
         game: Game,
-        data: ImageData | ImageFiles,
+        data: Data,
         config: Config,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -77,8 +76,8 @@ class Trainer:
         self.share = self.ranks.share(config.batch_size)
         self.data = data
         self.resident = _fits(data, self.device)
-        if self.resident:
-            self.images, self.labels = data.images.to(self.device), data.labels.to(self.device)
+        self.columns = [_on(self.device, table) for table in data.tables] if self.resident else []
+        self.draws = 0  # batches drawn so far
         self._loader = None
         self.layout = torch.channels_last if game.channels_last else torch.contiguous_format
         self.game = game.to(self.device, memory_format=self.layout).train()
@@ -110,10 +109,23 @@ class Trainer:
             player.name: torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
             for player in self.players
         }
-        self.average = None
+        self.schedulers = {
+            player.name: player.schedule(self.optimizers[player.name])
+            for player in self.players
+            if player.schedule is not None
+        }
+        #: Moving averages of the networks that make samples, by name.
+        self.ema: dict[str, nn.Module] = {}
         if config.ema:
-            self.average = copy.deepcopy(game.generator).requires_grad_(False).eval()
-            self.followed = _floating(self.average), _floating(game.generator)
+            networks = {name: getattr(game, name) for name in game.averaged}
+            self.ema = {
+                name: copy.deepcopy(network).requires_grad_(False).eval()
+                for name, network in networks.items()
+            }
+            self._averaged = (
+                [t for network in self.ema.values() for t in _floating(network)],
+                [t for network in networks.values() for t in _floating(network)],
+            )
         self.step = 0
         self.losses = Losses(self.ranks.average)
         self.call = self._graphs() or run_eagerly
@@ -184,36 +196,42 @@ class Trainer:
             getattr(callback, event)(self, *details)
 
     def iterate(self) -> None:
-        """One iteration: every player makes its steps, then the average follows."""
+        """One iteration: every player that plays makes its steps, then the averages follow."""
+        players = [p for p in self.players if p.plays is None or p.plays(self.step)]
         moves = [
             (player, player.loss_of(self.step * player.steps + i))
-            for player in self.players
+            for player in players
             for i in range(player.steps)
         ]
+        if not moves:
+            raise ValueError(f"step {self.step}: a player must play, got none")
         measured = (self.step + 1) % self.config.log_every == 0
         key = (measured, *(loss for _, loss in moves))
-        streamed = [] if self.resident else [t for _ in moves for t in self._next_batch(len(moves))]
+        fresh = sum(not player.shared for player, _ in moves[1:]) + 1
+        streamed = [] if self.resident else [t for _ in range(fresh) for t in self._next_batch()]
         names, values = self.call(
             key, lambda inputs: self._iterate(moves, measured, inputs), streamed
         )
+        for player in players:
+            if player.name in self.schedulers:
+                self.schedulers[player.name].step()
         self.step += 1
+        self.draws += fresh
         self.losses.add(self.step, names, values)
 
     def _iterate(
         self, moves: Sequence[tuple[Player, Loss]], measured: bool, streamed: Sequence[Tensor]
     ) -> tuple[list[Name], Tensor]:
         names, values = [], []
-        for i, (player, loss) in enumerate(moves):
-            if self.resident:
-                batch = self.draw()
-            else:
-                images, labels = streamed[2 * i : 2 * i + 2]
-                batch = Batch(self._prepare(images), labels)
+        streamed, batch = list(streamed), None
+        for player, loss in moves:
+            if batch is None or not player.shared:
+                batch = self.draw() if self.resident else self._take(streamed)
             terms = self.move(player, loss, batch, measured)
             names += [(player.name, term) for term in terms]
             values += [value.detach().float() for value in terms.values()]
-        if self.average is not None:
-            self.follow()
+        if self.ema:
+            self.update_ema()
         return names, torch.stack(values)
 
     def move(
@@ -263,27 +281,40 @@ class Trainer:
         torch.autograd.graph.increment_version(self.everyones)
 
     def draw(self) -> Batch:
-        """A batch of real images, drawn with replacement."""
-        n = self.config.batch_size
-        rows = torch.randint(len(self.images), (n,), generator=self.rng, device=self.device)
-        rows = self.ranks.own(rows)
-        return Batch(lambda: self._prepare(self.images.index_select(0, rows)), self.labels[rows])
+        """A batch of the data, drawn with replacement."""
+        raw = {}
+        for columns in self.columns:
+            length = len(next(iter(columns.values())))
+            n = self.config.batch_size
+            rows = torch.randint(length, (n,), generator=self.rng, device=self.device)
+            rows = self.ranks.own(rows)
+            raw |= {name: partial(column.index_select, 0, rows) for name, column in columns.items()}
+        return self._batch(raw)
 
-    def _prepare(self, images: Tensor) -> Tensor:
-        return to_float(images).contiguous(memory_format=self.layout)
+    def _take(self, streamed: list[Tensor]) -> Batch:
+        """The next batch of those that were streamed."""
+        return self._batch({name: streamed.pop(0) for name in self.data.spec})
 
-    def _next_batch(self, per_iteration: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, raw: Mapping[str, Tensor | Callable[[], Tensor]]) -> Batch:
+        return Batch({name: partial(self._decode, name, raw[name]) for name in raw}, self.share)
+
+    def _decode(self, name: str, raw: Tensor | Callable[[], Tensor]) -> Tensor:
+        values = self.data.spec[name].decode(raw if isinstance(raw, Tensor) else raw())
+        return values.contiguous(memory_format=self.layout) if values.dim() == 4 else values
+
+    def _next_batch(self) -> Sequence[Tensor]:
         if self._loader is None:
             self._loader = BatchLoader(
                 self.data,
                 self.config.batch_size,
                 seed=self.config.seed,
-                first=self.step * per_iteration,
+                first=self.draws,
                 part=(self.ranks.rank, self.ranks.size),
                 workers=self.config.workers,
                 device=self.device,
             )
-        return next(self._loader)
+        columns = next(self._loader)
+        return [columns[name] for name in self.data.spec]
 
     def _close_loader(self) -> None:
         if self._loader is not None:
@@ -291,22 +322,23 @@ class Trainer:
             self._loader = None
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """Move the average of weights and floating-point buffers towards the generator."""
-        average, current = self.followed
-        torch._foreach_lerp_(average, current, 1 - self.config.ema)
+    def update_ema(self) -> None:
+        """Move the averages of weights and floating-point buffers towards the networks."""
+        averages, current = self._averaged
+        torch._foreach_lerp_(averages, current, 1 - self.config.ema)
 
     @contextmanager
     def sampling(self) -> Iterator[Game]:
-        """The game in evaluation mode with the averaged generator, for the `with` block."""
-        generator = self.game.generator
+        """The game in evaluation mode with its averaged networks, for the `with` block."""
+        networks = {name: getattr(self.game, name) for name in self.ema}
         self.game.eval()
-        if self.average is not None:
-            self.game.generator = self.average
+        for name, average in self.ema.items():
+            setattr(self.game, name, average)
         try:
             yield self.game
         finally:
-            self.game.generator = generator
+            for name, network in networks.items():
+                setattr(self.game, name, network)
             self.game.train()
 
     def save_samples(self, path: Path) -> None:
@@ -315,9 +347,10 @@ class Trainer:
             return
         classes = list(range(self.game.num_classes)) if self.game.conditional else None
         labels, columns = arrange(GRID, classes)
+        given = {} if labels is None else {"labels": labels}
         fixed = torch.Generator().manual_seed(self.config.seed)
         with self.sampling() as game:
-            save_grid(game.sample(GRID, labels, fixed), path, columns)
+            save_grid(game.sample(GRID, rng=fixed, **given), path, columns)
         self.tell("on_samples", path)
 
     def save(self) -> Path:
@@ -340,14 +373,15 @@ class Trainer:
         """All that is needed to go on bit for bit: what a checkpoint holds."""
         return {
             "config": to_dict(self.game.name, self.config, self.game.options),
-            "spec": asdict(self.game.spec),
-            "classes": list(self.data.classes),
-            "count": len(self.data),
+            "spec": self.game.spec.to_dict(),
+            "count": [len(table) for table in self.data.tables],
             "device": self.device.type,
             "game": self.game.state_dict(),
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "schedulers": {name: s.state_dict() for name, s in self.schedulers.items()},
             "scalers": {name: s.state_dict() for name, s in self.scalers.items()},
-            "ema": None if self.average is None else self.average.state_dict(),
+            "ema": {name: average.state_dict() for name, average in self.ema.items()},
+            "draws": self.draws,
             "rng": self.rng.get_state(),
             "default_rng": self.ranks.gather(self._default_rng().get_state()),
         }
@@ -358,10 +392,11 @@ class Trainer:
         With another number of processes dropout goes on with other random numbers.
         """
         content = checkpoint.read(path, self.device)
-        if content["spec"] != asdict(self.game.spec) or content["count"] != len(self.data):
+        count = [len(table) for table in self.data.tables]
+        if content["spec"] != self.game.spec.to_dict() or content["count"] != count:
             raise checkpoint.CheckpointError(
-                f"{path} was trained on {content['count']} images of {content['spec']}, "
-                f"the data are {len(self.data)} of {asdict(self.game.spec)}"
+                f"{path} was trained on {content['count']} rows of {content['spec']}, "
+                f"the data are {count} of {self.game.spec.to_dict()}"
             )
         if content["device"] != self.device.type:
             raise checkpoint.CheckpointError(
@@ -371,18 +406,20 @@ class Trainer:
         if content["optimizers"].keys() != self.optimizers.keys():
             raise checkpoint.CheckpointError(f"{path} is of another game than {self.game.name}")
         checkpoint.load_state(self.game, content["game"], path)
-        if self.average is not None:
-            checkpoint.load_state(self.average, content["ema"], path)
+        for name, average in self.ema.items():
+            checkpoint.load_state(average, content["ema"][name], path)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
             self.scalers[name].load_state_dict(content["scalers"][name])
+        for name, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(content["schedulers"][name])
         self.rng.set_state(content["rng"].cpu())
         states = content["default_rng"]
         if len(states) == self.ranks.size:
             self._default_rng().set_state(states[self.ranks.rank].cpu())
         else:
             torch.manual_seed(hash((self.config.seed, content["step"], self.ranks.rank)))
-        self.step = content["step"]
+        self.step, self.draws = content["step"], content["draws"]
         self._close_loader()
         self.call = self._graphs() or run_eagerly  # what was captured holds older tensors
 
@@ -445,26 +482,32 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _check_fit(game: Game, data: ImageData | ImageFiles) -> None:
-    shape = (data.channels, data.size, data.size)
-    if shape != game.spec.image_shape:
-        raise ValueError(
-            f"the game is built for images of {game.spec.image_shape}, the data have {shape}"
-        )
-    if data.num_classes > game.num_classes:
-        raise ValueError(
-            f"the game is built for {game.num_classes} classes, the data have {data.num_classes}"
-        )
+def _check_fit(game: Game, data: Data) -> None:
+    for name in game.reads:
+        if name not in data.spec:
+            raise ValueError(
+                f"the data must have a column {name!r} for {game.name}, got {', '.join(data.spec)}"
+            )
+        if data.spec[name] != game.spec.get(name):
+            raise ValueError(
+                f"{name} of the data must be {game.spec.get(name)}, for which the game is built, "
+                f"got {data.spec[name]}; build the game with data.spec"
+            )
 
 
-def _fits(data: ImageData | ImageFiles, device: torch.device) -> bool:
-    """Whether the images can stay on the device and leave half of what is free to training."""
-    if not isinstance(data, ImageData):
+def _fits(data: Data, device: torch.device) -> bool:
+    """Whether the columns can stay on the device and leave half of what is free to training."""
+    columns = [table.columns for table in data.tables]
+    if None in columns:
         return False
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
-    return data.images.nbytes <= free // 2
+    return sum(t.nbytes for part in columns for t in part.values()) <= free // 2
+
+
+def _on(device: torch.device, table: Table) -> dict[str, Tensor]:
+    return {name: column.to(device) for name, column in table.columns.items()}
 
 
 def _floating(module: nn.Module) -> list[Tensor]:
