@@ -399,7 +399,7 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
 
     def score(generator: Any) -> metrics.Scores:
         return metrics.evaluate(
-            lambda n, rng, **given: generator.sample(n, rng=rng, **given),
+            lambda labels, n, rng: generator.sample(n, rng=rng, labels=labels),
             real,
             classifier,
             n=args.count,

@@ -11,7 +11,12 @@ import difflib
 import importlib
 import pkgutil
 
-from gankernels.games._adversarial import Adversarial, AdversarialOptions, Round
+from gankernels.games._adversarial import (
+    Adversarial,
+    AdversarialOptions,
+    DiscriminatorOptions,
+    Round,
+)
 from gankernels.games._game import (
     BareOptions,
     Batch,
@@ -29,6 +34,7 @@ __all__ = [
     "BareOptions",
     "Batch",
     "DataSpec",
+    "DiscriminatorOptions",
     "Game",
     "Loss",
     "Options",

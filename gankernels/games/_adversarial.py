@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from gankernels import networks
 from gankernels.data.fields import Spec
 from gankernels.functional import gradient_penalty
-from gankernels.games._game import Batch, Game, Options, Player, option
+from gankernels.games._game import BareOptions, Batch, Game, Options, Player, option
 from gankernels.ops.gradient_norm_penalty import KINDS as PENALTIES
 
 
 @dataclass(frozen=True)
-class AdversarialOptions(Options):
+class DiscriminatorOptions(BareOptions):
     """What any game with a discriminator takes."""
 
     minibatch_discrimination: str | None = option(
@@ -59,6 +59,11 @@ class AdversarialOptions(Options):
                 f"got {self.minibatch_discrimination!r}"
             )
         return number, dimension
+
+
+@dataclass(frozen=True)
+class AdversarialOptions(DiscriminatorOptions, Options):
+    """What a game takes whose generator starts from noise and meets a discriminator."""
 
 
 class Round:
@@ -105,7 +110,7 @@ class Adversarial(Game):
 
     Options = AdversarialOptions
 
-    def __init__(self, spec: Spec, options: AdversarialOptions | None = None) -> None:
+    def __init__(self, spec: Spec, options: DiscriminatorOptions | None = None) -> None:
         super().__init__(spec, options)
         self.generator = self.make_generator()
         self.discriminator = networks.with_batch_statistics(

@@ -243,7 +243,7 @@ class Game(nn.Module):
         *,
         rng: torch.Generator | None = None,
         batch_size: int = 256,
-        **given: Tensor,
+        **given: Tensor | None,
     ) -> Tensor:
         """`n` samples, with the networks in their own mode: images as float32 in [-1, 1].
 
@@ -251,13 +251,17 @@ class Game(nn.Module):
             rng: the source of noise and of missing columns; by default PyTorch's own.
             batch_size: samples computed at a time.
             given: columns `(n, ...)` to make samples from, such as `labels=` of a conditional game;
-                drawn at random when missing. `noise=` takes the place of random noise.
+                drawn at random when missing or None. `noise=` takes the place of random noise.
 
         Raises:
             ValueError: columns that the game is not given, of another length or out of range, or
                 one that is missing and cannot be drawn.
         """
-        columns = {name: self._checked(name, column, n) for name, column in given.items()}
+        columns = {
+            name: self._checked(name, column, n)
+            for name, column in given.items()
+            if column is not None
+        }
         for name in self.given:
             if name not in columns:
                 columns[name] = self.random(name, n, rng)

@@ -12,9 +12,10 @@ from gankernels.data import ImageData, to_uint8
 from gankernels.metrics.classifier import Classifier, features
 from gankernels.metrics.distance import frechet_distance, within_class_diversity
 
-#: ``sample_fn(n, rng)`` or, of a conditional game, ``sample_fn(n, rng, labels=labels)``: ``n``
-#: images in [-1, 1], ``(n, C, S, S)``; all randomness from ``rng``, which is on the CPU.
-SampleFn = Callable[..., Tensor]
+#: ``sample_fn(labels, n, generator)``: ``n`` images in [-1, 1], ``(n, C, S, S)``, of the given
+#: labels ``(n,)`` or, where they are None, of whatever the game draws; all randomness from the
+#: generator, which is on the CPU.
+SampleFn = Callable[[Tensor | None, int, torch.Generator], Tensor]
 
 MAX_SAMPLES = 10_000
 _BATCH_SIZE = 256
@@ -62,7 +63,7 @@ def evaluate(
         sample_fn: see :data:`SampleFn`; called for up to 256 images at a time.
         n: number of samples, at least 2; as many as there are real ones, at most 10,000, if None.
         conditional: whether ``sample_fn`` takes labels.
-        seed: of the source of randomness that ``sample_fn`` and the order of labels draw from.
+        seed: of the generator that ``sample_fn`` and the order of labels draw from.
         real_features: ``features(classifier, data.images)`` where it is at hand already.
 
     Raises:
@@ -114,8 +115,7 @@ def _sample(
     sample_fn: SampleFn, labels: Tensor | None, part: slice, rng: torch.Generator
 ) -> Tensor:
     count = part.stop - part.start
-    given = {} if labels is None else {"labels": labels[part]}
-    images = sample_fn(count, rng, **given)
+    images = sample_fn(None if labels is None else labels[part], count, rng)
     if len(images) != count:
         raise ValueError(f"sample_fn returned {len(images)} images where {count} were asked for")
     if not images.isfinite().all():

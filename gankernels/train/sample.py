@@ -104,8 +104,8 @@ def generate(
     done = 0
     for part in itertools.chain.from_iterable(block.split(batch_size) for block in noise):
         n = len(part)
-        given = {} if labels is None else {"labels": labels[done : done + n]}
-        yield to_uint8(game.sample(n, batch_size=batch_size, noise=part, **given)).cpu()
+        chosen = None if labels is None else labels[done : done + n]
+        yield to_uint8(game.sample(n, batch_size=batch_size, noise=part, labels=chosen)).cpu()
         done += n
 
 

@@ -347,10 +347,9 @@ class Trainer:
             return
         classes = list(range(self.game.num_classes)) if self.game.conditional else None
         labels, columns = arrange(GRID, classes)
-        given = {} if labels is None else {"labels": labels}
         fixed = torch.Generator().manual_seed(self.config.seed)
         with self.sampling() as game:
-            save_grid(game.sample(GRID, rng=fixed, **given), path, columns)
+            save_grid(game.sample(GRID, rng=fixed, labels=labels), path, columns)
         self.tell("on_samples", path)
 
     def save(self) -> Path:
