@@ -46,9 +46,9 @@ from torch import Tensor, nn
 
 import gankernels as gk
 from gankernels import games, metrics
-from gankernels.data import ImageData, load
-from gankernels.data.images import resize
-from gankernels.games import Adversarial, Batch, DataSpec, Game, Player
+from gankernels.data import ImageData, Spec, load
+from gankernels.data.pixels import resize
+from gankernels.games import Adversarial, Batch, Game, Player, Round
 from gankernels.games.wgan_gp import WGANGP, WGANGPOptions
 from gankernels.train import Config, Trainer
 
@@ -72,26 +72,25 @@ class SameFakes(Adversarial):
     def players(self) -> list[Player]:
         adam = partial(torch.optim.Adam, lr=pytorch_gan.LR, betas=pytorch_gan.BETAS)
         return [
-            Player("generator", self.generator, self.generate, adam),
-            Player("discriminator", self.discriminator, self.discriminate, adam),
+            self.generator_player(adam),
+            self.discriminator_player(adam, shared=True),
         ]
 
-    def generate(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        n = len(batch.labels)
-        labels = self.random_labels(n, rng) if self.conditional else None
-        images = self.generator(self.noise(n, rng), labels)
-        self.fakes = images.detach(), labels
-        return {"adversarial": self.loss(self.discriminator(images, labels).float(), 1.0)}
+    def make(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        labels = {name: self.random(name, batch.size, rng) for name in self.given}
+        noise = self.noise(batch.size, rng)
+        return {"images": self.generator(noise, *labels.values()), **labels}
 
-    def discriminate(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        fakes, labels = self.fakes
-        real, fake = self.judge(batch.images, fakes, self.condition(batch.labels), labels)
-        return {"real": self.loss(real, 1.0) / 2, "fake": self.loss(fake, 0.0) / 2}
+    def generator_loss(self, round: Round) -> dict[str, Tensor]:
+        return {"adversarial": self.loss(round.fake, 1.0)}
+
+    def discriminator_loss(self, round: Round) -> dict[str, Tensor]:
+        return {"real": self.loss(round.real, 1.0) / 2, "fake": self.loss(round.fake, 0.0) / 2}
 
 
 class CGAN(SameFakes):
     script = pytorch_gan.CGAN
-    conditional = True
+    given = ("labels",)
 
     def loss(self, output: Tensor, target: float) -> Tensor:
         return (output - target).square().mean()
@@ -109,7 +108,7 @@ class DCGAN(SameFakes):
 class DenseWGANGP(WGANGP):
     script = pytorch_gan.WGANGP
 
-    def __init__(self, spec: DataSpec) -> None:
+    def __init__(self, spec: Spec) -> None:
         lr, (beta1, beta2) = pytorch_gan.LR, pytorch_gan.BETAS
         super().__init__(spec, WGANGPOptions(lr=lr, d_lr=lr, beta1=beta1, beta2=beta2))
 
@@ -120,7 +119,7 @@ class DenseWGANGP(WGANGP):
         return gk.fuse(self.script.make_discriminator())
 
 
-GAMES: dict[str, Callable[[DataSpec], Game]] = {
+GAMES: dict[str, Callable[[Spec], Game]] = {
     "cgan": CGAN,
     "dcgan": DCGAN,
     "wgan_gp": DenseWGANGP,
@@ -187,7 +186,7 @@ def make_trainer(
     precision, _, graph = contender.partition(", ")
     size = SIZES[model]
     images = ImageData(resize(data.images, size), data.labels, data.classes, data.name)
-    game = GAMES[model](DataSpec(1, size, pytorch_gan.CLASSES))
+    game = GAMES[model](images.spec)
     batch_size = BATCH_SIZES[model]
     config = Config(
         batch_size=batch_size,

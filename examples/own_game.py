@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gankernels import data, models
-from gankernels.games import Adversarial, AdversarialOptions, DataSpec, Player
+from gankernels import data, networks
+from gankernels.games import Adversarial, AdversarialOptions, Player, Round
 from gankernels.train import Callback, Config, Trainer
 
 
@@ -20,20 +20,20 @@ class HingeGAN(Adversarial):
     """Dense GAN with the hinge loss (Lim & Ye 2017, arXiv:1705.02894)."""
 
     def make_generator(self) -> nn.Module:
-        return models.MLPGenerator(self.options.latent_dim, self.spec.image_shape)
+        return networks.MLPGenerator(self.options.latent_dim, self.spec.image_shape)
 
     def make_discriminator(self) -> nn.Module:
-        return models.MLPDiscriminator(self.spec.image_shape)
+        return networks.MLPDiscriminator(self.spec.image_shape)
 
     def players(self) -> list[Player]:
         adam = partial(torch.optim.Adam, lr=2e-4, betas=(0.5, 0.999))
         return [self.discriminator_player(adam), self.generator_player(adam)]
 
-    def discriminator_loss(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        return {"real": F.relu(1 - real).mean(), "fake": F.relu(1 + fake).mean()}
+    def discriminator_loss(self, round: Round) -> dict[str, Tensor]:
+        return {"real": F.relu(1 - round.real).mean(), "fake": F.relu(1 + round.fake).mean()}
 
-    def generator_loss(self, fake: Tensor) -> dict[str, Tensor]:
-        return {"adversarial": -fake.mean()}
+    def generator_loss(self, round: Round) -> dict[str, Tensor]:
+        return {"adversarial": -round.fake.mean()}
 
 
 class StopWhenLost(Callback):
@@ -54,7 +54,7 @@ def main() -> None:
     digits = data.load("digits", size=28)
     torch.manual_seed(0)
     game = HingeGAN(
-        DataSpec(digits.channels, digits.size, digits.num_classes),
+        digits.spec,
         AdversarialOptions(penalty="r1", penalty_weight=1.0, penalty_every=16),
     )
     config = Config(out=arguments.out, steps=arguments.steps, batch_size=arguments.batch)

@@ -310,9 +310,9 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
     game, _ = train.load_game(args.source, choose_device(args.device))
     labels = None
     if args.labels is not None:
-        labels = sample.parse_labels(args.labels, game.classes)
+        labels = sample.parse_labels(args.labels, game.spec.classes)
     elif game.conditional:
-        labels = list(range(len(game.classes)))
+        labels = list(range(len(game.spec.classes)))
 
     if args.interpolate is None:
         count = args.count or 64
@@ -335,11 +335,11 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
     if form == "grid":
         save_grid(torch.cat(list(images)), out, columns)
     elif form == "png":
-        sample.save_folder(images, labels, out, game.classes, count)
+        sample.save_folder(images, labels, out, game.spec.classes, count)
     elif labels is None:
         sample.save_npz(images, torch.zeros(count).long(), out)
     else:
-        sample.save_npz(images, labels, out, game.classes)
+        sample.save_npz(images, labels, out, game.spec.classes)
     return out, count
 
 
@@ -426,11 +426,11 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = train.latest_checkpoint(args.source)
     game, config = train.load_game(checkpoint, device)
     real = data.load(args.data or config["data"], size=game.spec.size, channels=game.spec.channels)
-    if game.conditional and real.classes != game.classes:
+    if game.conditional and real.classes != game.spec.classes:
         raise ValueError(
             f"the model was trained on other classes than {real.name} has: "
-            f"{list_classes(game.classes, real.classes)} there, "
-            f"{list_classes(real.classes, game.classes)} here"
+            f"{list_classes(game.spec.classes, real.classes)} there, "
+            f"{list_classes(real.classes, game.spec.classes)} here"
         )
     in_run_folder = checkpoint.parent.name == "checkpoints"
     classifier, _ = metrics.load_or_train_classifier(
@@ -446,7 +446,7 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
 
     def score(generator: Any) -> metrics.Scores:
         return metrics.evaluate(
-            lambda labels, n, rng: generator.sample(n, labels, rng),
+            lambda labels, n, rng: generator.sample(n, rng=rng, labels=labels),
             real,
             classifier,
             n=args.count,

@@ -1,18 +1,14 @@
-"""The data set in memory, and the conversions between pixels and what a generator emits."""
+"""Labeled images in memory."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# Conversions that pass through float32 go this many pixels at a time, or an image, so that a data
-# set of uint8 never exists as a whole at four times its size.
-_CHUNK = 1 << 24
+from gankernels.data.fields import Image, Label, Spec
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,9 +79,20 @@ class ImageData:
             f"{self.channels}x{self.size}x{self.size}, {self.num_classes} classes)"
         )
 
-    def read(self, rows: Tensor) -> Tensor:
-        """The images of ``rows``, int64 ``(n,)``, as uint8 ``(n, C, S, S)``."""
-        return self.images[rows]
+    @property
+    def spec(self) -> Spec:
+        return Spec(images=Image(*self.images.shape[1:]), labels=Label(self.classes))
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        return {"images": self.images, "labels": self.labels}
+
+    @property
+    def tables(self) -> tuple[ImageData]:
+        return (self,)
+
+    def read(self, rows: Tensor) -> dict[str, Tensor]:
+        return {name: column[rows] for name, column in self.columns.items()}
 
     def digest(self) -> str:
         """SHA-256 (hex) of pixels, labels and class names: equal for equal content."""
@@ -128,60 +135,3 @@ def digest_of(images: Tensor, labels: Tensor, *more: object) -> str:
     for tensor in (images, labels):
         digest.update(tensor.contiguous().cpu().numpy())
     return digest.hexdigest()
-
-
-def to_float(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 pixels to the range [-1, 1] of a tanh generator: 0 to -1, 255 to 1. Any shape."""
-    if x.dtype != torch.uint8:
-        raise TypeError(f"x must be torch.uint8, got {x.dtype}")
-    # In float32 and then rounded once: in half precision the division and the shift both round.
-    return (x.float() if dtype != torch.float64 else x.double()).div_(127.5).sub_(1).to(dtype)
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8 pixels: to the nearest level, values outside clamped. Any shape.
-
-    The inverse of :func:`to_float`. Not differentiable. NaN becomes 0.
-    """
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    return ((x + 1) * 127.5).round().clamp(0, 255).nan_to_num(0).to(torch.uint8)
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """The central square of uint8 ``(N, C, H, W)`` as ``(N, C, size, size)``, bilinear.
-
-    Antialiased, as Pillow's ``BILINEAR`` is: shrinking averages instead of skipping pixels.
-    """
-    height, width = images.shape[2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    images = images[:, :, top : top + side, left : left + side]
-    if side == size:
-        return images.contiguous()
-    result = images.new_empty(*images.shape[:2], size, size)
-    for source, target in _chunks(images, result):
-        scaled = F.interpolate(source.float(), (size, size), mode="bilinear", antialias=True)
-        target.copy_(scaled.round_().clamp_(0, 255))
-    return result
-
-
-def convert_channels(images: Tensor, channels: int) -> Tensor:
-    """uint8 ``(N, 1 or 3, H, W)`` with ``channels`` channels: luma (ITU-R 601) or grey repeated."""
-    if images.shape[1] == channels:
-        return images
-    if channels == 3:
-        return images.expand(-1, 3, -1, -1).contiguous()
-    result = images.new_empty(len(images), 1, *images.shape[2:])
-    for source, target in _chunks(images, result):
-        red, green, blue = source.int().unbind(1)
-        # Pillow's fixed-point weights, so that a folder and an array give the same grey.
-        target[:, 0] = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
-    return result
-
-
-def _chunks(images: Tensor, result: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    pixels = max(images[0].numel(), result[0].numel())
-    rows = max(_CHUNK // pixels, 1)
-    return zip(images.split(rows), result.split(rows), strict=True)

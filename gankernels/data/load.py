@@ -13,7 +13,8 @@ from torch import Tensor
 from gankernels._paths import expand
 from gankernels.data import cifar, folder, idx, npz
 from gankernels.data.files import check_memory, either, special, visible
-from gankernels.data.images import ImageData, convert_channels, digest_of, resize
+from gankernels.data.images import ImageData, digest_of
+from gankernels.data.pixels import convert_channels, resize
 from gankernels.data.stream import ImageFiles
 
 _ACCEPTED = (

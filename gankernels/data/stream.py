@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gankernels.data import folder
-from gankernels.data.images import ImageData
+from gankernels.data.columns import Data
+from gankernels.data.fields import Image, Label, Spec
 
 #: Held while workers start, so that none is taken for one of another thread's loader.
 _STARTING = threading.Lock()
@@ -62,7 +63,20 @@ class ImageFiles:
             f"{self.channels}x{self.size}x{self.size}, {self.num_classes} classes)"
         )
 
-    def read(self, rows: Tensor) -> Tensor:
+    @property
+    def spec(self) -> Spec:
+        image = Image(self.channels, self.size, self.size)
+        return Spec(images=image, labels=Label(self.classes))
+
+    @property
+    def columns(self) -> None:
+        return None
+
+    @property
+    def tables(self) -> tuple[ImageFiles]:
+        return (self,)
+
+    def read(self, rows: Tensor) -> dict[str, Tensor]:
         """Decode the images of ``rows``, int64 ``(n,)``, into uint8 ``(n, C, S, S)``.
 
         Raises:
@@ -71,7 +85,7 @@ class ImageFiles:
         images = torch.empty(len(rows), self.channels, self.size, self.size, dtype=torch.uint8)
         for image, row in zip(images, rows.tolist(), strict=True):
             image.copy_(folder.decode(self.files[row], self.size, self.channels))
-        return images
+        return {"images": images, "labels": self.labels[rows]}
 
     def identity(self) -> str:
         """A digest of the content, wherever it lies: what a checkpoint knows the set by.
@@ -99,7 +113,7 @@ class ImageFiles:
 
 
 class BatchLoader:
-    """An endless iterator of random batches: uint8 ``(batch_size, C, S, S)`` and int64 labels.
+    """An endless iterator of random batches: raw columns ``(batch_size, ...)`` by name.
 
     Rows are drawn with replacement. Draw number k depends on ``seed`` and k alone, so that a loader
     with ``first=k`` goes on where another stopped, whatever their workers. PyTorch's random state
@@ -110,12 +124,12 @@ class BatchLoader:
     stops. Call :meth:`close` to end them; they also end with the loader and with the process.
 
     Args:
-        data: the images, in host memory or in files.
-        batch_size: images per draw.
+        data: tables in host memory or in files.
+        batch_size: rows per draw, of every table.
         seed: of the draws, not negative.
         first: number of the first draw.
         part: (i, m): only the i-th of m equal parts of every batch is read and delivered.
-        workers: processes that read images; with 0 they are read when they are asked for.
+        workers: processes that read rows; with 0 they are read when they are asked for.
         device: where the batches are delivered; on CUDA through pinned memory, without waiting.
 
     Iterating raises ValueError for a damaged file, naming it, and ChildProcessError after a worker
@@ -124,7 +138,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        data: ImageData | ImageFiles,
+        data: Data,
         batch_size: int,
         *,
         seed: int,
@@ -165,7 +179,7 @@ class BatchLoader:
     def __iter__(self) -> BatchLoader:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> dict[str, Tensor]:
         try:
             drawn = next(self._items)
         except (RuntimeError, OSError, EOFError) as error:
@@ -180,8 +194,7 @@ class BatchLoader:
             raise
         if isinstance(drawn, ValueError):
             raise drawn
-        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in drawn)
-        return images, labels
+        return {name: raw.to(self.device, non_blocking=True) for name, raw in drawn.items()}
 
     def close(self) -> None:
         """End the workers. Iterating then stops at once."""
@@ -190,28 +203,28 @@ class BatchLoader:
 
 
 class _Draws(Dataset):
-    """Draw number k as item k: images and labels, or the ValueError that reading them raised.
+    """Draw number k as item k: raw columns, or the ValueError that reading them raised.
 
     An error is a value here since an exception would arrive with a worker's traceback as its text.
     """
 
-    def __init__(
-        self, data: ImageData | ImageFiles, batch_size: int, seed: int, part: tuple[int, int]
-    ) -> None:
+    def __init__(self, data: Data, batch_size: int, seed: int, part: tuple[int, int]) -> None:
         self.data = data
         self.batch_size = batch_size
         self.seed = seed
         self.part = part
 
-    def __getitem__(self, k: int) -> tuple[Tensor, Tensor] | ValueError:
-        rng = np.random.default_rng((self.seed, k))
-        rows = torch.from_numpy(rng.integers(len(self.data), size=self.batch_size))
-        i, m = self.part
-        rows = rows.chunk(m)[i]
-        try:
-            return self.data.read(rows), self.data.labels[rows]
-        except ValueError as error:
-            return error
+    def __getitem__(self, k: int) -> dict[str, Tensor] | ValueError:
+        columns: dict[str, Tensor] = {}
+        part, parts = self.part
+        for i, table in enumerate(self.data.tables):
+            rng = np.random.default_rng((self.seed, k, i) if i else (self.seed, k))
+            rows = torch.from_numpy(rng.integers(len(table), size=self.batch_size))
+            try:
+                columns |= table.read(rows.chunk(parts)[part])
+            except ValueError as error:
+                return error
+        return columns
 
 
 def _sizes(names: list[str]) -> np.ndarray:

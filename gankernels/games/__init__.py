@@ -1,4 +1,4 @@
-"""One file per GAN: who plays, what each player minimises, how to sample.
+"""One file per GAN: who plays, what each player minimizes, how to sample.
 
 Every module in this directory whose name has no leading underscore is a GAN, and its name (with
 `-` for `_`) is what the command line calls it: a new GAN is a new file, with no edit elsewhere.
@@ -11,17 +11,35 @@ import difflib
 import importlib
 import pkgutil
 
-from gankernels.games._adversarial import Adversarial, AdversarialOptions
-from gankernels.games._game import Batch, DataSpec, Game, Options, Player, option
+from gankernels.games._adversarial import (
+    Adversarial,
+    AdversarialOptions,
+    DiscriminatorOptions,
+    Round,
+)
+from gankernels.games._game import (
+    BareOptions,
+    Batch,
+    DataSpec,
+    Game,
+    Loss,
+    Options,
+    Player,
+    option,
+)
 
 __all__ = [
     "Adversarial",
     "AdversarialOptions",
+    "BareOptions",
     "Batch",
     "DataSpec",
+    "DiscriminatorOptions",
     "Game",
+    "Loss",
     "Options",
     "Player",
+    "Round",
     "get",
     "names",
     "option",
@@ -42,7 +60,7 @@ def get(name: str) -> type[Game]:
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown model {name!r}{hint} Known models: {', '.join(names())}")
+        raise ValueError(f"unknown game {name!r}{hint} Available: {', '.join(names())}")
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     (game,) = (
         member

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from gankernels import models
+from gankernels import networks
 from gankernels.games.gan import GAN
 
 
 class CGAN(GAN):
     """Dense conditional GAN: label embeddings multiply the noise and the flattened image."""
 
-    conditional = True
+    given = ("labels",)
 
     def make_generator(self) -> nn.Module:
-        return models.EmbeddingMLPGenerator(
+        return networks.EmbeddingMLPGenerator(
             self.options.latent_dim, self.spec.image_shape, self.num_classes
         )
 
     def make_discriminator(self) -> nn.Module:
-        return models.EmbeddingMLPDiscriminator(self.spec.image_shape, self.num_classes)
+        return networks.EmbeddingMLPDiscriminator(self.spec.image_shape, self.num_classes)

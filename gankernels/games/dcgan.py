@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gankernels import models
+from gankernels import networks
 from gankernels.games import option
 from gankernels.games.gan import GAN, GANOptions
 
@@ -14,7 +14,7 @@ from gankernels.games.gan import GAN, GANOptions
 @dataclass(frozen=True)
 class DCGANOptions(GANOptions):
     width: int = option(64, "channels at half the image size, doubled with every halving")
-    dropout: float = option(0.3, "of the discriminator where it is the Dense-ConvT5 one")
+    dropout: float = option(0.3, "discriminator dropout (28 px networks only)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,7 +31,7 @@ class DCGAN(GAN):
     channels_last = True
 
     def make_generator(self) -> nn.Module:
-        network = models.DCGANGenerator if self.in_family else models.DenseConvGenerator
+        network = networks.DCGANGenerator if self.in_family else networks.DenseConvGenerator
         return network(
             self.options.latent_dim,
             self.spec.channels,
@@ -46,9 +46,9 @@ class DCGAN(GAN):
             "width": self.options.width,
         }
         if self.in_family:
-            network = models.DCGANDiscriminator
+            network = networks.DCGANDiscriminator
         else:
-            network = models.DenseConvDiscriminator
+            network = networks.DenseConvDiscriminator
             settings["dropout"] = self.options.dropout
         return network(self.spec.channels, self.spec.size, **settings)
 

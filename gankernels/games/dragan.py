@@ -12,8 +12,8 @@ from gankernels.games.gan import GAN, GANOptions
 class DRAGANOptions(GANOptions):
     lr: float = option(1e-4, "learning rate of the generator")
     d_lr: float = option(1e-4, "learning rate of the discriminator")
-    beta2: float = option(0.9, "Adam's decay rate of the gradient's square")
-    penalty: str | None = option("dragan", "on the discriminator's gradient")
+    beta2: float = option(0.9, "Adam's beta2")
+    penalty: str | None = option("dragan", "penalty on the discriminator's gradient")
 
 
 class DRAGAN(GAN):

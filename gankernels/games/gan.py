@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gankernels import models
-from gankernels.games import Adversarial, AdversarialOptions, Player, option
+from gankernels import networks
+from gankernels.games import Adversarial, AdversarialOptions, Player, Round, option
 
 
 @dataclass(frozen=True)
 class GANOptions(AdversarialOptions):
     lr: float = option(2e-4, "learning rate of the generator")
     d_lr: float = option(2e-4, "learning rate of the discriminator")
-    beta1: float = option(0.5, "Adam's decay rate of the gradient's mean")
-    beta2: float = option(0.999, "Adam's decay rate of the gradient's square")
+    beta1: float = option(0.5, "Adam's beta1")
+    beta2: float = option(0.999, "Adam's beta2")
 
 
 class GAN(Adversarial):
@@ -27,10 +27,10 @@ class GAN(Adversarial):
     Options = GANOptions
 
     def make_generator(self) -> nn.Module:
-        return models.MLPGenerator(self.options.latent_dim, self.spec.image_shape)
+        return networks.MLPGenerator(self.options.latent_dim, self.spec.image_shape)
 
     def make_discriminator(self) -> nn.Module:
-        return models.MLPDiscriminator(self.spec.image_shape)
+        return networks.MLPDiscriminator(self.spec.image_shape)
 
     def players(self) -> list[Player]:
         adam = partial(torch.optim.Adam, betas=(self.options.beta1, self.options.beta2))
@@ -41,8 +41,8 @@ class GAN(Adversarial):
 
     # Binary cross entropy straight from logits: -log sigmoid(x) is softplus(-x).
 
-    def discriminator_loss(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        return {"real": F.softplus(-real).mean(), "fake": F.softplus(fake).mean()}
+    def discriminator_loss(self, round: Round) -> dict[str, Tensor]:
+        return {"real": F.softplus(-round.real).mean(), "fake": F.softplus(round.fake).mean()}
 
-    def generator_loss(self, fake: Tensor) -> dict[str, Tensor]:
-        return {"adversarial": F.softplus(-fake).mean()}
+    def generator_loss(self, round: Round) -> dict[str, Tensor]:
+        return {"adversarial": F.softplus(-round.fake).mean()}

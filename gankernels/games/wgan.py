@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gankernels import models
-from gankernels.games import Adversarial, AdversarialOptions, Player, option
+from gankernels import networks
+from gankernels.games import Adversarial, AdversarialOptions, Player, Round, option
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class WGAN(Adversarial):
     Options = WGANOptions
 
     def make_generator(self) -> nn.Module:
-        return models.MLPGenerator(self.options.latent_dim, self.spec.image_shape)
+        return networks.MLPGenerator(self.options.latent_dim, self.spec.image_shape)
 
     def make_discriminator(self) -> nn.Module:
-        return models.MLPDiscriminator(self.spec.image_shape)
+        return networks.MLPDiscriminator(self.spec.image_shape)
 
     def players(self) -> list[Player]:
         return [
@@ -42,12 +42,12 @@ class WGAN(Adversarial):
             self.generator_player(partial(torch.optim.RMSprop, lr=self.options.lr)),
         ]
 
-    def discriminator_loss(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    def discriminator_loss(self, round: Round) -> dict[str, Tensor]:
         # Minus the estimated Wasserstein distance, up to the critic's Lipschitz constant.
-        return {"wasserstein": fake.mean() - real.mean()}
+        return {"wasserstein": round.fake.mean() - round.real.mean()}
 
-    def generator_loss(self, fake: Tensor) -> dict[str, Tensor]:
-        return {"adversarial": -fake.mean()}
+    def generator_loss(self, round: Round) -> dict[str, Tensor]:
+        return {"adversarial": -round.fake.mean()}
 
     def clip_critic(self) -> None:
         for weight in self.discriminator.parameters():

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from gankernels import models
+from gankernels import networks
 from gankernels.games import AdversarialOptions, Player, option
 from gankernels.games.wgan import WGAN
 
@@ -19,12 +19,12 @@ NETWORKS = ("dense", "conv")
 class WGANGPOptions(AdversarialOptions):
     lr: float = option(1e-4, "learning rate of the generator")
     d_lr: float = option(1e-4, "learning rate of the critic")
-    beta1: float = option(0.5, "Adam's decay rate of the gradient's mean")
-    beta2: float = option(0.9, "Adam's decay rate of the gradient's square")
+    beta1: float = option(0.5, "Adam's beta1")
+    beta2: float = option(0.9, "Adam's beta2")
     n_critic: int = option(5, "critic steps per generator step")
-    penalty: str | None = option("wgan-gp", "on the critic's gradient")
+    penalty: str | None = option("wgan-gp", "penalty on the critic's gradient")
     networks: str = option("dense", "dense as in wgan, or conv, those of the paper for MNIST")
-    width: int = option(64, "channels at half the image size, of conv networks")
+    width: int = option(64, "channels at half the image size (conv networks only)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,14 +46,14 @@ class WGANGP(WGAN):
     def make_generator(self) -> nn.Module:
         if self.options.networks == "dense":
             return super().make_generator()
-        return models.DeconvGenerator(
+        return networks.DeconvGenerator(
             self.options.latent_dim, self.spec.channels, self.spec.size, self.options.width
         )
 
     def make_discriminator(self) -> nn.Module:
         if self.options.networks == "dense":
             return super().make_discriminator()
-        return models.ConvCritic(self.spec.channels, self.spec.size, self.options.width)
+        return networks.ConvCritic(self.spec.channels, self.spec.size, self.options.width)
 
     def players(self) -> list[Player]:
         adam = partial(torch.optim.Adam, betas=(self.options.beta1, self.options.beta2))

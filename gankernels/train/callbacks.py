@@ -209,7 +209,7 @@ class Score(Callback):
             self.features = metrics.features(self.classifier, trainer.data.images)
         with trainer.sampling() as game:
             scores = metrics.evaluate(
-                lambda labels, n, rng: game.sample(n, labels, rng),
+                lambda labels, n, rng: game.sample(n, rng=rng, labels=labels),
                 trainer.data,
                 self.classifier,
                 n=min(self.COUNT, len(trainer.data)),

@@ -11,7 +11,6 @@ import contextlib
 import math
 import re
 import textwrap
-import warnings
 import zipfile
 from collections.abc import Sequence
 from itertools import takewhile
@@ -22,16 +21,14 @@ import torch
 
 from gankernels import games
 from gankernels._paths import expand
-from gankernels.data import ImageData, ImageFiles
-from gankernels.games import DataSpec, Game
+from gankernels.data import Data, Label, Spec
+from gankernels.games import Game
 from gankernels.train.config import configure, from_dict
 from gankernels.train.cpu import accelerate
 from gankernels.train.files import copy_atomically, read_json, write_atomically, write_json
 
 MAGIC = "gankernels checkpoint"
 VERSION = 3
-#: Versions that can be read: 2 does not hold a digest of the data.
-READABLE = (VERSION, 2)
 FOLDER = "checkpoints"
 
 
@@ -130,10 +127,9 @@ def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("magic") != MAGIC:
         raise CheckpointError(f"{path} is not a checkpoint of gankernels")
-    if (version := content.get("version")) not in READABLE:
+    if (version := content.get("version")) != VERSION:
         raise CheckpointError(
-            f"{path} has version {version}, this gankernels reads "
-            f"{' and '.join(map(str, READABLE))}: "
+            f"{path} has version {version}, this gankernels reads {VERSION}: "
             "use the one that wrote it"
         )
     return content
@@ -169,8 +165,7 @@ def load_game(
         game: its class, where that is not one of `gankernels.games`.
 
     Returns:
-        The game, whose `classes` are those of the data, and the settings it was trained with (the
-        content of config.json).
+        The game, and the settings it was trained with (the content of config.json).
 
     Raises:
         FileNotFoundError: no such file or no checkpoint in the folder.
@@ -188,50 +183,43 @@ def load_game(
         )
     game_class = game or games.get(model)
     _, options = configure(game_class, settings)
-    game = game_class(DataSpec(**content["spec"]), options)
-    game.classes = tuple(content["classes"])
+    game = game_class(Spec.from_dict(content["spec"]), options)
     load_state(game, content["game"], path)
-    if content["ema"] is not None:
-        load_state(game.generator, content["ema"], path)
+    for name, state in content["ema"].items():
+        load_state(getattr(game, name), state, path)
     if torch.device(device).type == "cpu":
         accelerate(game)  # so that it samples what it sampled in training, to the last bit
     return game.to(device).eval(), content["config"]
 
 
-def check_data(
-    content: dict[str, Any],
-    spec: dict[str, Any],
-    data: ImageData | ImageFiles,
-    identity: str,
-    path: Path,
-) -> None:
+def check_data(content: dict[str, Any], data: Data, identity: str, path: Path) -> None:
     """Raises CheckpointError where the checkpoint is of other data, and says in what they differ.
 
     Content is what counts, and what classes are called, since labels stand for names.
     """
-    classes = list(data.classes)
-    if (content["spec"], content["count"]) != (spec, len(data)):
+    then, now = Spec.from_dict(content["spec"]), data.spec
+    if then.classes != now.classes:
         raise CheckpointError(
-            f"{path} was trained on {content['count']} images of {content['spec']}, "
-            f"the data ({data.name}) are {len(data)} of {spec}"
+            f"{path} was trained on other classes: {list_classes(then.classes, now.classes)} "
+            f"there, {list_classes(now.classes, then.classes)} in the data ({data.name})"
         )
-    if content["classes"] != classes:
+    rows = [len(table) for table in data.tables]
+    if (content["rows"], then) != (rows, now):
         raise CheckpointError(
-            f"{path} was trained on other classes: {list_classes(content['classes'], classes)} "
-            f"there, {list_classes(classes, content['classes'])} in the data ({data.name})"
+            f"{path} was trained on {_describe(content['rows'], then)}, "
+            f"the data ({data.name}) are {_describe(rows, now)}"
         )
-    if "identity" not in content:
-        warnings.warn(
-            f"{path} is of an earlier version, which kept no digest of the data: whether their "
-            "content is the same is not checked",
-            stacklevel=3,
-        )
-    elif content["identity"] != identity:
+    if content["identity"] != identity:
         raise CheckpointError(
-            f"{path} was trained on other data: as many images of the same size and classes, but "
-            f"the digest of pixels and labels is {content['identity'][:12]} there, {identity[:12]} "
-            f"in the data ({data.name})"
+            f"{path} was trained on other data: as many rows of the same fields, but the digest of "
+            f"their content is {content['identity'][:12]} there, {identity[:12]} in the data "
+            f"({data.name})"
         )
+
+
+def _describe(rows: Sequence[int], spec: Spec) -> str:
+    fields = (f"{n} {field}" for n, field in spec.items() if not isinstance(field, Label))
+    return f"{' and '.join(map(str, rows))} rows of {', '.join(fields)}"
 
 
 def list_classes(classes: Sequence[str], others: Sequence[str] = (), most: int = 12) -> str:

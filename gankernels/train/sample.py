@@ -117,7 +117,7 @@ def generate(
     for part in itertools.chain.from_iterable(block.split(batch_size) for block in noise):
         n = len(part)
         chosen = None if labels is None else labels[done : done + n]
-        yield to_uint8(game.sample(n, chosen, batch_size=batch_size, noise=part)).cpu()
+        yield to_uint8(game.sample(n, batch_size=batch_size, noise=part, labels=chosen)).cpu()
         done += n
 
 

@@ -11,7 +11,7 @@ import torch
 from gankernels import data, games
 from gankernels._console import warn
 from gankernels._paths import expand
-from gankernels.games import DataSpec, Game
+from gankernels.games import Game
 from gankernels.train.checkpoint import checkpoints, read
 from gankernels.train.config import RESUMABLE, configure, from_dict
 from gankernels.train.files import read_json
@@ -65,7 +65,7 @@ def start(model: str | Path, *, resume: bool = False, **settings: Any) -> Traine
     )
     # The networks draw their first weights from the default generator.
     torch.manual_seed(config.seed)
-    game = game_class(DataSpec(images.channels, images.size, images.num_classes), options)
+    game = game_class(images.spec, options)
     trainer = Trainer(game, images, config)
     if found:
         trainer.load(found[-1])

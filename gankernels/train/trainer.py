@@ -7,9 +7,10 @@ import inspect
 import os
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from gankernels._console import describe, warn
 from gankernels._modes import evaluating
 from gankernels._paths import expand
 from gankernels._shard import shard
-from gankernels.data import BatchLoader, ImageData, ImageFiles, to_float
-from gankernels.games import Batch, Game, Player
+from gankernels.data import BatchLoader, Data, Table
+from gankernels.games import Batch, Game, Loss, Player
 from gankernels.train import checkpoint
 from gankernels.train.adam import Adam
 from gankernels.train.callbacks import Board, Callback, Metrics, Progress, Report, Score
@@ -43,8 +44,6 @@ GRID = 80
 AGREE_EVERY = 10
 #: Below this the gradients have been infinite or NaN some thirty times in a row.
 LEAST_SCALE = 1e-4
-
-Loss = Callable[[Batch, torch.Generator], dict[str, Tensor]]
 
 
 class Trainer:
@@ -70,7 +69,7 @@ class Trainer:
     def __init__(
         self,
         game: Game,
-        data: ImageData | ImageFiles,
+        data: Data,
         config: Config,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -84,6 +83,7 @@ class Trainer:
         self.share = self.ranks.share(config.batch_size)
         self.data = data
         self.identity = data.identity()
+        self.draws = 0  # batches drawn so far
         self._place(_fits(data, self.device))
         self._loader = None
         self.layout = torch.channels_last if game.channels_last else torch.contiguous_format
@@ -133,10 +133,23 @@ class Trainer:
             player.name: torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
             for player in self.players
         }
-        self.average = None
+        self.schedulers = {
+            player.name: player.schedule(self.optimizers[player.name])
+            for player in self.players
+            if player.schedule is not None
+        }
+        #: Moving averages of the networks that make samples, by name.
+        self.ema: dict[str, nn.Module] = {}
         if config.ema:
-            self.average = copy.deepcopy(game.generator).requires_grad_(False).eval()
-            self.followed = _floating(self.average), _floating(game.generator)
+            networks = {name: getattr(game, name) for name in game.averaged}
+            self.ema = {
+                name: copy.deepcopy(network).requires_grad_(False).eval()
+                for name, network in networks.items()
+            }
+            self._averaged = (
+                [t for network in self.ema.values() for t in _floating(network)],
+                [t for network in networks.values() for t in _floating(network)],
+            )
         self.step = 0
         self.losses = Losses(self.ranks.average)
         self.call = self._graphs() or run_eagerly
@@ -151,10 +164,9 @@ class Trainer:
         self._stop = StopRequest()
 
     def _place(self, resident: bool) -> None:
-        """Keep the images on the device or not; batches are then drawn in another way."""
+        """Keep the columns on the device or not; batches are then drawn in another way."""
         self.resident = resident
-        self.images = self.data.images.to(self.device) if resident else None
-        self.labels = self.data.labels.to(self.device) if resident else None
+        self.columns = [_on(self.device, table) for table in self.data.tables] if resident else []
 
     @bound_threads()
     def fit(self) -> None:
@@ -279,19 +291,27 @@ class Trainer:
             warn(f"{self.run}: there is no {what} from step {self.step} on: {describe(error)}")
 
     def iterate(self) -> None:
-        """One iteration: every player makes its steps, then the average follows."""
+        """One iteration: every player that plays makes its steps, then the averages follow."""
+        players = [p for p in self.players if p.plays is None or p.plays(self.step)]
         moves = [
             (player, player.loss_of(self.step * player.steps + i))
-            for player in self.players
+            for player in players
             for i in range(player.steps)
         ]
+        if not moves:
+            raise ValueError(f"step {self.step}: a player must play, got none")
         measured = (self.step + 1) % self.config.log_every == 0
         key = (measured, self._settings(), *(loss for _, loss in moves))
-        streamed = [] if self.resident else [t for _ in moves for t in self._next_batch(len(moves))]
+        fresh = sum(not player.shared for player, _ in moves[1:]) + 1
+        streamed = [] if self.resident else [t for _ in range(fresh) for t in self._next_batch()]
         names, values = self.call(
             key, lambda inputs: self._iterate(moves, measured, inputs), streamed
         )
+        for player in players:
+            if player.name in self.schedulers:
+                self.schedulers[player.name].step()
         self.step += 1
+        self.draws += fresh
         self.losses.add(self.step, names, values)
 
     def _settings(self) -> Hashable:
@@ -315,17 +335,15 @@ class Trainer:
         self, moves: Sequence[tuple[Player, Loss]], measured: bool, streamed: Sequence[Tensor]
     ) -> tuple[list[Name], Tensor]:
         names, values = [], []
-        for i, (player, loss) in enumerate(moves):
-            if self.resident:
-                batch = self.draw()
-            else:
-                images, labels = streamed[2 * i : 2 * i + 2]
-                batch = Batch(self._prepare(images), labels)
+        streamed, batch = list(streamed), None
+        for player, loss in moves:
+            if batch is None or not player.shared:
+                batch = self.draw() if self.resident else self._take(streamed)
             terms = self.move(player, loss, batch, measured)
             names += [(player.name, term) for term in terms]
             values += [value.detach().float() for value in terms.values()]
-        if self.average is not None:
-            self.follow()
+        if self.ema:
+            self.update_ema()
         return names, torch.stack(values)
 
     def move(
@@ -396,27 +414,40 @@ class Trainer:
         torch.autograd.graph.increment_version(self.everyones)
 
     def draw(self) -> Batch:
-        """A batch of real images, drawn with replacement."""
-        n = self.config.batch_size
-        rows = torch.randint(len(self.images), (n,), generator=self.rng, device=self.device)
-        rows = self.ranks.own(rows)
-        return Batch(lambda: self._prepare(self.images.index_select(0, rows)), self.labels[rows])
+        """A batch of the data, drawn with replacement."""
+        raw = {}
+        for columns in self.columns:
+            length = len(next(iter(columns.values())))
+            n = self.config.batch_size
+            rows = torch.randint(length, (n,), generator=self.rng, device=self.device)
+            rows = self.ranks.own(rows)
+            raw |= {name: partial(column.index_select, 0, rows) for name, column in columns.items()}
+        return self._batch(raw)
 
-    def _prepare(self, images: Tensor) -> Tensor:
-        return to_float(images).contiguous(memory_format=self.layout)
+    def _take(self, streamed: list[Tensor]) -> Batch:
+        """The next batch of those that were streamed."""
+        return self._batch({name: streamed.pop(0) for name in self.data.spec})
 
-    def _next_batch(self, per_iteration: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, raw: Mapping[str, Tensor | Callable[[], Tensor]]) -> Batch:
+        return Batch({name: partial(self._decode, name, raw[name]) for name in raw}, self.share)
+
+    def _decode(self, name: str, raw: Tensor | Callable[[], Tensor]) -> Tensor:
+        values = self.data.spec[name].decode(raw if isinstance(raw, Tensor) else raw())
+        return values.contiguous(memory_format=self.layout) if values.dim() == 4 else values
+
+    def _next_batch(self) -> Sequence[Tensor]:
         if self._loader is None:
             self._loader = BatchLoader(
                 self.data,
                 self.config.batch_size,
                 seed=self.config.seed,
-                first=self.step * per_iteration,
+                first=self.draws,
                 part=(self.ranks.rank, self.ranks.size),
                 workers=self.config.workers,
                 device=self.device,
             )
-        return next(self._loader)
+        columns = next(self._loader)
+        return [columns[name] for name in self.data.spec]
 
     def _close_loader(self) -> None:
         if self._loader is not None:
@@ -424,27 +455,28 @@ class Trainer:
             self._loader = None
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """Move the average of weights and floating-point buffers towards the generator."""
-        average, current = self.followed
-        torch._foreach_lerp_(average, current, 1 - self.config.ema)
+    def update_ema(self) -> None:
+        """Move the averages of weights and floating-point buffers towards the networks."""
+        averages, current = self._averaged
+        torch._foreach_lerp_(averages, current, 1 - self.config.ema)
 
     @contextmanager
     def sampling(self) -> Iterator[Game]:
-        """The game in evaluation mode with the averaged generator, for the `with` block.
+        """The game in evaluation mode with its averaged networks, for the `with` block.
 
         Then every module is in its own mode again, and PyTorch's default generators are where they
         were: a run computes the same however often somebody looks at samples.
         """
-        generator = self.game.generator
+        networks = {name: getattr(self.game, name) for name in self.ema}
         states = [(rng, rng.get_state()) for rng in self._default_rngs()]
         with evaluating(self.game):
-            if self.average is not None:
-                self.game.generator = self.average
+            for name, average in self.ema.items():
+                setattr(self.game, name, average)
             try:
                 yield self.game
             finally:
-                self.game.generator = generator
+                for name, network in networks.items():
+                    setattr(self.game, name, network)
                 for rng, state in states:
                     rng.set_state(state)
 
@@ -459,7 +491,7 @@ class Trainer:
             make_way(path)
             for rng in self._default_rngs():  # of a generator that draws more noise by itself
                 rng.manual_seed(self.config.seed)
-            save_grid(game.sample(GRID, labels, fixed), path, columns)
+            save_grid(game.sample(GRID, rng=fixed, labels=labels), path, columns)
         self.tell("on_samples", path)
 
     def _show_samples(self, path: Path) -> None:
@@ -493,17 +525,18 @@ class Trainer:
         """All that is needed to go on bit for bit: what a checkpoint holds."""
         return {
             "config": to_dict(self.game.name, self.config, self.game.options),
-            "spec": asdict(self.game.spec),
-            "classes": list(self.data.classes),
-            "count": len(self.data),
+            "spec": self.game.spec.to_dict(),
+            "rows": [len(table) for table in self.data.tables],
             "identity": self.identity,
             "device": self.device.type,
             "threads": threads(),
             "resident": self.resident,
             "game": self.game.state_dict(),
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "schedulers": {name: s.state_dict() for name, s in self.schedulers.items()},
             "scalers": {name: s.state_dict() for name, s in self.scalers.items()},
-            "ema": None if self.average is None else self.average.state_dict(),
+            "ema": {name: average.state_dict() for name, average in self.ema.items()},
+            "draws": self.draws,
             "rng": self.rng.get_state(),
             "default_rng": self.ranks.gather(self._default_rng().get_state()),
         }
@@ -520,7 +553,7 @@ class Trainer:
         """
         path = expand(path)
         content = checkpoint.read(path, self.device)
-        checkpoint.check_data(content, asdict(self.game.spec), self.data, self.identity, path)
+        checkpoint.check_data(content, self.data, self.identity, path)
         if content["device"] != self.device.type:
             raise checkpoint.CheckpointError(
                 f"{path} was written on {content['device']}, whose random numbers cannot go on "
@@ -529,21 +562,23 @@ class Trainer:
         if content["optimizers"].keys() != self.optimizers.keys():
             raise checkpoint.CheckpointError(f"{path} is of another game than {self.game.name}")
         checkpoint.load_state(self.game, content["game"], path)
-        if self.average is not None:
-            checkpoint.load_state(self.average, content["ema"], path)
+        for name, average in self.ema.items():
+            checkpoint.load_state(average, content["ema"][name], path)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
             self.scalers[name].load_state_dict(content["scalers"][name])
+        for name, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(content["schedulers"][name])
         self.rng.set_state(content["rng"].cpu())
         states = content["default_rng"]
         if len(states) == self.ranks.size:
             self._default_rng().set_state(states[self.ranks.rank].cpu())
         else:
             torch.manual_seed(hash((self.config.seed, content["step"], self.ranks.rank)))
-        self.step = content["step"]
-        if content.get("resident", self.resident) != self.resident:
+        self.step, self.draws = content["step"], content["draws"]
+        if content["resident"] != self.resident:
             self._place(content["resident"])
-        if content.get("threads", threads()) != threads() and self.device.type == "cpu":
+        if content["threads"] != threads() and self.device.type == "cpu":
             warnings.warn(
                 f"{path} was written with {content['threads']} threads, now there are {threads()}: "
                 "results will differ from those of a run in one piece by rounding",
@@ -619,26 +654,32 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _check_fit(game: Game, data: ImageData | ImageFiles) -> None:
-    shape = (data.channels, data.size, data.size)
-    if shape != game.spec.image_shape:
-        raise ValueError(
-            f"the game is built for images of {game.spec.image_shape}, the data have {shape}"
-        )
-    if data.num_classes > game.num_classes:
-        raise ValueError(
-            f"the game is built for {game.num_classes} classes, the data have {data.num_classes}"
-        )
+def _check_fit(game: Game, data: Data) -> None:
+    for name in game.reads:
+        if name not in data.spec:
+            raise ValueError(
+                f"the data must have a column {name!r} for {game.name}, got {', '.join(data.spec)}"
+            )
+        if data.spec[name] != game.spec.get(name):
+            raise ValueError(
+                f"{name} of the data must be {game.spec.get(name)}, for which the game is built, "
+                f"got {data.spec[name]}; build the game with data.spec"
+            )
 
 
-def _fits(data: ImageData | ImageFiles, device: torch.device) -> bool:
-    """Whether the images can stay on the device and leave half of what is free to training."""
-    if not isinstance(data, ImageData):
+def _fits(data: Data, device: torch.device) -> bool:
+    """Whether the columns can stay on the device and leave half of what is free to training."""
+    columns = [table.columns for table in data.tables]
+    if None in columns:
         return False
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
-    return data.images.nbytes <= free // 2
+    return sum(t.nbytes for part in columns for t in part.values()) <= free // 2
+
+
+def _on(device: torch.device, table: Table) -> dict[str, Tensor]:
+    return {name: column.to(device) for name, column in table.columns.items()}
 
 
 def _floating(module: nn.Module) -> list[Tensor]:

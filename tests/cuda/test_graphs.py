@@ -95,7 +95,7 @@ def test_a_whole_training_iteration(name, tmp_path, monkeypatch):
     torch.testing.assert_close(
         captured.game.state_dict(), eager.game.state_dict(), rtol=1e-4, atol=1e-5
     )
-    averages = (trainer.average.state_dict() for trainer in runs)
+    averages = (trainer.ema["generator"].state_dict() for trainer in runs)
     torch.testing.assert_close(*averages, rtol=1e-4, atol=1e-5)
     assert torch.equal(captured.rng.get_state(), eager.rng.get_state())
 

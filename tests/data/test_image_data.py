@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from gankernels.data import ImageData, to_float, to_uint8
-from gankernels.data.images import convert_channels, resize
+from gankernels.data.pixels import convert_channels, resize
 
 
 def make(n=10, channels=1, size=4, num_classes=2, name="made"):

@@ -48,7 +48,7 @@ def loader():
 
 
 def take(batches, n):
-    return [(images.tolist(), labels.tolist()) for images, labels in islice(batches, n)]
+    return [(b["images"].tolist(), b["labels"].tolist()) for b in islice(batches, n)]
 
 
 @pytest.mark.parametrize("channels", [None, 1, 3])
@@ -61,9 +61,12 @@ def test_files_are_what_memory_would_hold(pictures, channels):
     assert len(files) == len(whole)
     assert files.labels.equal(whole.labels)
     rows = torch.tensor([8, 0, 3, 3])
-    assert files.read(rows).equal(whole.images[rows])
-    assert files.read(rows).equal(whole.read(rows))
-    assert files.read(rows).dtype == torch.uint8
+    read, expected = files.read(rows), whole.read(rows)
+    assert read["images"].equal(whole.images[rows])
+    assert read["images"].dtype == torch.uint8
+    assert read.keys() == expected.keys() == files.spec.keys()
+    assert all(read[name].equal(expected[name]) for name in read)
+    assert files.spec == whole.spec
     assert repr(files) == repr(whole).replace("ImageData", "ImageFiles")
 
 
@@ -111,7 +114,7 @@ def test_draws_depend_on_seed_and_number_alone(pictures, loader, kind):
 def test_labels_go_with_their_images(loader):
     images = torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1)
     data = ImageData(images, torch.arange(50), tuple(map(str, range(50))), "made")
-    drawn, labels = next(loader(data, 5000, seed=0))
+    drawn, labels = next(loader(data, 5000, seed=0)).values()
     assert drawn.dtype == torch.uint8
     assert labels.dtype == torch.int64
     assert drawn.flatten().equal(labels.byte())

@@ -32,7 +32,8 @@ def rng(seed=0):
 
 @pytest.fixture
 def batch():
-    return Batch(torch.rand(8, 1, 12, 12, generator=rng()) * 2 - 1, torch.arange(8) % 3)
+    images = torch.rand(8, 1, 12, 12, generator=rng()) * 2 - 1
+    return Batch({"images": images, "labels": torch.arange(8) % 3})
 
 
 # ---- the penalty ---------------------------------------------------------------------------------
@@ -48,10 +49,10 @@ def test_every_game_takes_every_penalty(name, kind, batch):
     terms = player.loss_of(4)(batch, rng(3))
     # By hand: the same noise, then whatever the penalty draws.
     state = rng(3)
-    labels = batch.labels if game.conditional else None
-    fake = game.generator(torch.randn(8, 100, generator=state), labels)
+    labels = game.conditions(batch)
+    fake = game.generator(torch.randn(8, 100, generator=state), *labels)
     penalty = functional.gradient_penalty(
-        game.discriminator, batch.images, fake, kind=kind, critic_args=(labels,), generator=state
+        game.discriminator, batch.images, fake, kind=kind, critic_args=labels, generator=state
     )
     assert penalty > 0
     torch.testing.assert_close(terms.pop("penalty"), 3 * 4 * penalty)
@@ -65,7 +66,8 @@ def test_a_conditional_critic_is_penalised_at_its_labels(batch):
     game = make("cgan", penalty="r1").eval()
     (penalised,) = (p for p in game.players() if p.lazy_loss)
     one = penalised.lazy_loss(batch, rng())["penalty"]
-    other = penalised.lazy_loss(Batch(batch.images, batch.labels.flip(0)), rng())["penalty"]
+    flipped = Batch({"images": batch.images, "labels": batch.labels.flip(0)})
+    other = penalised.lazy_loss(flipped, rng())["penalty"]
     assert not torch.allclose(one, other)
 
 
@@ -185,7 +187,7 @@ def test_every_game_takes_statistics(name, spec, penalty):
     assert isinstance(deviation, gknn.MinibatchStdDev)
     assert (discrimination.num_kernels, discrimination.kernel_dim) == (6, 2)
     images = torch.rand(8, *spec.image_shape, generator=rng()) * 2 - 1
-    batch = Batch(images, torch.arange(8) % spec.num_classes)
+    batch = Batch({"images": images, "labels": torch.arange(8) % spec.num_classes})
     for player in game.players():
         game.zero_grad()
         sum(player.loss_of(0)(batch, rng()).values()).backward()
@@ -323,16 +325,17 @@ def test_options_that_do_not_fit_say_so(tmp_path, monkeypatch, capsys):
 def test_judging_in_one_go_changes_nothing(name, batch):
     game = make(name).eval()
     fake = torch.rand_like(batch.images) * 2 - 1
-    labels = batch.labels if game.conditional else None
-    others = (batch.labels + 1) % 3 if game.conditional else None
+    labels = game.conditions(batch)
+    others = tuple((given + 1) % 3 for given in labels)
     calls = []
     game.discriminator.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
-    found = game.judge(batch.images, fake, labels, others)
+    made = {"images": fake, **dict(zip(game.given, others, strict=True))}
+    found = game.judge_both(batch, made)
     together = getattr(game.discriminator, "per_sample", False)
     assert calls == ([16] if together else [8, 8])
-    expected = game.discriminator(batch.images, labels), game.discriminator(fake, others)
+    expected = game.discriminator(batch.images, *labels), game.discriminator(fake, *others)
     torch.testing.assert_close(found, expected)
     # The labels of real images are those of fakes that come without their own.
     torch.testing.assert_close(
-        game.judge(batch.images, fake, labels)[1], game.discriminator(fake, labels)
+        game.judge_both(batch, {"images": fake})[1], game.discriminator(fake, *labels)
     )

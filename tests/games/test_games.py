@@ -24,7 +24,8 @@ def rng(seed=0):
 
 @pytest.fixture
 def batch():
-    return Batch(torch.rand(8, 1, 12, 12, generator=rng()) * 2 - 1, torch.arange(8) % 3)
+    images = torch.rand(8, 1, 12, 12, generator=rng()) * 2 - 1
+    return Batch({"images": images, "labels": torch.arange(8) % 3})
 
 
 def test_registry():
@@ -35,9 +36,9 @@ def test_registry():
 
 
 def test_unknown_game():
-    with pytest.raises(ValueError, match=r"unknown model 'cgann'; did you mean 'cgan'\?"):
+    with pytest.raises(ValueError, match=r"unknown game 'cgann'; did you mean 'cgan'\?"):
         games.get("cgann")
-    with pytest.raises(ValueError, match=r"Known models: .*wgan"):
+    with pytest.raises(ValueError, match=r"Available: .*wgan"):
         games.get("_game")
 
 
@@ -46,7 +47,7 @@ def test_unknown_game():
 def test_every_player_learns_from_its_loss(name, spec):
     game = make(name, spec)
     images = torch.rand(4, *spec.image_shape, generator=rng()) * 2 - 1
-    batch = Batch(images, torch.arange(4) % spec.num_classes)
+    batch = Batch({"images": images, "labels": torch.arange(4) % spec.num_classes})
     for player in game.players():
         terms = player.loss(batch, rng())
         assert all(value.shape == () and value.isfinite() for value in terms.values())
@@ -60,10 +61,10 @@ def test_every_player_learns_from_its_loss(name, spec):
 def test_losses_are_binary_cross_entropy(name, batch):
     game = make(name).eval()  # without dropout
     discriminator, generator = game.players()
-    labels = batch.labels if game.conditional else None
-    fake = game.generator(torch.randn(8, 100, generator=rng(3)), labels)
-    real_logits = game.discriminator(batch.images, labels)
-    fake_logits = game.discriminator(fake, labels)
+    labels = game.conditions(batch)
+    fake = game.generator(torch.randn(8, 100, generator=rng(3)), *labels)
+    real_logits = game.discriminator(batch.images, *labels)
+    fake_logits = game.discriminator(fake, *labels)
     ones = torch.ones(8)
     terms = discriminator.loss(batch, rng(3))
     bce = F.binary_cross_entropy_with_logits
@@ -109,24 +110,24 @@ def test_losses_stay_float32_under_autocast(batch):
 def test_sample_repeats_and_is_an_image():
     game = make("cgan").eval()
     labels = torch.tensor([0, 1, 2, 0, 1])
-    images = game.sample(5, labels, rng(1))
+    images = game.sample(5, labels=labels, rng=rng(1))
     assert images.shape == (5, 1, 12, 12)
     assert images.dtype == torch.float32
     assert not images.requires_grad
-    assert torch.equal(images, game.sample(5, labels, rng(1)))
-    assert not torch.equal(images, game.sample(5, labels, rng(2)))
-    assert not torch.equal(images, game.sample(5, labels.flip(0), rng(1)))
-    torch.testing.assert_close(images, game.sample(5, labels, rng(1), batch_size=2))
+    assert torch.equal(images, game.sample(5, labels=labels, rng=rng(1)))
+    assert not torch.equal(images, game.sample(5, labels=labels, rng=rng(2)))
+    assert not torch.equal(images, game.sample(5, labels=labels.flip(0), rng=rng(1)))
+    torch.testing.assert_close(images, game.sample(5, labels=labels, rng=rng(1), batch_size=2))
 
 
 def test_sample_of_given_noise():
     game = make("cgan").eval()
     labels = torch.tensor([0, 1, 2])
     noise = game.noise(3, rng(1))
-    images = game.sample(3, labels, noise=noise, batch_size=2)
-    torch.testing.assert_close(images, game.sample(3, labels, rng(1)))
+    images = game.sample(3, labels=labels, noise=noise, batch_size=2)
+    torch.testing.assert_close(images, game.sample(3, labels=labels, rng=rng(1)))
     with pytest.raises(ValueError, match=r"noise must have shape \(3, 100\), got \(2, 100\)"):
-        game.sample(3, labels, noise=noise[:2])
+        game.sample(3, labels=labels, noise=noise[:2])
 
 
 def test_sample_draws_missing_labels():
@@ -134,16 +135,17 @@ def test_sample_draws_missing_labels():
     state = rng(1)
     labels = game.random_labels(40, state)
     assert set(labels.tolist()) == {0, 1, 2}
-    assert torch.equal(game.sample(40, labels, state), game.sample(40, None, rng(1)))
+    given = game.sample(40, labels=labels, rng=state)
+    assert torch.equal(given, game.sample(40, rng=rng(1)))
 
 
 def test_sample_errors():
-    with pytest.raises(ValueError, match="not conditional"):
-        make("gan").sample(2, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="gan takes no columns, got labels"):
+        make("gan").sample(2, labels=torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"shape \(2,\), got \(3,\)"):
-        make("cgan").sample(2, torch.tensor([0, 1, 2]))
+        make("cgan").sample(2, labels=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match=r"lie in 0\.\.2, got 0\.\.3"):
-        make("cgan").sample(2, torch.tensor([0, 3]))
+        make("cgan").sample(2, labels=torch.tensor([0, 3]))
 
 
 def test_options_are_checked():
@@ -185,11 +187,14 @@ def test_games_and_models_do_not_know_the_trainer():
 
 def test_images_are_made_when_they_are_asked_for():
     made = []
-    batch = Batch(lambda: made.append(1) or torch.zeros(2, 1, 4, 4), torch.zeros(2))
-    assert not made
+    labels = torch.zeros(2)
+    batch = Batch({"images": lambda: made.append(1) or torch.zeros(2, 1, 4, 4), "labels": labels})
+    assert (batch.size, list(batch), made) == (2, ["images", "labels"], [])
     with torch.inference_mode():
-        images, labels = batch
+        images = batch["images"]
     assert images is batch.images
     assert not images.is_inference()
-    assert labels is batch.labels
+    assert batch["labels"] is batch.labels is labels
     assert made == [1]
+    with pytest.raises(AttributeError, match="must have a column 'text', got images, labels"):
+        _ = batch.text

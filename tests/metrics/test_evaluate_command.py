@@ -58,7 +58,7 @@ def test_the_trained_generator_is_the_one_scored(cgan, tmp_path):
     data = load("digits", size=SIZE)
     classifier, _ = metrics.load_or_train_classifier(data, cgan)
     expected = metrics.evaluate(
-        lambda labels, n, rng: game.sample(n, labels, rng),
+        lambda labels, n, rng: game.sample(n, rng=rng, labels=labels),
         data, classifier, n=200, conditional=True, seed=3,
     )  # fmt: skip
     assert scores["frechet"] == pytest.approx(expected.frechet)

@@ -217,15 +217,17 @@ def test_load_game_has_the_averaged_generator(run, tmp_path):
     assert config["model"] == "cgan"
     labels = torch.arange(10)
     with trainer.sampling() as trained:
-        expected = trained.sample(10, labels, torch.Generator().manual_seed(1))
-    assert torch.equal(game.sample(10, labels, torch.Generator().manual_seed(1)), expected)
-    plain = trainer.game.eval().sample(10, labels, torch.Generator().manual_seed(1))
+        expected = trained.sample(10, labels=labels, rng=torch.Generator().manual_seed(1))
+    assert torch.equal(
+        game.sample(10, labels=labels, rng=torch.Generator().manual_seed(1)), expected
+    )
+    plain = trainer.game.eval().sample(10, labels=labels, rng=torch.Generator().manual_seed(1))
     assert not torch.equal(plain, expected)
 
 
 def test_without_average(run, tmp_path):
     trainer = run(steps=5, ema=0)
-    assert trainer.average is None
+    assert not trainer.ema
     trainer.fit()
     game, _ = load_game(tmp_path / "run/checkpoints/step_00000005.pt")
     for a, b in zip(game.parameters(), trainer.game.parameters(), strict=True):

@@ -60,7 +60,7 @@ def test_every_image_has_its_label(game):
     images = whole(generate(game, draw(game, 300, 5), labels, 64))
     noise = whole(draw(game, 300, 5))
     for i in (0, 1, 65, 299):
-        alone = data.to_uint8(game.sample(1, labels[i : i + 1], noise=noise[i : i + 1]))
+        alone = data.to_uint8(game.sample(1, labels=labels[i : i + 1], noise=noise[i : i + 1]))
         assert (images[i].int() - alone[0].int()).abs().max() <= 1
 
 

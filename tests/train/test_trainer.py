@@ -55,7 +55,7 @@ class Toy(Game):
         self.moves.append("after")
         assert not torch.is_grad_enabled()
 
-    def sample(self, n, labels=None, generator=None):
+    def sample(self, n, rng=None, labels=None):
         return torch.zeros(n, *self.spec.image_shape)
 
 
@@ -78,7 +78,7 @@ def test_order_freezing_and_arithmetic(toy):
     # The opponent: 1 - .5 * 1 twice. The generator: 1 - .5 * (1 + 0).
     assert game.opponent.weight.item() == 0.0
     assert game.generator.weight.item() == 0.5
-    assert trainer.average.weight.item() == 0.75 * 1 + 0.25 * 0.5
+    assert trainer.ema["generator"].weight.item() == 0.75 * 1 + 0.25 * 0.5
     assert all(p.grad is None for p in game.parameters())
     # The opponent's product was 1, then 0.5; the generator's terms .5 and 0.
     assert trainer.losses.take() == {
@@ -202,20 +202,20 @@ def test_scores_need_the_images_in_memory(run, folder):
 
 def test_average_follows_weights_and_statistics(run):
     trainer = run(ema=0.9)
-    before = {name: t.clone() for name, t in trainer.average.state_dict().items()}
+    before = {name: t.clone() for name, t in trainer.ema["generator"].state_dict().items()}
     trainer.iterate()
     now = trainer.game.generator.state_dict()
     moved = 0
-    for name, average in trainer.average.state_dict().items():
+    for name, average in trainer.ema["generator"].state_dict().items():
         if average.is_floating_point():
             torch.testing.assert_close(average, 0.9 * before[name] + 0.1 * now[name])
             moved += not torch.equal(average, before[name])
     assert moved == len([t for t in now.values() if t.is_floating_point()])
     assert trainer.game.training
     with trainer.sampling() as game:
-        assert game.generator is trainer.average
+        assert game.generator is trainer.ema["generator"]
         assert not any(module.training for module in game.modules())
-    assert game.generator is not trainer.average
+    assert game.generator is not trainer.ema["generator"]
     assert all(module.training for module in game.modules())
 
 
@@ -504,10 +504,19 @@ def test_spoiled_weights_are_not_saved(run, tmp_path):
 
 
 def test_data_must_fit_the_game(digits):
-    with pytest.raises(ValueError, match=r"images of \(1, 12, 12\), the data have \(1, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"images of the data must be Image\(.*height=12, width=12"
+    ):
         Trainer(Toy(DataSpec(1, 12, 10)), digits, Config())
-    with pytest.raises(ValueError, match="built for 3 classes, the data have 10"):
-        Trainer(Toy(DataSpec(1, 8, 3)), digits, Config())
+    game = Toy(DataSpec(1, 8, 3))
+    game.given = ("labels",)
+    with pytest.raises(
+        ValueError, match=r"labels of the data must be Label\(.*build the game with"
+    ):
+        Trainer(game, digits, Config())
+    game.given = ("text",)
+    with pytest.raises(ValueError, match="must have a column 'text' for test-trainer, got images"):
+        Trainer(game, digits, Config())
 
 
 def test_unknown_device(run):

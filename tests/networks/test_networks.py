@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gankernels import models
+from gankernels import networks
 from gankernels.nn import BatchNormLeakyReLU1d, BatchNormLeakyReLU2d, LeakyReLUBatchNorm1d
 
 
@@ -17,16 +17,16 @@ MNIST = (1, 28, 28)
 @pytest.mark.parametrize(
     ("network", "parameters"),
     [
-        (lambda: models.EmbeddingMLPGenerator(100, MNIST, 10), 1_490_936),
-        (lambda: models.EmbeddingMLPDiscriminator(MNIST, 10), 935_585),
-        (lambda: models.MLPGenerator(100, MNIST), 1_510_032),
-        (lambda: models.MLPDiscriminator(MNIST), 533_505),
-        (lambda: models.DenseConvGenerator(100, 1, 28), 2_305_472),
-        (lambda: models.DenseConvDiscriminator(1, 28), 212_865),
-        (lambda: models.DeconvGenerator(128, 1, 28), 1_554_177),
-        (lambda: models.ConvCritic(1, 28), 1_030_145),
-        (lambda: models.DCGANGenerator(100, 3, 64), 3_576_704),
-        (lambda: models.DCGANDiscriminator(3, 64), 2_765_568),
+        (lambda: networks.EmbeddingMLPGenerator(100, MNIST, 10), 1_490_936),
+        (lambda: networks.EmbeddingMLPDiscriminator(MNIST, 10), 935_585),
+        (lambda: networks.MLPGenerator(100, MNIST), 1_510_032),
+        (lambda: networks.MLPDiscriminator(MNIST), 533_505),
+        (lambda: networks.DenseConvGenerator(100, 1, 28), 2_305_472),
+        (lambda: networks.DenseConvDiscriminator(1, 28), 212_865),
+        (lambda: networks.DeconvGenerator(128, 1, 28), 1_554_177),
+        (lambda: networks.ConvCritic(1, 28), 1_030_145),
+        (lambda: networks.DCGANGenerator(100, 3, 64), 3_576_704),
+        (lambda: networks.DCGANDiscriminator(3, 64), 2_765_568),
     ],
 )
 def test_parameter_counts(network, parameters):
@@ -37,33 +37,33 @@ def test_parameter_counts(network, parameters):
 @pytest.mark.parametrize("size", [12, 28, 32])
 @pytest.mark.parametrize("num_classes", [0, 4])
 def test_small_conv_shapes(channels, size, num_classes):
-    generator = models.DenseConvGenerator(6, channels, size, num_classes, width=4)
-    discriminator = models.DenseConvDiscriminator(channels, size, num_classes, width=4)
+    generator = networks.DenseConvGenerator(6, channels, size, num_classes, width=4)
+    discriminator = networks.DenseConvDiscriminator(channels, size, num_classes, width=4)
     check_pair(generator, discriminator, 6, (channels, size, size), num_classes)
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("num_classes", [0, 4])
 def test_dcgan_shapes(size, num_classes):
-    generator = models.DCGANGenerator(6, 3, size, num_classes, width=4)
-    discriminator = models.DCGANDiscriminator(3, size, num_classes, width=4)
+    generator = networks.DCGANGenerator(6, 3, size, num_classes, width=4)
+    discriminator = networks.DCGANDiscriminator(3, size, num_classes, width=4)
     check_pair(generator, discriminator, 6, (3, size, size), num_classes)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [4, 12, 28, 32])
 def test_wgan_gp_shapes(channels, size):
-    generator = models.DeconvGenerator(6, channels, size, width=4)
-    critic = models.ConvCritic(channels, size, width=4)
+    generator = networks.DeconvGenerator(6, channels, size, width=4)
+    critic = networks.ConvCritic(channels, size, width=4)
     check_pair(generator, critic, 6, (channels, size, size), 0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_dense_shapes(channels):
     shape = (channels, 12, 12)
-    check_pair(models.MLPGenerator(6, shape), models.MLPDiscriminator(shape), 6, shape, 0)
-    generator = models.EmbeddingMLPGenerator(6, shape, 4)
-    check_pair(generator, models.EmbeddingMLPDiscriminator(shape, 4), 6, shape, 4)
+    check_pair(networks.MLPGenerator(6, shape), networks.MLPDiscriminator(shape), 6, shape, 0)
+    generator = networks.EmbeddingMLPGenerator(6, shape, 4)
+    check_pair(generator, networks.EmbeddingMLPDiscriminator(shape, 4), 6, shape, 4)
 
 
 def check_pair(generator, discriminator, latent_dim, shape, num_classes):
@@ -88,7 +88,7 @@ def check_pair(generator, discriminator, latent_dim, shape, num_classes):
 
 
 def test_label_planes_keep_channels_last():
-    from gankernels.models._labels import join_one_hot
+    from gankernels.networks._labels import join_one_hot
 
     images = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     joined = join_one_hot(images, torch.tensor([1, 0]), 2)
@@ -101,8 +101,8 @@ def test_label_planes_keep_channels_last():
 @pytest.mark.parametrize(
     "network",
     [
-        models.DenseConvDiscriminator(1, 28, 10, width=4),
-        models.EmbeddingMLPDiscriminator(MNIST, 10),
+        networks.DenseConvDiscriminator(1, 28, 10, width=4),
+        networks.EmbeddingMLPDiscriminator(MNIST, 10),
     ],
 )
 def test_missing_labels(network):
@@ -111,7 +111,7 @@ def test_missing_labels(network):
 
 
 @pytest.mark.parametrize(
-    "network", [models.DenseConvDiscriminator(1, 28, width=4), models.MLPDiscriminator(MNIST)]
+    "network", [networks.DenseConvDiscriminator(1, 28, width=4), networks.MLPDiscriminator(MNIST)]
 )
 def test_unwanted_labels(network):
     with pytest.raises(ValueError, match="unconditional"):
@@ -120,16 +120,16 @@ def test_unwanted_labels(network):
 
 def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="divisible by 4, got 30"):
-        models.DenseConvGenerator(100, 1, 30)
+        networks.DenseConvGenerator(100, 1, 30)
     with pytest.raises(ValueError, match="divisible by 4, got 30"):
-        models.DenseConvDiscriminator(1, 30)
+        networks.DenseConvDiscriminator(1, 30)
     with pytest.raises(ValueError, match="divisible by 4, got 30"):
-        models.DeconvGenerator(100, 1, 30)
+        networks.DeconvGenerator(100, 1, 30)
     with pytest.raises(ValueError, match="divisible by 4, got 30"):
-        models.ConvCritic(1, 30)
+        networks.ConvCritic(1, 30)
     for network in (
-        lambda: models.DCGANGenerator(100, 1, 48),
-        lambda: models.DCGANDiscriminator(1, 48),
+        lambda: networks.DCGANGenerator(100, 1, 48),
+        lambda: networks.DCGANDiscriminator(1, 48),
     ):
         with pytest.raises(ValueError, match="power of two of at least 16, got 48"):
             network()
@@ -141,21 +141,21 @@ def norms(network, kind):
 
 def test_norms_are_fused_and_configured_as_the_sources_mean_them():
     # Keras's momentum 0.8 keeps 0.8 of the old statistics; PyTorch's counts what is replaced.
-    classic = norms(models.EmbeddingMLPGenerator(100, MNIST, 10), LeakyReLUBatchNorm1d)
-    dense = norms(models.MLPGenerator(100, MNIST), BatchNormLeakyReLU1d)
+    classic = norms(networks.EmbeddingMLPGenerator(100, MNIST, 10), LeakyReLUBatchNorm1d)
+    dense = norms(networks.MLPGenerator(100, MNIST), BatchNormLeakyReLU1d)
     assert [len(classic), len(dense)] == [3, 3]
     assert {(norm.momentum, norm.eps, norm.negative_slope) for norm in classic + dense} == {
         (0.2, 1e-5, 0.2)
     }
-    family = norms(models.DCGANGenerator(100, 3, 64), BatchNormLeakyReLU2d)
+    family = norms(networks.DCGANGenerator(100, 3, 64), BatchNormLeakyReLU2d)
     assert [norm.negative_slope for norm in family] == [0.0] * 4
-    for critic in (models.MLPDiscriminator(MNIST), models.ConvCritic(1, 28)):
+    for critic in (networks.MLPDiscriminator(MNIST), networks.ConvCritic(1, 28)):
         assert not norms(critic, torch.nn.modules.batchnorm._NormBase)
 
 
 def test_dcgan_init():
     torch.manual_seed(0)
-    network = models.DCGANGenerator(100, 3, 64)
+    network = networks.DCGANGenerator(100, 3, 64)
     assert network.layers[2].weight.std().item() == pytest.approx(0.02, rel=0.02)
     scale = network.layers[1].weight.detach()
     assert scale.mean().item() == pytest.approx(1, abs=0.01)
@@ -165,11 +165,11 @@ def test_dcgan_init():
 # ---- statistics of the batch ---------------------------------------------------------------------
 
 DISCRIMINATORS = [
-    lambda: models.MLPDiscriminator((1, 16, 16)),
-    lambda: models.EmbeddingMLPDiscriminator((1, 16, 16), 3),
-    lambda: models.DenseConvDiscriminator(1, 16, width=4),
-    lambda: models.DCGANDiscriminator(1, 16, width=4),
-    lambda: models.ConvCritic(1, 16, width=4),
+    lambda: networks.MLPDiscriminator((1, 16, 16)),
+    lambda: networks.EmbeddingMLPDiscriminator((1, 16, 16), 3),
+    lambda: networks.DenseConvDiscriminator(1, 16, width=4),
+    lambda: networks.DCGANDiscriminator(1, 16, width=4),
+    lambda: networks.ConvCritic(1, 16, width=4),
 ]
 
 
@@ -186,7 +186,7 @@ def judge(discriminator, images):
 def test_batch_statistics_join_the_features(make, stddev, kernels, more):
     plain, joined = make(), make()
     joined.load_state_dict(plain.state_dict())
-    assert models.with_batch_statistics(joined, stddev, kernels) is joined
+    assert networks.with_batch_statistics(joined, stddev, kernels) is joined
     images = torch.rand(8, 1, 16, 16) * 2 - 1
     inside = []
     joined.head[-1].register_forward_hook(lambda m, inputs, o: inside.append(inputs[0]))
@@ -203,7 +203,9 @@ def test_batch_statistics_join_the_features(make, stddev, kernels, more):
 
 
 def test_batch_statistics_give_a_collapse_away():
-    discriminator = models.with_batch_statistics(models.MLPDiscriminator((1, 8, 8)), True, (5, 3))
+    discriminator = networks.with_batch_statistics(
+        networks.MLPDiscriminator((1, 8, 8)), True, (5, 3)
+    )
     seen = []
     discriminator.head[-1].register_forward_hook(lambda m, inputs, o: seen.append(inputs[0]))
     discriminator(10 * torch.randn(8, 1, 8, 8))
@@ -215,26 +217,26 @@ def test_batch_statistics_give_a_collapse_away():
 
 
 def test_no_statistics_leave_the_discriminator_alone():
-    discriminator = models.MLPDiscriminator(MNIST)
+    discriminator = networks.MLPDiscriminator(MNIST)
     head = discriminator.head
-    assert models.with_batch_statistics(discriminator).head is head
+    assert networks.with_batch_statistics(discriminator).head is head
 
 
 @pytest.mark.parametrize("choice", [{"stddev": True}, {"kernels": (3, 2)}])
 def test_statistics_need_a_head(choice):
     with pytest.raises(ValueError, match="Sequential has no linear or convolutional head"):
-        models.with_batch_statistics(torch.nn.Sequential(torch.nn.Linear(3, 1)), **choice)
+        networks.with_batch_statistics(torch.nn.Sequential(torch.nn.Linear(3, 1)), **choice)
 
 
 @pytest.mark.parametrize(
     ("make", "per_sample"),
     [
-        (lambda: models.MLPDiscriminator(MNIST), True),
-        (lambda: models.EmbeddingMLPDiscriminator(MNIST, 3), True),
-        (lambda: models.DenseConvDiscriminator(1, 28, 3, width=4), True),
-        (lambda: models.ConvCritic(1, 28, width=4), True),
-        (lambda: models.DCGANDiscriminator(1, 32, width=4), False),
-        (lambda: models.with_batch_statistics(models.ConvCritic(1, 28, width=4), True), False),
+        (lambda: networks.MLPDiscriminator(MNIST), True),
+        (lambda: networks.EmbeddingMLPDiscriminator(MNIST, 3), True),
+        (lambda: networks.DenseConvDiscriminator(1, 28, 3, width=4), True),
+        (lambda: networks.ConvCritic(1, 28, width=4), True),
+        (lambda: networks.DCGANDiscriminator(1, 32, width=4), False),
+        (lambda: networks.with_batch_statistics(networks.ConvCritic(1, 28, width=4), True), False),
     ],
 )
 def test_who_judges_each_sample_by_itself(make, per_sample):
@@ -242,7 +244,7 @@ def test_who_judges_each_sample_by_itself(make, per_sample):
     for module in discriminator.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    size = 32 if isinstance(discriminator, models.DCGANDiscriminator) else 28
+    size = 32 if isinstance(discriminator, networks.DCGANDiscriminator) else 28
     images = torch.rand(8, 1, size, size, dtype=torch.float64)
     labels = torch.arange(8) % 3 if getattr(discriminator, "num_classes", 0) else None
     together = discriminator(images, labels)

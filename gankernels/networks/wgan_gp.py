@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gankernels.models._init import init_glorot
-from gankernels.models._labels import check_labels
-from gankernels.models.dcgan import check_quarters
+from gankernels.networks._init import init_glorot
+from gankernels.networks._labels import check_labels
+from gankernels.networks.dcgan import check_quarters
 
 SLOPE = 0.2
 

@@ -7,20 +7,20 @@ it makes of an image depends on no other of the batch: it can then judge real an
 in one go.
 """
 
-from gankernels.models._batch_statistics import with_batch_statistics
-from gankernels.models.dcgan import (
+from gankernels.networks._batch_statistics import with_batch_statistics
+from gankernels.networks.dcgan import (
     DCGANDiscriminator,
     DCGANGenerator,
     DenseConvDiscriminator,
     DenseConvGenerator,
 )
-from gankernels.models.mlp import (
+from gankernels.networks.mlp import (
     EmbeddingMLPDiscriminator,
     EmbeddingMLPGenerator,
     MLPDiscriminator,
     MLPGenerator,
 )
-from gankernels.models.wgan_gp import ConvCritic, DeconvGenerator
+from gankernels.networks.wgan_gp import ConvCritic, DeconvGenerator
 
 __all__ = [
     "ConvCritic",

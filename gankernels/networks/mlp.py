@@ -7,8 +7,8 @@ from math import prod
 
 from torch import Tensor, nn
 
-from gankernels.models._init import init_glorot
-from gankernels.models._labels import check_labels
+from gankernels.networks._init import init_glorot
+from gankernels.networks._labels import check_labels
 from gankernels.nn import BatchNormLeakyReLU1d, LeakyReLUBatchNorm1d
 
 SLOPE = 0.2

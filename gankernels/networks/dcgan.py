@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gankernels.models._init import init_glorot
-from gankernels.models._labels import join_one_hot
+from gankernels.networks._init import init_glorot
+from gankernels.networks._labels import join_one_hot
 from gankernels.nn import BatchNormLeakyReLU1d, BatchNormLeakyReLU2d
 
 SLOPE = 0.2

@@ -1,0 +1,222 @@
+"""Fields: what the columns of a data set hold, and how networks see it.
+
+A data set is a set of named columns; its :class:`Spec` says what each of them holds. Games are
+built for a spec, draw batches of its columns, and make values of one of its fields.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gankernels.data.pixels import to_float, to_uint8
+
+
+class Field(ABC):
+    """What one column of a data set holds.
+
+    A column is stored raw, as a tensor `(N, ...)` of `dtype`, and decoded when a network is to see
+    it. Every field is a frozen dataclass of plain values, so that a checkpoint can hold it.
+    """
+
+    #: The dtype of the raw column.
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one raw value."""
+
+    def decode(self, raw: Tensor) -> Tensor:
+        """Raw values as networks see them. Any number of leading dimensions."""
+        return raw
+
+    def encode(self, values: Tensor) -> Tensor:
+        """What a network made, as raw values: the inverse of `decode`. Not differentiable."""
+        return values.detach().to(self.dtype)
+
+    def random(self, n: int, rng: torch.Generator | None, device: torch.device) -> Tensor | None:
+        """`n` decoded values drawn at random, or None where only data have such values."""
+        return None
+
+    def check(self, name: str, column: Tensor) -> None:
+        """Raises TypeError or ValueError unless `column`, called `name`, holds raw values."""
+        if not isinstance(column, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(column).__name__}")
+        if column.dtype != self.dtype:
+            raise TypeError(f"{name} must be {self.dtype}, got {column.dtype}")
+        if column.shape[1:] != self.shape:
+            expected = ", ".join(map(str, ("N", *self.shape)))
+            raise ValueError(f"{name} must have shape ({expected}), got {tuple(column.shape)}")
+
+
+@dataclass(frozen=True)
+class Image(Field):
+    """Pixels: raw uint8 `(N, channels, height, width)`, decoded to [-1, 1] of a tanh generator."""
+
+    dtype = torch.uint8
+
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.height, self.width
+
+    def decode(self, raw: Tensor) -> Tensor:
+        return to_float(raw)
+
+    def encode(self, values: Tensor) -> Tensor:
+        return to_uint8(values)
+
+
+@dataclass(frozen=True)
+class Label(Field):
+    """A class: int64 `(N,)`, an index into the names of the classes."""
+
+    dtype = torch.int64
+
+    classes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[()]:
+        return ()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def random(self, n: int, rng: torch.Generator | None, device: torch.device) -> Tensor:
+        return torch.randint(self.num_classes, (n,), generator=rng, device=device)
+
+    def check(self, name: str, column: Tensor) -> None:
+        super().check(name, column)
+        if len(column) and not 0 <= int(column.min()) <= int(column.max()) < self.num_classes:
+            raise ValueError(
+                f"{name} must lie in 0..{self.num_classes - 1}, "
+                f"got {int(column.min())}..{int(column.max())}"
+            )
+
+
+@dataclass(frozen=True)
+class Tokens(Field):
+    """A sequence: int64 `(N, length)` of indices into a vocabulary, whose entry 0 pads."""
+
+    dtype = torch.int64
+
+    vocabulary: tuple[str, ...]
+    length: int
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (self.length,)
+
+    def text(self, raw: Tensor) -> list[str]:
+        """Sequences `(N, length)` as lines of text, without padding."""
+        return [" ".join(self.vocabulary[i] for i in row if i) for row in raw.tolist()]
+
+
+@dataclass(frozen=True)
+class Vector(Field):
+    """Numbers that belong together, such as an embedding: float32 `(N, dim)`."""
+
+    dim: int
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (self.dim,)
+
+
+@dataclass(frozen=True)
+class Point(Field):
+    """A place in the plane: float32 `(N, 2)`."""
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (2,)
+
+
+KINDS: dict[str, type[Field]] = {
+    cls.__name__.lower(): cls for cls in (Image, Label, Tokens, Vector, Point)
+}
+
+
+class Spec(dict[str, Field]):
+    """The fields of a data set by the names of its columns.
+
+    Sets of images in classes are the common case: their columns are called `images` and `labels`,
+    and the properties below are shorthands for what these hold.
+    """
+
+    @property
+    def channels(self) -> int:
+        return self._image.channels
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images in pixels. Raises ValueError where they differ."""
+        _, height, width = self._image.shape
+        if height != width:
+            raise ValueError(f"images must be square, got {height}x{width}")
+        return height
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._image.shape
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, none where the data have no labels."""
+        field = self.get("labels")
+        return field.classes if isinstance(field, Label) else ()
+
+    @property
+    def _image(self) -> Image:
+        field = self.get("images")
+        if not isinstance(field, Image):
+            raise ValueError(f"the data must have a column of images, got {', '.join(self)}")
+        return field
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values, for a checkpoint."""
+        return {
+            name: {"kind": type(field).__name__.lower(), **_plain(field)}
+            for name, field in self.items()
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Mapping[str, Any]]) -> Spec:
+        """The spec that `to_dict` made plain. Raises ValueError for anything else."""
+        spec = cls()
+        for name, values in content.items():
+            values = dict(values)
+            kind = values.pop("kind", None)
+            if kind not in KINDS:
+                raise ValueError(f"{name}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            try:
+                spec[name] = KINDS[kind](**values)
+            except TypeError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return spec
+
+
+def image_spec(channels: int = 1, size: int = 28, num_classes: int = 10) -> Spec:
+    """The spec of square images in classes that are called 0, 1, 2, ..."""
+    classes = tuple(map(str, range(num_classes)))
+    return Spec(images=Image(channels, size, size), labels=Label(classes))
+
+
+def _plain(field: Any) -> dict[str, Any]:
+    values = {f.name: getattr(field, f.name) for f in fields(field)}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
