@@ -9,8 +9,8 @@ import pytest
 
 import gankernels as gk
 from gankernels import bench
+from gankernels._threads import bound_threads
 from gankernels.bench.training import trainings
-from gankernels.train.cpus import bound_threads
 
 
 def pytest_addoption(parser):

@@ -284,7 +284,7 @@ def add_sample(commands: Any) -> None:
 
 
 def run_sample(args: argparse.Namespace) -> int:
-    from gankernels.train.files import is_stdout
+    from gankernels._files import is_stdout
 
     with user_errors():
         out, count = sample_run(args)
@@ -298,9 +298,9 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
     import torch
 
     from gankernels import train
+    from gankernels._devices import choose_device
+    from gankernels.data.pictures import arrange, save_grid
     from gankernels.train import sample
-    from gankernels.train.images import arrange, save_grid
-    from gankernels.train.trainer import choose_device
 
     for name in ("count", "columns", "batch_size"):
         value = getattr(args, name)
@@ -397,7 +397,7 @@ def add_evaluate(commands: Any) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from gankernels.train.files import is_stdout, write_json
+    from gankernels._files import is_stdout, write_json
 
     with user_errors():
         scores = evaluate_run(args)
@@ -417,9 +417,9 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from gankernels import data, metrics, train
+    from gankernels._devices import choose_device
     from gankernels.train.checkpoint import list_classes
     from gankernels.train.sample import check_seed
-    from gankernels.train.trainer import choose_device
 
     check_seed(args.seed)
     device = choose_device(args.device)
@@ -548,7 +548,7 @@ def run_bench(args: argparse.Namespace) -> int:
         if not results.rows:
             raise UserError("stopped before anything was measured")
         try:  # before anything is told: its reader may have gone
-            page = results.write(out)
+            page = bench.write(results, out)
         except OSError as error:  # a full disk, say
             raise UserError(str(error)) from error
         finally:

@@ -1,7 +1,7 @@
 """How fast the ops and the games are here, beside PyTorch without them: `gankernels bench`.
 
     results = compare(plan(quick=True))
-    results.write("bench")  # results.json, index.html and PNG plots
+    write(results, "bench")  # results.json, index.html and PNG plots
 
 `ops` has the cases, `timing` the clock, `training` whole iterations, `run` puts them together;
 `results`, `table` and `page` are what comes of it. The suite in benchmarks/ and the scripts there
@@ -9,6 +9,7 @@ are built from the same parts.
 """
 
 from gankernels.bench.ops import OPS, PASSES, Case, cases, contenders
+from gankernels.bench.page import write
 from gankernels.bench.results import Results, Row
 from gankernels.bench.run import Plan, compare, plan
 from gankernels.bench.table import describe
@@ -28,4 +29,5 @@ __all__ = [
     "describe",
     "interleaved",
     "plan",
+    "write",
 ]

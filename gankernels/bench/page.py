@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gankernels._console import describe, warn
+from gankernels._files import write_atomically, write_json
+from gankernels._html import SERIES, WIDTH, Page, style
+from gankernels._paths import expand
 from gankernels.bench.ops import OPS, PASSES, Case
 from gankernels.bench.results import Results, Row
 from gankernels.bench.table import TRAINING, baselines, tables
-from gankernels.report import SERIES, WIDTH, Page, style
-from gankernels.train.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE = "index.html"
-PAPER, MUTED = "#ffffff", "#5a6373"  # of report.py's light pages
+PAPER, MUTED = "#ffffff", "#5a6373"  # of _html.py's light pages
 
 METHOD = (
     "All contenders of a row ran in turn in one process, round after round, so that a slow moment "
@@ -40,6 +42,22 @@ GAMES = (
     'place (eager, use_backend("reference")): the loop, the networks and the data are the same, so '
     "the difference is the kernels'."
 )
+
+
+def write(results: Results, folder: str | Path) -> Path | None:
+    """Write results.json, index.html and the plots as PNG; return the page's path.
+
+    Where the page cannot be drawn there is none, and a warning.
+    """
+    folder = expand(folder)
+    write_json(folder / "results.json", results.to_json())
+    try:
+        return write_page(results, folder)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a plotting library raises
+        warn(f"{folder}: there are no plots, since they could not be drawn: {describe(error)}")
+        return None
 
 
 def write_page(results: Results, folder: Path) -> Path:

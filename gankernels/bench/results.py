@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from gankernels._console import describe, warn
-from gankernels._paths import expand
 from gankernels.bench.ops import OPS, Case
 from gankernels.bench.timing import Timing
 from gankernels.bench.training import Training
-from gankernels.train.files import write_json
 
 FORMAT = 1
 #: Spread from which on a row says little.
@@ -129,20 +125,3 @@ class Results:
             "ops": [row.to_json() for op in self.ops for row in self.of(op)],
             "training": [row.to_json() for row in self.training],
         }
-
-    def write(self, folder: str | Path) -> Path | None:
-        """Writes results.json, index.html and the plots as PNG; returns the page's path.
-
-        Where the page cannot be drawn there is none, and a warning.
-        """
-        from gankernels.bench.page import write_page
-
-        folder = expand(folder)
-        write_json(folder / "results.json", self.to_json())
-        try:
-            return write_page(self, folder)
-        except OSError:
-            raise
-        except Exception as error:  # whatever a plotting library raises
-            warn(f"{folder}: there are no plots, since they could not be drawn: {describe(error)}")
-            return None

@@ -13,15 +13,15 @@ import torch
 
 import gankernels as gk
 from gankernels import _console as console
+from gankernels._devices import choose_device
+from gankernels._html import import_matplotlib
 from gankernels._library import why_not
+from gankernels._threads import available, bound_threads
 from gankernels.bench import ops, timing, training
 from gankernels.bench.ops import OPS, Case
 from gankernels.bench.results import Results, Row
 from gankernels.bench.timing import Run, interleaved
 from gankernels.bench.training import Training
-from gankernels.report import import_matplotlib
-from gankernels.train.cpus import available, bound_threads
-from gankernels.train.trainer import choose_device
 
 
 @dataclass(frozen=True)

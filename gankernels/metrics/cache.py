@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from gankernels._files import write_atomically
 from gankernels._paths import expand
 from gankernels.data import ImageData
 from gankernels.metrics.classifier import Classifier, train_classifier
@@ -56,8 +57,5 @@ def _load(path: Path, data: ImageData) -> Classifier:
 
 
 def _save(classifier: Classifier, path: Path) -> None:
-    # Here and not above: the trainer may measure while it trains, and then imports this package.
-    from gankernels.train.files import write_atomically
-
     state = {name: value.cpu() for name, value in classifier.state_dict().items()}
     write_atomically(path, lambda file: torch.save(state, file))

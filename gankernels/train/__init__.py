@@ -6,7 +6,7 @@
 or, all of it from settings as the command line does, `start(model="cgan", data="digits", ...)`.
 """
 
-from gankernels.train.callbacks import Callback
+from gankernels.train.callback import Callback
 from gankernels.train.checkpoint import CheckpointError, latest_checkpoint, load_game
 from gankernels.train.config import Config
 from gankernels.train.losses import DivergenceError

@@ -1,4 +1,4 @@
-"""What is told while a trainer trains: to a terminal, to files, to code of one's own."""
+"""The callbacks of every run: progress bar, metrics file, TensorBoard, report and scores."""
 
 from __future__ import annotations
 
@@ -6,48 +6,15 @@ import contextlib
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gankernels import _console as console
+from gankernels._files import append, make_way, set_aside, write_atomically
 from gankernels.data import ImageData, ImageFiles
 from gankernels.train import checkpoint, report
-from gankernels.train.files import append, make_way, set_aside, write_atomically
+from gankernels.train.callback import Callback, Run
 from gankernels.train.losses import GRADIENT_NORM
 from gankernels.train.tensorboard import TensorBoard
-
-if TYPE_CHECKING:
-    from gankernels.train.trainer import Trainer
-
-
-class Callback:
-    """Something that `Trainer.fit` tells what it does; a subclass overrides what it wants.
-
-    All methods are called between two iterations, in the order in which the callbacks were given,
-    on the process that writes the run folder only, after what is due was saved. `trainer.stop()`
-    ends the run early, saved as always. So does what a method raises, and `fit` then raises it.
-    """
-
-    #: What the trainer's own callbacks show. They cannot end a run: one that fails is named by this
-    #: in a warning and told no more.
-    shows: str | None = None
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Before the first iteration; a resumed run starts at `trainer.step`."""
-
-    def on_step(self, trainer: Trainer) -> None:
-        """After every iteration. Losses are on the device still: reading them here costs time."""
-
-    def on_report(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """Every `log_every` iterations, and at the end: mean losses, `it_per_s` and what not."""
-
-    def on_samples(self, trainer: Trainer, path: Path) -> None:
-        """After a grid of samples was written to `path`."""
-
-    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        """After a checkpoint was written to `path`."""
-
-    def on_end(self, trainer: Trainer) -> None:
-        """At the end, also after an exception."""
 
 
 class Progress(Callback):
@@ -55,14 +22,14 @@ class Progress(Callback):
 
     shows = "progress on stderr"
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         self.bar = console.bar(total=trainer.config.steps, initial=trainer.step, unit="it")
 
-    def on_step(self, trainer: Trainer) -> None:
+    def on_step(self, trainer: Run) -> None:
         if self.bar is not None:
             self.bar.update()
 
-    def on_report(self, trainer: Trainer, values: dict[str, float]) -> None:
+    def on_report(self, trainer: Run, values: dict[str, float]) -> None:
         told = {k: v for k, v in values.items() if not k.endswith((GRADIENT_NORM, "it_per_s"))}
         shown = "  ".join(f"{name} {value:.3f}" for name, value in told.items())
         if self.bar is not None:
@@ -75,7 +42,7 @@ class Progress(Callback):
             shown += f"  {rate} it/s  {time_left(steps - step, speed)} left"
         console.say(f"step {step}/{steps}  {shown}")
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         if getattr(self, "bar", None) is not None:
             self.bar.close()
 
@@ -95,7 +62,7 @@ class Metrics(Callback):
 
     shows = "metrics.jsonl"
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         self.path = path = trainer.run / "metrics.jsonl"
         make_way(path)
         if not path.exists():
@@ -116,7 +83,7 @@ class Metrics(Callback):
         if len(kept) < len(lines):
             write_atomically(path, lambda file: file.write(b"".join(kept)))
 
-    def on_report(self, trainer: Trainer, values: dict[str, Any]) -> None:
+    def on_report(self, trainer: Run, values: dict[str, Any]) -> None:
         append(self.path, json.dumps({"step": trainer.step, **values}).encode() + b"\n")
 
 
@@ -125,29 +92,29 @@ class Board(Callback):
 
     shows = "TensorBoard's log"
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         self.board = None
         if TensorBoard.available():
             self._open(trainer)
 
-    def on_report(self, trainer: Trainer, values: dict[str, float]) -> None:
+    def on_report(self, trainer: Run, values: dict[str, float]) -> None:
         if self._ready(trainer):
             self.board.write(trainer.step, values)
 
-    def on_samples(self, trainer: Trainer, path: Path) -> None:
+    def on_samples(self, trainer: Run, path: Path) -> None:
         if self._ready(trainer):
             self.board.image(trainer.step, path)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         if getattr(self, "board", None) is not None:
             self.board.close()
 
-    def _open(self, trainer: Trainer) -> None:
+    def _open(self, trainer: Run) -> None:
         self.folder = trainer.run / "tensorboard"
         make_way(self.folder / "events")
         self.board = TensorBoard(self.folder, trainer.step)
 
-    def _ready(self, trainer: Trainer) -> bool:
+    def _ready(self, trainer: Run) -> bool:
         if self.board is not None and not self.folder.is_dir():  # deleted while it trains
             with contextlib.suppress(Exception):
                 self.board.close()
@@ -160,7 +127,7 @@ class Report(Callback):
 
     shows = report.FILE
 
-    def on_samples(self, trainer: Trainer, path: Path) -> None:
+    def on_samples(self, trainer: Run, path: Path) -> None:
         if report.available():
             make_way(trainer.run / report.FILE)
             report.write_report(trainer.run, damaged=set_aside)
@@ -186,7 +153,7 @@ class Score(Callback):
         if len(data) < 2:
             raise ValueError(f"score needs at least 2 images, got {len(data)}")
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         self.classifier = None
         self.best = None
         best = trainer.run / checkpoint.FOLDER / "best.pt"
@@ -199,7 +166,7 @@ class Score(Callback):
         for path in (best.with_suffix(".json"), best):
             make_way(path)
 
-    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+    def on_checkpoint(self, trainer: Run, path: Path) -> None:
         from gankernels import metrics
 
         if self.classifier is None:

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from gankernels import games
+from gankernels._files import copy_atomically, read_json, write_atomically, write_json
 from gankernels._paths import expand
 from gankernels.data import Data, Label, Spec
 from gankernels.games import Game
 from gankernels.train.config import configure, from_dict
 from gankernels.train.cpu import accelerate
-from gankernels.train.files import copy_atomically, read_json, write_atomically, write_json
 
 MAGIC = "gankernels checkpoint"
 VERSION = 3

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gankernels._console import warn
-from gankernels.train.files import beyond_streams, make_way
+from gankernels._files import beyond_streams, make_way
 
 FILE = ".lock"
 #: Seconds between two signs of life, and those after which who gave none is taken for dead.

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gankernels._console import describe, warn
+from gankernels._files import read_json
+from gankernels._html import WIDTH, Page, png_size, style
 from gankernels._paths import expand
 from gankernels._version import __version__
-from gankernels.report import WIDTH, Page, png_size, style
-from gankernels.train.files import read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

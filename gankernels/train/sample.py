@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gankernels._files import fill_folder, write_atomically
 from gankernels._paths import expand
 from gankernels.data import to_uint8
+from gankernels.data.pictures import to_picture
 from gankernels.games import Game
 from gankernels.train.checkpoint import list_classes
-from gankernels.train.files import fill_folder, write_atomically
-from gankernels.train.images import to_picture
 
 #: Rows of noise drawn at a time; with another number a seed would mean other images.
 BLOCK = 256

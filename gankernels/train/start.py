@@ -10,11 +10,11 @@ import torch
 
 from gankernels import data, games
 from gankernels._console import warn
+from gankernels._files import read_json
 from gankernels._paths import expand
 from gankernels.games import Game
 from gankernels.train.checkpoint import checkpoints, read
 from gankernels.train.config import RESUMABLE, configure, from_dict
-from gankernels.train.files import read_json
 from gankernels.train.trainer import Trainer
 
 #: The size of the digits where none is asked for: that of MNIST, which the small networks fit.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -19,20 +18,21 @@ from torch import Tensor, nn
 
 import gankernels
 from gankernels._console import describe, warn
+from gankernels._devices import choose_device
+from gankernels._files import delete_leftovers, make_way, temporary_file, write_json
 from gankernels._modes import evaluating
 from gankernels._paths import expand
 from gankernels._shard import shard
+from gankernels._threads import bound_threads, threads
 from gankernels.data import BatchLoader, Data, Table
+from gankernels.data.pictures import arrange, save_grid
 from gankernels.games import Batch, Game, Loss, Player
 from gankernels.train import checkpoint
 from gankernels.train.adam import Adam
 from gankernels.train.callbacks import Board, Callback, Metrics, Progress, Report, Score
 from gankernels.train.config import Config, to_dict
 from gankernels.train.cpu import accelerate, prepare_casts, use_casts
-from gankernels.train.cpus import bound_threads, threads
-from gankernels.train.files import delete_leftovers, make_way, temporary_file, write_json
 from gankernels.train.graph import Graphs, run_eagerly
-from gankernels.train.images import arrange, save_grid
 from gankernels.train.lock import RunLock
 from gankernels.train.losses import GRADIENT_NORM, DivergenceError, Losses, Name
 from gankernels.train.ranks import Ranks, synchronise
@@ -635,23 +635,6 @@ def make_optimizer(player: Player, parameters: list[nn.Parameter]) -> torch.opti
             rate = torch.as_tensor(group["lr"], dtype=torch.float32)
             group["lr"] = rate.to(parameters[0].device, copy=True)
     return optimizer
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one; processes that torchrun started take one each.
-
-    Raises ValueError for a device that is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.empty(1, device=torch.device(name)).device  # of "cuda", the current one
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).split("\n")[0]
-        raise ValueError(f"device {name!r} cannot be used: {first_line}") from error
-    return device
 
 
 def _check_fit(game: Game, data: Data) -> None:

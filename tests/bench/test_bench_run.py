@@ -9,9 +9,9 @@ import torch
 
 import gankernels as gk
 from gankernels import bench
+from gankernels._html import Page
 from gankernels.bench import Timing, ops, page, results, run, training
 from gankernels.bench.training import Training
-from gankernels.report import Page
 
 CPU = torch.device("cpu")
 
@@ -211,7 +211,7 @@ def test_json(measured):
 
 
 def test_page_and_plots(measured, tmp_path):
-    index = measured.write(tmp_path / "new" / "folder")
+    index = bench.write(measured, tmp_path / "new" / "folder")
     tmp_path = tmp_path / "new" / "folder"
     assert index == tmp_path / "index.html"
     assert json.loads((tmp_path / "results.json").read_text())["complete"]
@@ -232,7 +232,7 @@ def test_page_and_plots(measured, tmp_path):
 def test_what_the_plots_show(measured, monkeypatch, tmp_path):
     shown = {}
     monkeypatch.setattr(Page, "figure", lambda self, figure, alt, **_: shown.update({alt: figure}))
-    measured.write(tmp_path)
+    bench.write(measured, tmp_path)
     (bars,) = shown["Speed-up of interpolate"].axes
     assert [bar.get_x() + bar.get_width() for bar in bars.patches] == [2.0]
     panels = shown["Time of batch_norm_leaky_relu against the size of its input"].axes
@@ -255,7 +255,7 @@ def test_roofline(measured):
 def test_a_page_of_little(measured, tmp_path):
     """One case without any comparison, and no roofs."""
     measured.rows = measured.rows[:1]
-    measured.write(tmp_path)
+    bench.write(measured, tmp_path)
     html = (tmp_path / "index.html").read_text()
     assert "stopped early" in html
     assert [path.name for path in tmp_path.glob("*.png")] == ["roofline.png"]

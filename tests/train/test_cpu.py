@@ -9,7 +9,7 @@ from torch import nn
 
 from gankernels.train import cpu
 from gankernels.train import trainer as trainer_module
-from gankernels.train.callbacks import Callback
+from gankernels.train.callback import Callback
 from gankernels.train.cpu import accelerate, use_casts
 
 

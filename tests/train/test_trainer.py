@@ -15,10 +15,10 @@ from PIL import Image
 from torch import nn
 
 from gankernels import metrics
+from gankernels._devices import choose_device
 from gankernels.games import DataSpec, Game, Player
 from gankernels.train import Callback, Config, DivergenceError, Trainer, load_game, start
 from gankernels.train.callbacks import Score
-from gankernels.train.trainer import choose_device
 
 
 class Toy(Game):

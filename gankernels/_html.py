@@ -216,7 +216,7 @@ class Page:
 
     def write(self, path: str | Path) -> None:
         """Write the page; whoever has `path` open sees the old one or the new one."""
-        from gankernels.train.files import write_atomically  # the trainer imports this module
+        from gankernels._files import write_atomically  # the trainer imports this module
 
         content = self.html().encode("utf-8", errors="replace")
         write_atomically(expand(path), lambda file: file.write(content))

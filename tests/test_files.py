@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gankernels.train import files, sample
-from gankernels.train.files import (
+from gankernels import _files as files
+from gankernels import sample
+from gankernels._files import (
     append,
     copy_atomically,
     delete_leftovers,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gankernels._files import write_atomically
 from gankernels._paths import expand
 from gankernels.data import to_uint8
-from gankernels.train.files import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from gankernels.train import cpus
+from gankernels import _threads as cpus
 
 ALL = len(os.sched_getaffinity(0))
 

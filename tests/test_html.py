@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gankernels.report import SERIES, WIDTH, Page, format_value, style
+from gankernels._html import SERIES, WIDTH, Page, format_value, style
 
 VOID = {"meta", "img"}
 

@@ -1,0 +1,24 @@
+"""The device that a name stands for."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one; processes that torchrun started take one each.
+
+    Raises ValueError for a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.empty(1, device=torch.device(name)).device  # of "cuda", the current one
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).split("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used: {first_line}") from error
+    return device

@@ -1,0 +1,64 @@
+"""The base class of callbacks, and what a callback can know about a run."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gankernels.data import Data
+from gankernels.games import Game
+from gankernels.train.config import Config
+
+
+class Run(Protocol):
+    """What a callback is given: a `Trainer`."""
+
+    config: Config
+    game: Game
+    data: Data
+    device: torch.device
+    run: Path
+    step: int
+
+    def sampling(self) -> AbstractContextManager[Game]:
+        """The game in evaluation mode with its averaged networks."""
+
+    def stop(self) -> None:
+        """End the run after this iteration, saved as always."""
+
+    def tell(self, event: str, *details: Any) -> None:
+        """Call the method of that name of every callback."""
+
+
+class Callback:
+    """Something that `Trainer.fit` tells what it does; a subclass overrides what it wants.
+
+    All methods are called between two iterations, in the order in which the callbacks were given,
+    on the process that writes the run folder only, after what is due was saved. `trainer.stop()`
+    ends the run early, saved as always. So does what a method raises, and `fit` then raises it.
+    """
+
+    #: What the trainer's own callbacks show. They cannot end a run: one that fails is named by this
+    #: in a warning and told no more.
+    shows: str | None = None
+
+    def on_start(self, trainer: Run) -> None:
+        """Before the first iteration; a resumed run starts at `trainer.step`."""
+
+    def on_step(self, trainer: Run) -> None:
+        """After every iteration. Losses are on the device still: reading them here costs time."""
+
+    def on_report(self, trainer: Run, values: dict[str, float]) -> None:
+        """Every `log_every` iterations, and at the end: mean losses, `it_per_s` and what not."""
+
+    def on_samples(self, trainer: Run, path: Path) -> None:
+        """After a grid of samples was written to `path`."""
+
+    def on_checkpoint(self, trainer: Run, path: Path) -> None:
+        """After a checkpoint was written to `path`."""
+
+    def on_end(self, trainer: Run) -> None:
+        """At the end, also after an exception."""
