@@ -109,6 +109,10 @@ class Page:
         """A paragraph."""
         self._body.append(f"<p>{escape(text)}</p>")
 
+    def preformatted(self, text: str) -> None:
+        """Lines as they are."""
+        self._body.append(f"<pre>{escape(text)}</pre>")
+
     def facts(self, facts: Mapping[str, Any]) -> None:
         """A definition list: names with their values, side by side. None is shown as a dash."""
         items = (

@@ -192,7 +192,8 @@ def run_train(args: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
     if not trainer.ranks.first:
         return 0
-    show(f"{trainer.run / 'samples.png'} shows samples at step {trainer.step}")
+    samples = trainer.run / f"samples{trainer.game.spec[trainer.game.makes].suffix}"
+    show(f"{samples} shows samples at step {trainer.step}")
     if trainer.step < trainer.config.steps:
         again = f"{PROGRAM} train {trainer.game.name} --resume --out {trainer.run}"
         show(f"stopped early; continue with: {again}")

@@ -9,11 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gankernels._files import write_atomically
+from gankernels._html import import_matplotlib
+from gankernels.data.pictures import save_grid
 from gankernels.data.pixels import to_float, to_uint8
 
 
@@ -26,6 +31,8 @@ class Field(ABC):
 
     #: The dtype of the raw column.
     dtype: ClassVar[torch.dtype] = torch.float32
+    #: The ending of the files that show samples.
+    suffix: ClassVar[str] = ".npy"
 
     @property
     @abstractmethod
@@ -44,6 +51,10 @@ class Field(ABC):
         """`n` decoded values drawn at random, or None where only data have such values."""
         return None
 
+    def save(self, raw: Tensor, path: Path, columns: int) -> None:
+        """Write raw values `(N, ...)` to a file that shows them, `columns` of them side by side."""
+        write_atomically(path, lambda file: np.save(file, raw.cpu().numpy()))
+
     def check(self, name: str, column: Tensor) -> None:
         """Raises TypeError or ValueError unless `column`, called `name`, holds raw values."""
         if not isinstance(column, Tensor):
@@ -60,6 +71,7 @@ class Image(Field):
     """Pixels: raw uint8 `(N, channels, height, width)`, decoded to [-1, 1] of a tanh generator."""
 
     dtype = torch.uint8
+    suffix = ".png"
 
     channels: int
     height: int
@@ -75,12 +87,16 @@ class Image(Field):
     def encode(self, values: Tensor) -> Tensor:
         return to_uint8(values)
 
+    def save(self, raw: Tensor, path: Path, columns: int) -> None:
+        save_grid(raw, path, columns)
+
 
 @dataclass(frozen=True)
 class Label(Field):
     """A class: int64 `(N,)`, an index into the names of the classes."""
 
     dtype = torch.int64
+    suffix = ".txt"
 
     classes: tuple[str, ...]
 
@@ -94,6 +110,9 @@ class Label(Field):
 
     def random(self, n: int, rng: torch.Generator | None, device: torch.device) -> Tensor:
         return torch.randint(self.num_classes, (n,), generator=rng, device=device)
+
+    def save(self, raw: Tensor, path: Path, columns: int) -> None:
+        _save_lines([self.classes[i] for i in raw.tolist()], path)
 
     def check(self, name: str, column: Tensor) -> None:
         super().check(name, column)
@@ -109,6 +128,7 @@ class Tokens(Field):
     """A sequence: int64 `(N, length)` of indices into a vocabulary, whose entry 0 pads."""
 
     dtype = torch.int64
+    suffix = ".txt"
 
     vocabulary: tuple[str, ...]
     length: int
@@ -120,6 +140,9 @@ class Tokens(Field):
     def text(self, raw: Tensor) -> list[str]:
         """Sequences `(N, length)` as lines of text, without padding."""
         return [" ".join(self.vocabulary[i] for i in row if i) for row in raw.tolist()]
+
+    def save(self, raw: Tensor, path: Path, columns: int) -> None:
+        _save_lines(self.text(raw), path)
 
 
 @dataclass(frozen=True)
@@ -137,9 +160,21 @@ class Vector(Field):
 class Point(Field):
     """A place in the plane: float32 `(N, 2)`."""
 
+    suffix = ".png"
+
     @property
     def shape(self) -> tuple[int]:
         return (2,)
+
+    def save(self, raw: Tensor, path: Path, columns: int) -> None:
+        import_matplotlib()
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4, 4))
+        axes = figure.subplots()
+        axes.scatter(*raw.cpu().T.numpy(), s=4)
+        axes.set_aspect("equal", "datalim")
+        write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 KINDS: dict[str, type[Field]] = {
@@ -215,6 +250,10 @@ def image_spec(channels: int = 1, size: int = 28, num_classes: int = 10) -> Spec
     """The spec of square images in classes that are called 0, 1, 2, ..."""
     classes = tuple(map(str, range(num_classes)))
     return Spec(images=Image(channels, size, size), labels=Label(classes))
+
+
+def _save_lines(lines: list[str], path: Path) -> None:
+    write_atomically(path, lambda file: file.write("".join(f"{x}\n" for x in lines).encode()))
 
 
 def _plain(field: Any) -> dict[str, Any]:

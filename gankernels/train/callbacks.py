@@ -102,8 +102,12 @@ class Board(Callback):
             self.board.write(trainer.step, values)
 
     def on_samples(self, trainer: Run, path: Path) -> None:
-        if self._ready(trainer):
+        if not self._ready(trainer):
+            return
+        if path.suffix == ".png":
             self.board.image(trainer.step, path)
+        elif path.suffix == ".txt":
+            self.board.text(trainer.step, path.read_text())
 
     def on_end(self, trainer: Run) -> None:
         if getattr(self, "board", None) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 import math
 import re
@@ -286,12 +287,21 @@ def _add_samples(page: Page, run: Path, damaged: Callable[[Path, str], Any]) -> 
         own = png_size(png)[0]
         enlarged = own * max(1, int(900 // own))  # whole pixels stay sharp
         page.figure(png, alt=f"A grid of {shown}", caption=shown.capitalize(), width=enlarged)
+    lines = run / "samples.txt"
+    if lines.is_file():
+        page.section("Samples")
+        page.preformatted(_first_lines(lines))
     if len(steps) > 1:
         page.section("Samples over time")
         page.gallery(
             (pictures[step][1], f"A grid of samples at step {step:,}", f"step {step:,}")
             for step in steps
         )
+
+
+def _first_lines(path: Path, count: int = 40) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return "".join(itertools.islice(file, count))
 
 
 def _spread(steps: list[int]) -> list[int]:

@@ -63,5 +63,11 @@ class TensorBoard:
         self._writer.add_image(name, pixels, step, dataformats="HWC")
         self._writer.flush()  # grids are rare, and what led to one is then there as well
 
+    def text(self, step: int, lines: str, name: str = "samples") -> None:
+        """Lines of text, as they are."""
+        indented = "".join(f"    {line}\n" for line in lines.splitlines())  # a block of Markdown
+        self._writer.add_text(name, indented, step)
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()

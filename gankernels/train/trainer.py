@@ -24,8 +24,8 @@ from gankernels._modes import evaluating
 from gankernels._paths import expand
 from gankernels._shard import shard
 from gankernels._threads import bound_threads, threads
-from gankernels.data import BatchLoader, Data, Table
-from gankernels.data.pictures import arrange, save_grid
+from gankernels.data import BatchLoader, Data, Image, Table
+from gankernels.data.pictures import arrange
 from gankernels.games import Batch, Game, Loss, Player
 from gankernels.train import checkpoint
 from gankernels.train.adam import Adam
@@ -47,20 +47,20 @@ LEAST_SCALE = 1e-4
 
 
 class Trainer:
-    """Trains a game on images and leaves a run folder behind.
+    """Trains a game on a data set and writes a run folder.
 
-    The folder `config.out` gets config.json (reruns the run), metrics.jsonl, samples/step_*.png,
-    samples.png, checkpoints/step_*.pt, report.html and tensorboard/. Images stay on the device as
-    uint8 where they fit, else other processes read them ahead of time. Batches, noise and labels
-    are drawn on the device from one `torch.Generator`, and nothing waits for the device between two
-    reports. On CUDA whole iterations are replayed as graphs unless `config.graph` is false. Dropout
+    The folder `config.out` gets config.json (reruns the run), metrics.jsonl, samples/step_*,
+    samples.png (or what shows the field that the game makes), checkpoints/step_*.pt, report.html
+    and tensorboard/. Raw columns stay on the device where they fit, else other processes read them
+    ahead of time. Batches, noise and labels are drawn on the device from one `torch.Generator`, and
+    nothing waits for the device between two reports. On CUDA whole iterations are replayed as graphs unless `config.graph` is false. Dropout
     draws from PyTorch's default generator: seed it for a repeatable run.
 
     Args:
-        game: the networks and what they minimise; moved to the device of `config`.
-        data: the real images, of the channels, size and classes that the game was built for.
+        game: the networks and what they minimize; moved to the device of `config`.
+        data: the columns that the game reads, of the fields that it was built for.
         config: everything else.
-        callbacks: told what happens, after the trainer's own.
+        callbacks: extra callbacks, notified after the built-in ones.
 
     Raises:
         ValueError: data that do not fit the game, or a device that does not exist.
@@ -76,7 +76,7 @@ class Trainer:
         _check_fit(game, data)
         if config.score:
             Score.check(data)
-        self.config = replace(config, size=data.size, channels=data.channels)
+        self.config = replace(config, **_size_of(data))
         self.run = expand(config.out)
         self.device = choose_device(config.device)
         self.ranks = Ranks(self.device)
@@ -253,10 +253,10 @@ class Trainer:
                 self.tell("on_report", values)
                 began, reported = time.perf_counter(), self.step
             if _due(self.step, config.sample_every):
-                self._show_samples(self.run / "samples" / f"step_{self.step:08d}.png")
+                self._show_samples(self.run / "samples" / f"step_{self.step:08d}")
             if path is not None:
                 self.tell("on_checkpoint", path)
-        self._show_samples(self.run / "samples.png")
+        self._show_samples(self.run / "samples")
 
     def stop(self) -> None:
         """End `fit` after this iteration, as if a signal had asked for it."""
@@ -480,22 +480,39 @@ class Trainer:
                 for rng, state in states:
                     rng.set_state(state)
 
-    def save_samples(self, path: Path) -> None:
-        """A grid from the same noise every time; columns are classes in a conditional game."""
+    def save_samples(self, path: Path) -> Path:
+        """Save samples of the same noise every time, and return the path with its right ending.
+
+        In a class-conditional game columns are classes; other columns that samples are made from
+        are the first of the data.
+        """
+        field = self.game.spec[self.game.makes]
+        path = path.with_suffix(field.suffix)
         if not self.ranks.first:
-            return
-        classes = list(range(self.game.num_classes)) if self.game.conditional else None
-        labels, columns = arrange(GRID, classes)
+            return path
+        given, columns = self._given_samples()
         fixed = torch.Generator().manual_seed(self.config.seed)
         with self.sampling() as game:
             make_way(path)
             for rng in self._default_rngs():  # of a generator that draws more noise by itself
                 rng.manual_seed(self.config.seed)
-            save_grid(game.sample(GRID, rng=fixed, labels=labels), path, columns)
+            field.save(field.encode(game.sample(GRID, rng=fixed, **given)), path, columns)
         self.tell("on_samples", path)
+        return path
+
+    def _given_samples(self) -> tuple[dict[str, Tensor], int]:
+        """What the samples are made from, and how many stand side by side."""
+        classes = list(range(self.game.num_classes)) if self.game.conditional else None
+        labels, columns = arrange(GRID, classes)
+        given = {} if labels is None else {"labels": labels}
+        for table in self.data.tables:
+            if wanted := table.spec.keys() & set(self.game.given) - given.keys():
+                raw = table.read(torch.arange(GRID) % len(table))
+                given |= {name: self._decode(name, raw[name]) for name in wanted}
+        return given, columns
 
     def _show_samples(self, path: Path) -> None:
-        self._attempt("grid of samples", self.save_samples, path)
+        self._attempt("samples", self.save_samples, path)
 
     def save(self) -> Path:
         """Write a checkpoint; DivergenceError where a loss or a weight is no longer finite."""
@@ -648,6 +665,13 @@ def _check_fit(game: Game, data: Data) -> None:
                 f"{name} of the data must be {game.spec.get(name)}, for which the game is built, "
                 f"got {data.spec[name]}; build the game with data.spec"
             )
+
+
+def _size_of(data: Data) -> dict[str, int]:
+    """What config.json is to say of images, so that it reruns the run: the sizes that were found."""
+    field = data.spec.get("images")
+    square = isinstance(field, Image) and field.height == field.width
+    return {"size": field.height, "channels": field.channels} if square else {}
 
 
 def _fits(data: Data, device: torch.device) -> bool:

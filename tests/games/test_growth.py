@@ -1,8 +1,8 @@
 """Two games that share little with those of the package, each a class of its own and nothing else.
 
-The trainer trains, resumes, samples and reports them as it is. One maps images to images, which come
-in pairs and are not square. The other makes words: it is trained by maximum likelihood first and by
-policy gradients afterwards.
+The trainer trains, resumes, samples and reports them as it is. One maps images to images, which
+come in pairs and are not square. The other makes words: it is trained by maximum likelihood first
+and by policy gradients afterwards.
 """
 
 import json
@@ -55,7 +55,9 @@ class Translate(Adversarial):
 
     def players(self):
         adam = partial(torch.optim.Adam, lr=1e-2)
-        decay = partial(torch.optim.lr_scheduler.LinearLR, end_factor=0.0, total_iters=4)
+        decay = partial(
+            torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=4
+        )
         return [
             self.generator_player(adam, schedule=decay),
             self.discriminator_player(adam, schedule=decay, shared=True),
@@ -210,7 +212,7 @@ def test_it_is_loaded_and_sampled(start):
     given = {name: torch.zeros(3, *trainer.data.spec[name].shape) for name in game.given}
     made = game.sample(3, rng=rng(1), **given)
     with trainer.sampling() as trained:
-        assert torch.equal(made, trained.sample(3, rng=rng(1), **given))
+        torch.testing.assert_close(made, trained.sample(3, rng=rng(1), **given))
     assert made.shape == (3, *trainer.data.spec[game.makes].shape)
 
 
