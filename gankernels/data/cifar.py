@@ -63,6 +63,7 @@ _SETS = (
     ),
 )
 _SET_OF = {name: each for each in _SETS for name in each.files}
+_ADVICE = "the only archives that are read: unpack it"
 _ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 
@@ -106,7 +107,7 @@ def read_archive(archive: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
                 for member in tar:
                     total += member.size
                     if total > _MAX_ARCHIVE:
-                        raise ValueError(f"{member.name} makes it larger than CIFAR's")
+                        raise ValueError(f"{member.name} makes it larger than CIFAR's, {_ADVICE}")
                     name = Path(member.name).name
                     if member.isfile() and name in _SET_OF:
                         _check_size(f"{archive}: {member.name}", member.size)
@@ -121,6 +122,8 @@ def read_archive(archive: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         if str(error).startswith(f"{archive}: "):
             raise
         raise ValueError(f"{archive}: damaged archive: {one_line(error)}") from error
+    if not parts:
+        raise ValueError(f"{archive}: no batches of CIFAR in it, {_ADVICE}")
     kind = next((each for each in _SETS if each.meta in parts), _SETS[0])
     return _assemble(archive, kind, parts)
 
@@ -175,13 +178,14 @@ def _assemble(
         where = f"{source}: {name}"
         pixels = _entry(where, parts[name], "data", _Array).to_numpy(where)
         images.append(pixels.reshape(-1, 3, 32, 32))
-        labels += _entry(where, parts[name], kind.labels, list)
-        if sum(map(len, images)) != len(labels):
+        theirs = _entry(where, parts[name], kind.labels, list)
+        if len(theirs) != len(pixels):
             raise ValueError(f"{where}: {len(pixels)} images, but another number of labels")
+        if not all(type(label) is int and 0 <= label < len(classes) for label in theirs):
+            raise ValueError(f"{where}: a label outside the {len(classes)} classes of {kind.meta}")
+        labels += theirs
     if not labels:
         raise ValueError(f"{source}: holds no images")
-    if not all(type(label) is int and 0 <= label < len(classes) for label in labels):
-        raise ValueError(f"{source}: a label outside the {len(classes)} classes of {kind.meta}")
     return torch.from_numpy(np.concatenate(images)), torch.tensor(labels), classes
 
 
