@@ -110,8 +110,8 @@ def add_train(commands: Any) -> None:
     parser.add_argument(
         "--data",
         metavar="SOURCE",
-        help="digits (scikit-learn's, the default), a folder with MNIST's IDX files, a folder "
-        "with a subfolder of images per class, a CIFAR-10 archive, or an .npz",
+        help="digits (scikit-learn's, the default), a folder with a subfolder of images per class, "
+        "files of the MNIST or CIFAR families, an .npz, or a folder that holds one of these",
     )
     parser.add_argument("--steps", metavar="N", help="iterations, each a step of every player")
     parser.add_argument("--batch-size", metavar="B", help="images per step")
