@@ -1,4 +1,4 @@
-"""What a run is known by: the content of its data and the names of their classes, not their place."""
+"""What a run is known by: the content of its data and the names of classes, not their place."""
 
 from pathlib import Path
 
