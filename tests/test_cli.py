@@ -206,8 +206,8 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--labels", "0,11"], "labels must lie in 0..9, got 0..11"),
-        (["--labels", "one"], "--labels takes numbers like 0,1,2, got 'one'"),
+        (["--labels", "0,11"], "labels must be among 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, got '11'"),
+        (["--labels", "one"], "labels must be among 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, got 'one'"),
         (["--count", "0"], "--count must be at least 1, got 0"),
         (["--columns", "-1"], "--columns must be at least 1, got -1"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),

@@ -157,7 +157,7 @@ def test_foreign_files(tmp_path):
     with pytest.raises(CheckpointError, match=r"other.pt is not a checkpoint of gankernels"):
         load_game(tmp_path / "other.pt")
     torch.save({"magic": checkpoint_module.MAGIC, "version": 99}, tmp_path / "newer.pt")
-    with pytest.raises(CheckpointError, match="version 99, this gankernels reads 2"):
+    with pytest.raises(CheckpointError, match="version 99, this gankernels reads 3 and 2"):
         load_game(tmp_path / "newer.pt")
     (tmp_path / "empty.pt").touch()
     with pytest.raises(CheckpointError, match="damaged"):
@@ -230,3 +230,33 @@ def test_without_average(run, tmp_path):
     game, _ = load_game(tmp_path / "run/checkpoints/step_00000005.pt")
     for a, b in zip(game.parameters(), trainer.game.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    """From step 100,000,000 on their names are longer, and as text the later is the less."""
+    steps = [2, 99_999_997, 99_999_999, 100_000_000, 1_000_000_000, 2**62]
+    folder = tmp_path / "checkpoints"
+    for step in reversed(steps[:-1]):
+        checkpoint_module.save(tmp_path, step, {"content": step}, keep=10)
+    (folder / "step_x.pt").touch()  # nobody's
+    newest = checkpoint_module.save(tmp_path, steps[-1], {}, keep=3)
+    found = checkpoint_module.checkpoints(tmp_path)
+    assert [checkpoint_module.step_of(path) for path in found] == steps[-3:]
+    assert latest_checkpoint(tmp_path) == newest == folder / f"step_{2**62}.pt"
+    newest.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"step_1000000000.pt beside it is intact"):
+        checkpoint_module.read(newest)
+
+
+def test_a_run_goes_beyond_eight_digits(run, tmp_path):
+    run(steps=1).fit()
+    path = latest_checkpoint(tmp_path / "run")
+    content = checkpoint_module.read(path)
+    torch.save({**content, "step": 99_999_998}, path.with_name("step_99999998.pt"))
+    path.unlink()
+    run(steps=100_000_001, resume=True, checkpoint_every=1, sample_every=1).fit()
+    saved = [path.name for path in checkpoint_module.checkpoints(tmp_path / "run")]
+    assert saved == ["step_100000000.pt", "step_100000001.pt"]
+    assert run(steps=100_000_001, resume=True).step == 100_000_001
+    report = (tmp_path / "run/report.html").read_text()
+    assert report.index("step 99,999,999") < report.index("step 100,000,000")
