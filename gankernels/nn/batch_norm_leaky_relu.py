@@ -76,7 +76,8 @@ class _BatchNormActivation(_NormBase):
                 self.weight,
                 self.bias,
                 training,
-                self.momentum,
+                # As in PyTorch: without a counter there is nothing to average over.
+                self.momentum if self.num_batches_tracked is not None else self.momentum or 0.0,
                 self.eps,
                 self.negative_slope,
                 activation_first=self._activation_first,
