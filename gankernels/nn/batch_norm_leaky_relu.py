@@ -88,7 +88,8 @@ class _BatchNormActivation(Half, _BatchNorm):
                 self.weight,
                 self.bias,
                 training,
-                self.momentum,
+                # As in PyTorch: without a counter there is nothing to average over.
+                self.momentum if self.num_batches_tracked is not None else self.momentum or 0.0,
                 self.__dict__["eps"],
                 self.negative_slope,
                 activation_first=self._activation_first,
