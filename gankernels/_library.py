@@ -120,7 +120,7 @@ def _registered(op: str, kind: str) -> bool:
 def why_not(kind: str, device: torch.device | None = None) -> str | None:
     """Why there are no kernels for this kind of device, or None where there are.
 
-    Of CUDA's, where a `device` is given, also why that one cannot run them.
+    Of CUDA's also why this device, or the current one, cannot run them.
     """
     if _load_error:
         return _load_error
@@ -135,7 +135,7 @@ def why_not(kind: str, device: torch.device | None = None) -> str | None:
         if torch.version.hip is not None:
             return f"torch {torch.__version__} is built for ROCm, the kernels for CUDA"
         # Without a GPU there are only tensors that stand for some, as while tracing.
-        if device is None or not torch.cuda.is_available():
+        if not torch.cuda.is_available():
             return None
         return _driver_too_old() or _not_built_for(device)
     return f"there are kernels for cpu and cuda, none for {kind}"
@@ -155,7 +155,7 @@ def _driver_too_old() -> str | None:
     )
 
 
-def _not_built_for(device: torch.device) -> str | None:
+def _not_built_for(device: torch.device | None) -> str | None:
     """Why nothing in the build runs on this GPU's architecture, or None."""
     capability = torch.cuda.get_device_capability(device)
     if any(_runs(built, capability) for built in _record["cuda_architectures"]):
@@ -194,8 +194,6 @@ def build_info() -> dict:
         cuda_off = "torch finds no usable NVIDIA GPU" + (
             " (CUDA 13 needs driver 580 or newer)" if _record["cuda"].startswith("13") else ""
         )
-    if cuda_off is None:
-        cuda_off = why_not("cuda", torch.device("cuda", torch.cuda.current_device()))
     capability = _CPU_CAPABILITIES[torch.ops.gankernels.cpu_capability()] if LOADED else None
     return {
         "version": __version__,

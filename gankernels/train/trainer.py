@@ -612,10 +612,13 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.empty(1, device=torch.device(name)).device  # of "cuda", the current one
+        device = torch.device(name)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).split("\n")[0]
         raise ValueError(f"device {name!r} cannot be used: {first_line}") from error
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

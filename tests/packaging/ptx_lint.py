@@ -33,7 +33,9 @@ class Finding(NamedTuple):
 
 def lint_ptx(text: str) -> tuple[set[str], list[tuple[str, str]]]:
     """The kernels, and (kernel, what) of every finding."""
-    functions = re.split(r"^(?=(?:\.visible |\.weak )?\.(?:entry|func)\b)", text, flags=re.MULTILINE)
+    functions = re.split(
+        r"^(?=(?:\.visible |\.weak )?\.(?:entry|func)\b)", text, flags=re.MULTILINE
+    )
     shared = set(re.findall(r"\.shared\s[^;]*?([\w$]+)(?:\[[^\]]*\])*\s*;", text))
     kernels, findings = set(), []
     for function in functions[1:]:
