@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -49,6 +50,10 @@ LOADED = _load_error is None
 class use_backend(AbstractContextManager):  # noqa: N801  (reads as a function, like torch.no_grad)
     """Selects what computes the ops, as a function or as a context manager.
 
+    The choice is the whole process's. A context may be entered again, also inside itself; contexts
+    that end in another order than they began, as in threads and generators, leave the choice as it
+    was before the first when the last has ended.
+
     Args:
         name: ``"auto"`` uses compiled kernels wherever there are some; ``"reference"`` uses plain
             PyTorch throughout.
@@ -62,16 +67,36 @@ class use_backend(AbstractContextManager):  # noqa: N801  (reads as a function, 
             expected = layer(x)
     """
 
+    _entered: list[list] = []  # of every context that is open: itself, and the choice around it
+    _changing = threading.Lock()
+
     def __init__(self, name: str) -> None:
         global _backend
         if name not in _BACKENDS:
-            raise ValueError(f"use_backend: name is {name!r}; accepted are {_BACKENDS}")
-        self._previous = _backend
-        _backend = name
+            raise ValueError(f"name must be one of {_BACKENDS}, got {name!r}")
+        self._name = name
+        with self._changing:
+            self._before, _backend = [_backend], name
+
+    def __enter__(self) -> use_backend:
+        global _backend
+        with self._changing:
+            # The first time, what was chosen before this object was made.
+            around = self._before.pop() if self._before else _backend
+            self._entered.append([self, around])
+            _backend = self._name
+        return self
 
     def __exit__(self, *_: object) -> None:
         global _backend
-        _backend = self._previous
+        with self._changing:
+            entered = self._entered
+            i = max(i for i, (context, _) in enumerate(entered) if context is self)
+            _, around = entered.pop(i)
+            if i < len(entered):
+                entered[i][1] = around  # the next one was entered inside of this one
+            else:
+                _backend = around
 
 
 def called_while_tracing(function: Callable) -> Callable:

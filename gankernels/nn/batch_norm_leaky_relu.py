@@ -65,7 +65,7 @@ class _BatchNormActivation(Half, _BatchNorm):
         self.__dict__["eps"] = float.__float__(value) if isinstance(value, Eps) else value
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads only this by itself)
             if isinstance(input, Proxy):
                 return call_in_trace(self, input)
         self._check_input_dim(input)

@@ -1,9 +1,9 @@
 """A BatchNorm and an activation that :func:`gankernels.fuse` lets compute as one.
 
-The two stay where they are, and stay a BatchNorm and an activation to whoever asks: the norm's slot
-holds the fused layer, the activation's a layer that has nothing left to do. They are a pair as long
-as that is all there is to it. Whoever replaces or drops one of them, hooks into one, copies the norm
-or folds it into a convolution deals with two layers, so two layers they are again.
+The two stay where they are, and stay a BatchNorm and an activation to whoever asks: the norm's
+slot holds the fused layer, the activation's a layer that has nothing left to do. They are a pair as
+long as that is all there is to it. Whoever replaces or drops one of them, hooks into one, copies
+the norm or folds it into a convolution deals with two layers, so two layers they are again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Done(Half):
     __jit_ignored_attributes__ = ("_before_fusion",)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads only this by itself)
             if isinstance(input, Proxy):
                 return call_in_trace(self, input)
         return input
