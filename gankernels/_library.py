@@ -21,6 +21,8 @@ _BACKENDS = ("auto", "reference")
 _backend = "auto"
 _load_error: str | None = None
 _record: dict = {}
+_entered: list[list] = []  # of every use_backend that is open: itself, and the choice around it
+_changing = threading.Lock()
 _served: set[tuple[str, str]] = set()  # (kind of device, op)
 _warned: set[tuple[str, str]] = set()
 
@@ -67,34 +69,30 @@ class use_backend(AbstractContextManager):  # noqa: N801  (reads as a function, 
             expected = layer(x)
     """
 
-    _entered: list[list] = []  # of every context that is open: itself, and the choice around it
-    _changing = threading.Lock()
-
     def __init__(self, name: str) -> None:
         global _backend
         if name not in _BACKENDS:
             raise ValueError(f"name must be one of {_BACKENDS}, got {name!r}")
         self._name = name
-        with self._changing:
+        with _changing:
             self._before, _backend = [_backend], name
 
     def __enter__(self) -> use_backend:
         global _backend
-        with self._changing:
+        with _changing:
             # The first time, what was chosen before this object was made.
             around = self._before.pop() if self._before else _backend
-            self._entered.append([self, around])
+            _entered.append([self, around])
             _backend = self._name
         return self
 
     def __exit__(self, *_: object) -> None:
         global _backend
-        with self._changing:
-            entered = self._entered
-            i = max(i for i, (context, _) in enumerate(entered) if context is self)
-            _, around = entered.pop(i)
-            if i < len(entered):
-                entered[i][1] = around  # the next one was entered inside of this one
+        with _changing:
+            i = max(i for i, (context, _) in enumerate(_entered) if context is self)
+            _, around = _entered.pop(i)
+            if i < len(_entered):
+                _entered[i][1] = around  # the next one was entered inside of this one
             else:
                 _backend = around
 

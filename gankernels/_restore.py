@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _LIBRARIES = {"torch", "numpy", "builtins", "gankernels", *sys.stdlib_module_names} - {"__main__"}
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), Tensor, ModuleType, CodeType)
+_NOTHING = object()
 _SMALL = 1 << 20  # bytes of an array that is a counter or the like, not data
 
 
@@ -204,7 +205,7 @@ class _Snapshot:
                 with contextlib.suppress(AttributeError, TypeError):  # Python's own entries
                     if name not in before:
                         delattr(cls, name)
-                    elif vars(cls).get(name, undo) is not before[name]:
+                    elif vars(cls).get(name, _NOTHING) is not before[name]:
                         setattr(cls, name, before[name])
 
         self.undo.append(undo)
@@ -219,7 +220,7 @@ class _Snapshot:
         def undo() -> None:
             for name in used:
                 if name in before:
-                    if own.get(name, undo) is not before[name]:
+                    if own.get(name, _NOTHING) is not before[name]:
                         own[name] = before[name]
                 elif name in own and name in stored:
                     del own[name]

@@ -74,9 +74,9 @@ def fuse(
     case an ``nn.Sequential`` is still looked at where its owner only ever calls it as a whole.)
 
     The two stay a BatchNorm and an activation to code that asks by ``isinstance``, and become two
-    layers again, with a warning, where code needs two: where one of them is replaced or dropped, or
-    gets a hook, and where the BatchNorm is copied into another kind of norm
-    (``convert_sync_batchnorm``; setting ``sync`` keeps the fused layer) or folded into a convolution.
+    layers again, with a warning, where code needs two: where one of them is replaced or gets a
+    hook, and where the BatchNorm is folded into a convolution or made another kind of norm
+    (``convert_sync_batchnorm``; setting ``sync`` keeps the fused layer).
 
     ``forward`` is read as it goes at the time of the call: where it depends on attributes other
     than ``training``, set them first. Code that calls one of the two layers by itself from
@@ -119,6 +119,8 @@ def fuse(
             lines.append(f"fused {names[norm]} alone ({why}): {norm}")
         else:
             lines.append(f"left {names[norm]}: {why}")
+    if calls is not None:
+        calls.forget()
     for line in lines if report else ():
         report(line)
     return module
@@ -200,6 +202,11 @@ class _Calls:
                 if node.op == "call_module":
                     node.meta["module"] = owner.get_submodule(node.target)
                     self.nodes.setdefault(node.meta["module"], []).append(node)
+
+    def forget(self) -> None:
+        """Lets go of the layers, which the cycles in a graph would keep alive for some time."""
+        for node in itertools.chain(*self.nodes.values()):
+            node.meta.clear()
 
     def _hide(self, owner: nn.Module, error: str) -> None:
         """All that a forward that is not understood may call by itself."""
@@ -402,7 +409,7 @@ def _methods(cls: type) -> list[Callable[..., object]]:
         versions = [vars(c)[name] for c in cls.__mro__ if c is not nn.Module and name in vars(c)]
         for version in versions:
             method = inspect.unwrap(getattr(version, "fget", version))
-            if method in found or not inspect.isfunction(method):
+            if not inspect.isfunction(method) or method in found:
                 break
             found[method] = names_in(method.__code__)
             pending += found[method]

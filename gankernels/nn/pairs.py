@@ -8,6 +8,8 @@ the norm or folds it into a convolution deals with two layers, so two layers the
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import warnings
 import weakref
@@ -40,8 +42,9 @@ class Half(nn.Module):
             return
         for ref in vars(self)["_before_fusion"][1]:
             # A shallow copy, as nn.DataParallel makes them, is nobody's partner.
-            if (partner := ref()) is not None and self in _partners(partner):
-                take_apart(partner)
+            if (partner := ref()) is not None and any(p is self for p in _partners(partner)):
+                with contextlib.suppress(TypeError, ValueError):
+                    take_apart(partner)
 
 
 def _partners(layer: nn.Module) -> list[nn.Module | None]:
@@ -164,11 +167,10 @@ def _replaced(owner: nn.Module, name: str, layer: nn.Module | None) -> None:
         come_apart(before, "one of them is replaced")
 
 
-def _watch(register: Callable, hook: Callable, watched: set[Callable] = set()) -> None:  # noqa: B006
+@functools.cache
+def _watch(register: Callable, hook: Callable) -> None:
     """Lets PyTorch call ``hook`` for all that modules register from now on."""
-    if hook not in watched:
-        watched.add(hook)
-        register(hook)
+    register(hook)
 
 
 # ---- copies ------------------------------------------------------------------------------------
