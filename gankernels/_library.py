@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,6 +22,8 @@ _BACKENDS = ("auto", "reference")
 _backend = "auto"
 _load_error: str | None = None
 _record: dict = {}
+_entered: list[list] = []  # of every use_backend that is open: itself, and the choice around it
+_changing = threading.Lock()
 _served: set[tuple[torch.device, str]] = set()
 _warned: set[tuple[torch.device, str]] = set()
 
@@ -54,6 +57,10 @@ LOADED = _load_error is None
 class use_backend(AbstractContextManager):  # noqa: N801  (reads as a function, like torch.no_grad)
     """Selects what computes the ops, as a function or as a context manager.
 
+    The choice is the whole process's. A context may be entered again, also inside itself; contexts
+    that end in another order than they began, as in threads and generators, leave the choice as it
+    was before the first when the last has ended.
+
     Args:
         name: ``"auto"`` uses compiled kernels wherever there are some; ``"reference"`` uses plain
             PyTorch throughout.
@@ -70,13 +77,29 @@ class use_backend(AbstractContextManager):  # noqa: N801  (reads as a function, 
     def __init__(self, name: str) -> None:
         global _backend
         if name not in _BACKENDS:
-            raise ValueError(f"use_backend: name is {name!r}; accepted are {_BACKENDS}")
-        self._previous = _backend
-        _backend = name
+            raise ValueError(f"name must be one of {_BACKENDS}, got {name!r}")
+        self._name = name
+        with _changing:
+            self._before, _backend = [_backend], name
+
+    def __enter__(self) -> use_backend:
+        global _backend
+        with _changing:
+            # The first time, what was chosen before this object was made.
+            around = self._before.pop() if self._before else _backend
+            _entered.append([self, around])
+            _backend = self._name
+        return self
 
     def __exit__(self, *_: object) -> None:
         global _backend
-        _backend = self._previous
+        with _changing:
+            i = max(i for i, (context, _) in enumerate(_entered) if context is self)
+            _, around = _entered.pop(i)
+            if i < len(_entered):
+                _entered[i][1] = around  # the next one was entered inside of this one
+            else:
+                _backend = around
 
 
 def called_while_tracing(function: Callable) -> Callable:
