@@ -14,7 +14,7 @@ from gankernels.train import Callback, report, start
 from gankernels.train.callbacks import Metrics, Score
 from gankernels.train.files import append
 
-TINY = {"size": 8, "batch_size": 4, "device": "cpu", "log_every": 1, "sample_every": 1}
+TINY = {"width": 4, "size": 8, "batch_size": 4, "device": "cpu", "log_every": 1, "sample_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def images(tmp_path_factory):
 def finished(images, tmp_path_factory):
     """A run of two steps."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    start("gan", data=images, steps=2, out=str(out), keep=1, **TINY).fit()
+    start("cdcgan", data=images, steps=2, out=str(out), keep=1, **TINY).fit()
     (out / "scores.json").write_text('{"frechet": 1.0}')
     return out
 
@@ -46,7 +46,7 @@ def resume(images, copy):
     def go_on(steps=3, *callbacks):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            trainer = start("gan", data=images, steps=steps, out=str(copy), resume=True)
+            trainer = start("cdcgan", data=images, steps=steps, out=str(copy), resume=True)
             trainer.callbacks.extend(callbacks)
             trainer.fit()
         assert trainer.step == steps
@@ -154,10 +154,14 @@ DAMAGE = {
     "config: empty": ("config.json", content(b""), None),
     "config: NULs": ("config.json", content(bytes(300)), None),
     "config: a list": ("config.json", content(b"[]"), None),
-    "config: of another format": ("config.json", content(b'{"format": 7, "model": "gan"}'), None),
+    "config: of another format": (
+        "config.json",
+        content(b'{"format": 7, "model": "cdcgan"}'),
+        None,
+    ),
     "config: wrong values": (
         "config.json",
-        content(b'{"format": 1, "model": "gan", "batch_size": "many"}'),
+        content(b'{"format": 1, "model": "cdcgan", "batch_size": "many"}'),
         None,
     ),
     "config: no UTF-8": ("config.json", content(b'{"\xff": 1}'), None),
@@ -240,7 +244,7 @@ def test_all_of_it_is_gone_but_the_checkpoint(copy, resume):
 def test_settings_without_a_checkpoint(images, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.warns(RuntimeWarning, match=r"config\.json .*: the run begins anew"):
-        trainer = start("gan", data=images, steps=1, out=str(tmp_path), resume=True, **TINY)
+        trainer = start("cdcgan", data=images, steps=1, out=str(tmp_path), resume=True, **TINY)
     assert trainer.step == 0
 
 
