@@ -2,7 +2,7 @@
 
 Errors of the user's making (UserError) print one line and end with status 2; a run that diverged
 ends with status 1, an interruption with 130. Whatever else is raised is a defect and keeps its
-traceback. Nothing is printed before what it tells of is safe, and a reader who has gone is no error.
+traceback. What is told of is safe before, and a reader who has gone is no error.
 """
 
 from __future__ import annotations

@@ -203,8 +203,9 @@ def set_aside(path: Path, why: str) -> Path:
 def append(path: Path, content: bytes) -> None:
     """Write to the end of a file, which is made where it does not exist."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(beyond_streams(os.open(path, flags, 0o666)), "ab") as file:
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(beyond_streams(os.open(target, flags, 0o666)), "ab") as file:
         file.write(content)
 
 

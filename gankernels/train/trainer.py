@@ -244,6 +244,10 @@ class Trainer:
                 self._show_samples(self.run / "samples" / f"step_{self.step:08d}.png")
             if path is not None:
                 self.tell("on_checkpoint", path)
+            if self._failure is not None and not last and self.ranks.size == 1:
+                last = True
+                if path is None:
+                    self._save()
         self._show_samples(self.run / "samples.png")
 
     def stop(self) -> None:

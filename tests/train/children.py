@@ -24,19 +24,23 @@ ENVIRONMENT = {
 LAZY = ("torch._dynamo", "PIL.PngImagePlugin")
 
 
-def start(arguments, log, largest_file=None):
-    """`gankernels` with these arguments as a process of its own; what it prints goes to `log`."""
+def start(arguments, log, largest_file=None, prepare=None, prepare_with=None):
+    """`gankernels` with these arguments as a process of its own; what it prints goes to `log`.
+
+    Before, it calls `prepare(prepare_with)`, a function that can be imported.
+    """
     CONTEXT.set_forkserver_preload(["children", "gankernels.cli", "gankernels.train", *LAZY])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         forkserver.ensure_running()
-    process = CONTEXT.Process(target=run, args=(list(map(str, arguments)), str(log), largest_file))
+    more = str(log), largest_file, prepare, prepare_with
+    process = CONTEXT.Process(target=run, args=(list(map(str, arguments)), *more))
     process.start()
     return process
 
 
-def run(arguments, log, largest_file):
+def run(arguments, log, largest_file, prepare, prepare_with):
     assert len(os.listdir(f"/proc/{os.getppid()}/task")) == 1
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
@@ -45,4 +49,6 @@ def run(arguments, log, largest_file):
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     from gankernels.cli import main
 
+    if prepare is not None:
+        prepare(prepare_with)
     sys.exit(main(arguments))
