@@ -1,5 +1,6 @@
 # make demo       train a conditional GAN on real handwritten digits and write a picture
 # make test       set everything up and run all tests
+# make oldest     run the tests of data, training and the command line with the oldest dependencies
 # make bench      compare the kernels with eager PyTorch and torch.compile
 # make gpu-check  run everything that needs an NVIDIA GPU: tests, compute-sanitizer, CUDA graphs,
 #                 benchmarks; WHEEL=path tests a wheel, OUT=folder sets where results go; installs
@@ -19,7 +20,7 @@ DIST ?= dist
 
 ready = $$($(PYTHON) .ci/prepare.py --torch "$(TORCH)" $(1))
 
-.PHONY: demo test bench gpu-check wheel lint ptx-lint docs clean
+.PHONY: demo test oldest bench gpu-check wheel lint ptx-lint docs clean
 
 demo:
 	@python=$(call ready,train) && \
@@ -30,6 +31,12 @@ demo:
 
 test:
 	@python=$(call ready,train test) && $$python -m pytest
+
+# The library fits every Python and every torch; so does the one built in place.
+oldest:
+	@python=$(call ready,test) && oldest=$$($$python .ci/oldest.py "$(TORCH)") && \
+	$$oldest -m pytest tests/data tests/games tests/metrics tests/models tests/train \
+	  tests/test_cli.py tests/test_report.py
 
 bench:
 	@python=$(call ready,test) && export PYTHONPATH=. && \

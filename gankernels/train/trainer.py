@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 import gankernels
 from gankernels._console import describe, warn
+from gankernels._memory import require
 from gankernels._modes import evaluating
 from gankernels._paths import expand
 from gankernels._shard import shard
 from gankernels.data import BatchLoader, ImageData, ImageFiles, to_float
 from gankernels.games import Batch, Game, Player
-from gankernels.train import checkpoint
+from gankernels.train import archive, checkpoint
 from gankernels.train.adam import Adam
 from gankernels.train.callbacks import Board, Callback, Metrics, Progress, Report, Score
 from gankernels.train.config import Config, to_dict
@@ -43,6 +44,8 @@ GRID = 80
 AGREE_EVERY = 10
 #: Below this the gradients have been infinite or NaN some thirty times in a row.
 LEAST_SCALE = 1e-4
+#: Bytes that a step leaves behind until its iteration ends, and that a process takes, at least.
+LEAST_STEP, LEAST_WORKER = 1024, 16 * 1024**2
 
 Loss = Callable[[Batch, torch.Generator], dict[str, Tensor]]
 
@@ -103,6 +106,10 @@ class Trainer:
             torch.manual_seed((config.seed + self.ranks.rank) % 2**64)  # each drops out on its own
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
         self.players = game.players()
+        steps = sum(player.steps for player in self.players)
+        require(steps * LEAST_STEP, f"an iteration of {steps} steps")
+        if not self.resident:
+            require(config.workers * LEAST_WORKER, f"workers={config.workers}")
         self.parameters = {
             player.name: [p for p in player.network.parameters() if p.requires_grad]
             for player in self.players
@@ -532,6 +539,7 @@ class Trainer:
             )
         if content["optimizers"].keys() != self.optimizers.keys():
             raise checkpoint.CheckpointError(f"{path} is of another game than {self.game.name}")
+        self._check(content, path)
         checkpoint.load_state(self.game, content["game"], path)
         if self.average is not None:
             checkpoint.load_state(self.average, content["ema"], path)
@@ -555,6 +563,37 @@ class Trainer:
             )
         self._close_loader()
         self.call = self._graphs() or run_eagerly  # what was captured holds older tensors
+
+    def _check(self, content: dict[str, Any], path: Path) -> None:
+        """Raises CheckpointError unless all states can be used, and changes nothing."""
+        checkpoint.compare(self.game, content["game"], path)
+        if self.average is not None:
+            checkpoint.compare(self.average, content["ema"], path)
+        rngs, rng = (content["rng"], *content["default_rng"]), self.rng.get_state()
+        scalers = {name: scaler.state_dict() for name, scaler in self.scalers.items()}
+        with checkpoint.checking(path):
+            archive.conform(rngs, [rng] * len(rngs), "rng")
+            archive.conform(content["scalers"], scalers, "scalers")
+        for state in rngs:
+            with checkpoint.rehearsing(path, "rng"):
+                torch.Generator(self.device).set_state(state.cpu())
+        for player in self.players:
+            name = player.name
+            parameters = [torch.zeros_like(p) for p in self.parameters[name]]
+            for parameter in parameters:
+                parameter.requires_grad_().grad = torch.zeros_like(parameter)
+            optimizer, state = make_optimizer(player, parameters), content["optimizers"][name]
+            optimizer.step()
+            with checkpoint.checking(path):
+                archive.conform_optimizer(
+                    state, optimizer.state_dict(), f"optimizers.{name}", content["step"] > 0
+                )
+            scaler = torch.amp.GradScaler(self.device.type, enabled=self.scalers[name].is_enabled())
+            with checkpoint.rehearsing(path, f"the state of player {name!r}"):
+                scaler.load_state_dict(content["scalers"][name])
+                scaler.scale(torch.zeros((), device=self.device))
+                optimizer.load_state_dict(copy.deepcopy(state))  # which it would write to
+                optimizer.step()
 
     def _graphs(self) -> Graphs | None:
         if not self.config.graph or self.device.type != "cuda" or self.ranks.size > 1:
@@ -617,8 +656,8 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # of "meta" there is no value
+    except (RuntimeError, AssertionError, ImportError) as error:
         first_line = str(error).split("\n")[0]
         raise ValueError(f"device {name!r} cannot be used: {first_line}") from error
     if device == torch.device("cuda"):

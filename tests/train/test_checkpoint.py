@@ -1,5 +1,6 @@
 """Nothing is lost: checkpoints are complete, atomic, and resumed bit for bit."""
 
+import copy
 import errno
 import json
 import pickle
@@ -7,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from gankernels.train import CheckpointError, Config, Trainer, latest_checkpoint, load_game
+from gankernels.train import CheckpointError, Config, Trainer, latest_checkpoint, load_game, start
 from gankernels.train import checkpoint as checkpoint_module
 
 SMALL = {
@@ -260,3 +261,113 @@ def test_a_run_goes_beyond_eight_digits(run, tmp_path):
     assert run(steps=100_000_001, resume=True).step == 100_000_001
     report = (tmp_path / "run/report.html").read_text()
     assert report.index("step 99,999,999") < report.index("step 100,000,000")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A trainer of a tiny game after a step, and what its checkpoint holds."""
+    run = tmp_path_factory.mktemp("whole")
+    tiny = {"size": 8, "batch_size": 4, "width": 1, "latent_dim": 3, "device": "cpu"}
+    trainer = start("cdcgan", out=str(run), precision="fp32", **tiny)
+    trainer.iterate()
+    return trainer, torch.load(trainer.save(), weights_only=True)
+
+
+def parts_of(value, path=()):
+    """The paths of all parts, but only of the first of many parameters or weights."""
+    keys = range(len(value)) if isinstance(value, list) else value
+    for i, key in enumerate(keys):
+        yield (*path, key)
+        if isinstance(value[key], (dict, list)) and (len(path) < 2 or i == 0):
+            yield from parts_of(value[key], (*path, key))
+
+
+EMPTY = torch.empty(0)
+
+
+@pytest.mark.parametrize("change", ["gone", None, EMPTY, "x", [], 10**30])
+def test_a_part_that_is_missing_or_of_another_kind(whole, tmp_path, change):
+    trainer, content = whole
+    path = tmp_path / "a.pt"
+    before = copy.deepcopy(trainer.state_dict())
+    refused = set()
+    for part in parts_of(content):
+        *parents, last = part
+        damaged = copy.deepcopy(content)
+        parent = damaged
+        for key in parents:
+            parent = parent[key]
+        if isinstance(change, str) and change == "gone":
+            del parent[last]
+        else:
+            parent[last] = change
+        torch.save(damaged, path)
+        for use in (load_game, lambda path: trainer._check(checkpoint_module.read(path), path)):
+            try:
+                use(path)
+            except (CheckpointError, ValueError) as error:
+                assert str(path) in str(error)
+                refused.add(part)
+    after = tensors(trainer.state_dict())
+    for name, value in tensors(before).items():
+        same = torch.equal if isinstance(value, torch.Tensor) else type(value).__eq__
+        assert same(value, after[name]), name
+    assert refused >= {(name,) for name in content}
+    for player in ("discriminator", "generator"):
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            assert ("optimizers", player, "state", 0, name) in refused
+        assert ("optimizers", player, "param_groups", 0, "lr") in refused
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        (
+            ("optimizers", "generator", "state", 0, "step"),
+            EMPTY,
+            "step must be a tensor of float32",
+        ),
+        (("rng",), torch.zeros(5056, dtype=torch.uint8), "rng cannot be used: "),
+        (("step",), -1, "step and spec must not be negative"),
+        (("step",), True, "step must be a int, got True"),
+        (("config", "model"), "gan", "holds other networks than these"),
+        (("config", "latent_dim"), 10**9, "holds other networks than these"),
+        (("config", "latent_dim"), 2**62, "the networks of these settings are too large"),
+        (("config", "zzz"), 1, "unknown setting 'zzz'"),
+        (("spec", "size"), 2**40, "holds other networks than these"),
+        (("ema",), None, "state must be a mapping"),
+    ],
+)
+def test_what_is_wrong_with_a_part_is_said(whole, tmp_path, part, value, message):
+    trainer, content = whole
+    *parents, last = part
+    damaged = parent = copy.deepcopy(content)
+    for key in parents:
+        parent = parent[key]
+    parent[last] = value
+    path = tmp_path / "a.pt"
+    torch.save(damaged, path)
+    with pytest.raises(CheckpointError, match=message):
+        (load_game if part[0] == "config" or part[0] == "spec" else trainer.load)(path)
+
+
+def test_weights_that_are_not_finite(whole, tmp_path):
+    trainer, content = whole
+    damaged = copy.deepcopy(content)
+    damaged["game"]["discriminator.head.bias"].fill_(torch.nan)
+    torch.save(damaged, tmp_path / "a.pt")
+    for use in (load_game, trainer.load):
+        with pytest.raises(CheckpointError, match=r"not finite: discriminator.head.bias"):
+            use(tmp_path / "a.pt")
+
+
+def test_many_damaged_checkpoints_are_read_once_each(tmp_path, monkeypatch):
+    for step in range(12):
+        (tmp_path / f"step_{step:08d}.pt").write_bytes(b"PK")
+    load, read = checkpoint_module.archive.load, []
+    monkeypatch.setattr(
+        checkpoint_module.archive, "load", lambda *a: (read.append(a[0]), load(*a))[1]
+    )
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint_module.read(tmp_path / "step_00000011.pt")
+    assert len(read) == 12
