@@ -1,14 +1,17 @@
-# make demo       train a conditional GAN on real handwritten digits and leave a picture
+# make demo       train a conditional GAN on real handwritten digits and write a picture
 # make test       set everything up and run all tests
-# make bench      the kernels against eager PyTorch and torch.compile
-# make gpu-check  all that takes an NVIDIA GPU: tests, compute-sanitizer, CUDA graphs, benchmarks;
-#                 WHEEL=path checks a wheel, OUT=folder takes the results; installs nothing
-# make wheel      a wheel that can be published, for every Python and all GPUs, in DIST
-# make lint       formatting and static checks
-# make ptx-lint   what nvcc makes of the kernels for every GPU: address spaces, spilled registers
+# make oldest     run the tests of data, training and the command line with the oldest dependencies
+# make bench      compare the kernels with eager PyTorch and torch.compile
+# make gpu-check  run everything that needs an NVIDIA GPU: tests, compute-sanitizer, CUDA graphs,
+#                 benchmarks; WHEEL=path tests a wheel, OUT=folder sets where results go; installs
+#                 nothing
+# make wheel      build a wheel that can be published, for every Python and all GPUs, in DIST
+# make lint       check formatting and run the linters
+# make ptx-lint   check what nvcc makes of the kernels for every GPU: address spaces, spills
+# make docs       build the documentation as a website, in site/
 #
-# Each sets up what it needs: see .ci/prepare.py. TORCH is what pip installs where there is no
-# suitable torch; PyPI's Linux build brings CUDA with it, pytorch.org says how to get another.
+# Each target sets up what it needs: see .ci/prepare.py. TORCH is what pip installs if there is no
+# suitable torch; torch from PyPI includes CUDA on Linux, pytorch.org shows how to get another build.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,7 +20,7 @@ DIST ?= dist
 
 ready = $$($(PYTHON) .ci/prepare.py --torch "$(TORCH)" $(1))
 
-.PHONY: demo test bench gpu-check wheel lint ptx-lint clean
+.PHONY: demo test oldest bench gpu-check wheel lint ptx-lint docs clean
 
 demo:
 	@python=$(call ready,train) && \
@@ -28,6 +31,12 @@ demo:
 
 test:
 	@python=$(call ready,train test) && $$python -m pytest
+
+# The library fits every Python and every torch; so does the one built in place.
+oldest:
+	@python=$(call ready,test) && oldest=$$($$python .ci/oldest.py "$(TORCH)") && \
+	$$oldest -m pytest tests/data tests/games tests/metrics tests/models tests/train \
+	  tests/test_cli.py tests/test_report.py
 
 bench:
 	@python=$(call ready,test) && export PYTHONPATH=. && \
@@ -62,6 +71,11 @@ ptx-lint:
 	  --build-temp build/every_gpu --build-lib build/every_gpu/lib && \
 	$$python tests/packaging/ptx_lint.py build/every_gpu
 
+# --strict makes a broken link or reference an error. The variable hides an advertisement.
+docs:
+	@python=$(call ready,docs) && NO_MKDOCS_2_WARNING=1 $$python -m mkdocs build --strict --quiet && \
+	echo "documentation: site/index.html"
+
 clean:
-	rm -rf build dist *.egg-info gankernels/libgankernels.so gankernels/_build.json \
+	rm -rf build dist site *.egg-info gankernels/libgankernels.so gankernels/_build.json \
 	  tests/emulation/build

@@ -2,8 +2,9 @@
 
 Builds the kernels in place, or takes a wheel (WHEEL=path), and runs in stages of a limited time
 each: the environment; the tests of the CPU on CUDA; CUDA graphs, streams and torch.compile;
-compute-sanitizer's memcheck and racecheck; benchmarks of the kernels, then of whole training
-iterations. A stage that fails does not keep the next
+compute-sanitizer's memcheck, racecheck, synccheck and initcheck; benchmarks of the kernels, then of
+whole training iterations. Tests run beside tests and the sanitizer's tools beside each other,
+benchmarks alone. A stage that fails does not keep the next
 from running, and the exit status tells. The table is printed, the figures are written as JSON, with
 all output in a log beside it, to $OUT or to benchmarks/results. Installs nothing: what is missing
 is named, and what it would have been for is left out.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -25,6 +27,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -68,6 +71,7 @@ class Stage:
     must_say: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     skip_because: str = ""
+    together: str = ""  # neighbours of the same word run at the same time
 
 
 @dataclass
@@ -127,7 +131,7 @@ def last_line(output: str) -> str:
 
 
 def stages(wheel: bool) -> list[Stage]:
-    """Their budgets add up to less than ten minutes."""
+    """What runs together counted once, their budgets add up to less than ten minutes."""
     python = sys.executable
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT]
     tests += ["-c", ROOT / "pyproject.toml", "-m", "cuda"]
@@ -143,23 +147,28 @@ def stages(wheel: bool) -> list[Stage]:
 
     def sanitizer(tool: str, must_say: str) -> Stage:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        if tool == "memcheck":  # torch asks for driver functions that are not there, and goes on
+            command += ["--report-api-errors", "no"]
         found = shutil.which(command[0], path=search_path())
         skip = "" if found else "compute-sanitizer is not on the PATH"
         command[0] = found or command[0]
-        return Stage(tool, [*command, python, OPS, "--once"], 45, must_say, separate, skip)
+        command += [python, OPS, "--once"]
+        return Stage(tool, command, 110, must_say, separate, skip, "sanitizers")
 
     return [
         Stage("build", build, 90, "", build_settings(), "a wheel was given" if wheel else ""),
         Stage("environment", [python, "-c", ENVIRONMENT], 20),
-        Stage("tests", [*tests, *parallel, *same], 150, r"\d passed", {}, no_pytest),
+        Stage("tests", [*tests, *parallel, *same], 190, r"\d passed", {}, no_pytest, "tests"),
         Stage(
             "graphs, streams, compile",
-            [*tests, *parallel, ROOT / "tests" / "cuda"], 50, r"\d passed", {}, no_pytest,
+            [*tests, ROOT / "tests" / "cuda"], 190, r"\d passed", {}, no_pytest, "tests",
         ),
         sanitizer("memcheck", "ERROR SUMMARY: 0 errors"),
         sanitizer("racecheck", "RACECHECK SUMMARY: 0 hazards"),
+        sanitizer("synccheck", "ERROR SUMMARY: 0 errors"),
+        sanitizer("initcheck", "ERROR SUMMARY: 0 errors"),
         Stage("benchmarks", [python, OPS], 110),
-        Stage("training", [python, TRAINING, *on_cuda], 85, "keras cgan", {}, no_pillow),
+        Stage("training", [python, TRAINING, *on_cuda], 75, "keras cgan", {}, no_pillow),
     ]  # fmt: skip
 
 
@@ -180,6 +189,33 @@ def nvidia_smi(query: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+# The oldest driver that runs a toolkit's programs, by the toolkit's major version.
+DRIVERS = {"12": 525, "13": 580}
+
+
+def cuda_version(wheel: Path | None) -> str | None:
+    """Of the toolkit that the kernels are, or will be, built with."""
+    if wheel:
+        archive, record = zipfile.ZipFile(wheel), "gankernels/_build.json"
+        return json.loads(archive.read(record))["cuda"] if record in archive.namelist() else None
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc", path=search_path())
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release ([\d.]+)", said)
+    return found and found[1]
+
+
+def opening(wheel: Path | None) -> str:
+    """The first line: what is checked on what, and whether its driver can run it at all."""
+    driver, cuda = nvidia_smi("driver_version"), cuda_version(wheel)
+    line = f"{nvidia_smi('name')}, driver {driver}, kernels of CUDA {cuda}"
+    needed = DRIVERS.get((cuda or "").split(".")[0])
+    if needed and driver.split(".")[0].isdecimal() and int(driver.split(".")[0]) < needed:
+        line += f", WHICH NEED DRIVER {needed} OR NEWER: all of them will run as plain PyTorch"
+    return line
 
 
 def build_settings() -> dict[str, str]:
@@ -347,17 +383,23 @@ def describe(found: dict) -> str:
 def run_all(planned: Sequence[Stage], folder: Path, log: Path) -> list[Result]:
     """Runs every stage, whatever became of those before it."""
     results = []
-    with log.open("w") as file:
-        for stage in planned:
-            print(f"gpu-check: {stage.name} ...", flush=True)
-            result = run_stage(stage, folder)
-            file.write(f"==== {stage.name}: {result.status}\n{result.output}\n")
-            file.flush()
-            if result.status in ("failed", "timed out"):
-                print(f"gpu-check: {stage.name} {result.status}: {result.note}")
-                print("\n".join(result.output.splitlines()[-25:]), flush=True)
-            results.append(result)
+    with log.open("w") as file, ThreadPoolExecutor(len(planned) or 1) as pool:
+        for group in groups(planned):
+            print(f"gpu-check: {'; '.join(stage.name for stage in group)} ...", flush=True)
+            for result in pool.map(lambda stage: run_stage(stage, folder), group):
+                file.write(f"==== {result.name}: {result.status}\n{result.output}\n")
+                file.flush()
+                if result.status in ("failed", "timed out"):
+                    print(f"gpu-check: {result.name} {result.status}: {result.note}")
+                    print("\n".join(result.output.splitlines()[-25:]), flush=True)
+                results.append(result)
     return results
+
+
+def groups(planned: Sequence[Stage]) -> list[list[Stage]]:
+    """What runs at the same time, in order."""
+    numbered = itertools.groupby(enumerate(planned), lambda at: at[1].together or at[0])
+    return [[stage for _, stage in group] for _, group in numbered]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -373,6 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if nvidia_smi("name") == "unknown" and not Path("/dev/nvidiactl").exists():
         print("gpu-check: there is no NVIDIA GPU here, or nvidia-smi does not find it")
         return 1
+    print(f"gpu-check: {opening(arguments.wheel)}", flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     log = arguments.out.resolve() / "gpu_check.log"
     with tempfile.TemporaryDirectory() as unpacked:

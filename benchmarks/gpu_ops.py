@@ -1,8 +1,10 @@
 """Every op on a GPU: one pass at a time against the roofline, whole steps against PyTorch.
 
 ``python benchmarks/gpu_ops.py`` measures and prints one JSON object per line, so that what is done
-is kept where time runs out: first the ceilings, then a row for every case. ``--once`` runs each
-kernel once on small shapes, for compute-sanitizer. gpu_check.py calls both and makes the table.
+is kept where time runs out: first the ceilings, then a row for every case. Each op has a process of
+its own, since an error of a kernel leaves nothing behind that could measure others. ``--once`` runs
+each kernel once on small shapes, for compute-sanitizer. gpu_check.py calls both and makes the
+table.
 
 Times are those of CUDA graphs of many calls, for all contenders alike: launches by the host, which
 depend on the host, are no part of them. What fits into L2 stays there from call to call.
@@ -18,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from gankernels.ops import minibatch_stddev as stddev
 Run = Callable[[], object]
 _ops = torch.ops.gankernels
 
+CEILINGS = "ceilings"
 SLOPE, EPS = 0.2, 1e-5
 LARGE = 256 << 20  # bytes of a tensor from which on no cache helps
 LAUNCH_BOUND = 1 << 20  # bytes of a tensor that a launch costs more than
@@ -424,32 +427,42 @@ def measure(case: Case) -> dict:
             row["seconds"][name] = seconds_of(run)
             if name == "ours" and case.bar and case.bar[0] == "launches":
                 row["launches"] = launches_of(run)
+        torch.cuda.empty_cache()
     except Exception as error:  # for want of memory, say: other rows are measured all the same
         row["errors"][name] = f"{type(error).__name__}: {error}"
-    torch.cuda.empty_cache()
     return row
+
+
+def measure_apart(ops: Sequence[str]) -> int:
+    """Runs this script for the ceilings and for each op; the exit status of the worst."""
+    commands = [[sys.executable, __file__, "--only", name] for name in (CEILINGS, *ops)]
+    return max(abs(subprocess.run(command).returncode) for command in commands)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--once", action="store_true", help="small shapes, once, untimed")
-    parser.add_argument("--only", default="", help="ops whose name contains this")
+    parser.add_argument("--only", default="", help=f"one op, or {CEILINGS!r}, in this process")
     arguments = parser.parse_args()
     if arguments.once:
         count = 0
         for case in small_cases():
-            if arguments.only in case.op:
+            if arguments.only in ("", case.op):
                 # Of CUDA kernels only our own run.
                 contenders(case, drawn_on="cpu")["ours"]()
                 count += 1
         torch.cuda.synchronize()
         print(f"ran {count} cases")
         return
-    print(json.dumps({"copy_bytes_per_second": copy_bandwidth()}), flush=True)
-    print(json.dumps({"additions": addition_rate()}), flush=True)
+    if not arguments.only:
+        sys.exit(measure_apart(list(_MAKERS)))
+    if arguments.only == CEILINGS:
+        print(json.dumps({"copy_bytes_per_second": copy_bandwidth()}), flush=True)
+        print(json.dumps({"additions": addition_rate()}), flush=True)
+        return
     failed = 0
     for case in cases():
-        if arguments.only in case.op:
+        if arguments.only == case.op:
             row = measure(case)
             failed += "ours" in row["errors"]
             print(json.dumps({"row": row}), flush=True)

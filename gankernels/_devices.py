@@ -17,8 +17,11 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.empty(1, device=torch.device(name)).device  # of "cuda", the current one
-    except (RuntimeError, AssertionError) as error:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # of "meta" there is no value
+    except (RuntimeError, AssertionError, ImportError) as error:
         first_line = str(error).split("\n")[0]
         raise ValueError(f"device {name!r} cannot be used: {first_line}") from error
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", torch.cuda.current_device())
     return device

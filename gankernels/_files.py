@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gankernels._console import describe, warn
+from gankernels._memory import require, size
 
 #: Bytes that file systems allow a name.
 LONGEST_NAME = 255
@@ -203,8 +204,9 @@ def set_aside(path: Path, why: str) -> Path:
 def append(path: Path, content: bytes) -> None:
     """Write to the end of a file, which is made where it does not exist."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(beyond_streams(os.open(path, flags, 0o666)), "ab") as file:
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(beyond_streams(os.open(target, flags, 0o666)), "ab") as file:
         file.write(content)
 
 
@@ -335,11 +337,31 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def require_disk(needed: int, path: Path, what: str) -> None:
+    """Raises ValueError, beginning with `what`, where the disk of `path` has not so many bytes."""
+    folder = path.absolute().parent
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{what} needs {size(needed)} of disk or more, {size(free)} are free")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. OSError for what is none: a FIFO has the reader wait for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
 def read_json(path: Path) -> Any:
     """Raises ValueError, naming the file, where it is not JSON."""
-    if path.exists() and not path.is_file():  # nobody may ever write into a pipe
-        raise ValueError(f"{path} is no file")
+    with open_regular(path) as file:
+        require(10 * os.fstat(file.fileno()).st_size, f"reading {path}")
+        content = file.read()
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits
         raise ValueError(f"{path} is not a JSON file: {describe(error)}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,6 +22,8 @@ _BACKENDS = ("auto", "reference")
 _backend = "auto"
 _load_error: str | None = None
 _record: dict = {}
+_entered: list[list] = []  # of every use_backend that is open: itself, and the choice around it
+_changing = threading.Lock()
 _served: set[tuple[torch.device, str]] = set()
 _warned: set[tuple[torch.device, str]] = set()
 
@@ -54,6 +57,10 @@ LOADED = _load_error is None
 class use_backend(AbstractContextManager):  # noqa: N801  (reads as a function, like torch.no_grad)
     """Selects what computes the ops, as a function or as a context manager.
 
+    The choice is the whole process's. A context may be entered again, also inside itself; contexts
+    that end in another order than they began, as in threads and generators, leave the choice as it
+    was before the first when the last has ended.
+
     Args:
         name: ``"auto"`` uses compiled kernels wherever there are some; ``"reference"`` uses plain
             PyTorch throughout.
@@ -70,13 +77,29 @@ class use_backend(AbstractContextManager):  # noqa: N801  (reads as a function, 
     def __init__(self, name: str) -> None:
         global _backend
         if name not in _BACKENDS:
-            raise ValueError(f"use_backend: name is {name!r}; accepted are {_BACKENDS}")
-        self._previous = _backend
-        _backend = name
+            raise ValueError(f"name must be one of {_BACKENDS}, got {name!r}")
+        self._name = name
+        with _changing:
+            self._before, _backend = [_backend], name
+
+    def __enter__(self) -> use_backend:
+        global _backend
+        with _changing:
+            # The first time, what was chosen before this object was made.
+            around = self._before.pop() if self._before else _backend
+            _entered.append([self, around])
+            _backend = self._name
+        return self
 
     def __exit__(self, *_: object) -> None:
         global _backend
-        _backend = self._previous
+        with _changing:
+            i = max(i for i, (context, _) in enumerate(_entered) if context is self)
+            _, around = _entered.pop(i)
+            if i < len(_entered):
+                _entered[i][1] = around  # the next one was entered inside of this one
+            else:
+                _backend = around
 
 
 def called_while_tracing(function: Callable) -> Callable:
@@ -120,7 +143,7 @@ def _registered(op: str, kind: str) -> bool:
 def why_not(kind: str, device: torch.device | None = None) -> str | None:
     """Why there are no kernels for this kind of device, or None where there are.
 
-    Of CUDA's, where a `device` is given, also why that one cannot run them.
+    Of CUDA's also why this device, or the current one, cannot run them.
     """
     if _load_error:
         return _load_error
@@ -135,7 +158,7 @@ def why_not(kind: str, device: torch.device | None = None) -> str | None:
         if torch.version.hip is not None:
             return f"torch {torch.__version__} is built for ROCm, the kernels for CUDA"
         # Without a GPU there are only tensors that stand for some, as while tracing.
-        if device is None or not torch.cuda.is_available():
+        if not torch.cuda.is_available():
             return None
         return _driver_too_old() or _not_built_for(device)
     return f"there are kernels for cpu and cuda, none for {kind}"
@@ -155,7 +178,7 @@ def _driver_too_old() -> str | None:
     )
 
 
-def _not_built_for(device: torch.device) -> str | None:
+def _not_built_for(device: torch.device | None) -> str | None:
     """Why nothing in the build runs on this GPU's architecture, or None."""
     capability = torch.cuda.get_device_capability(device)
     if any(_runs(built, capability) for built in _record["cuda_architectures"]):
@@ -194,8 +217,6 @@ def build_info() -> dict:
         cuda_off = "torch finds no usable NVIDIA GPU" + (
             " (CUDA 13 needs driver 580 or newer)" if _record["cuda"].startswith("13") else ""
         )
-    if cuda_off is None:
-        cuda_off = why_not("cuda", torch.device("cuda", torch.cuda.current_device()))
     capability = _CPU_CAPABILITIES[torch.ops.gankernels.cpu_capability()] if LOADED else None
     return {
         "version": __version__,

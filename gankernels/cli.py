@@ -2,7 +2,7 @@
 
 Errors of the user's making (UserError) print one line and end with status 2; a run that diverged
 ends with status 1, an interruption with 130. Whatever else is raised is a defect and keeps its
-traceback. Nothing is printed before what it tells of is safe, and a reader who has gone is no error.
+traceback. What is told of is safe before, and a reader who has gone is no error.
 """
 
 from __future__ import annotations
@@ -18,21 +18,35 @@ from gankernels._console import fill_descriptors, is_terminal, say, settle
 from gankernels._paths import expand
 
 PROGRAM = "gankernels"
+#: Characters of a message: more than any of ours has, unless it quotes what it was given.
+LONGEST = 1000
 
 
 class UserError(Exception):
-    """Something that the user can put right; the message says what."""
+    """Something that the user can put right; the message says what, in one line of bearable length.
+
+    What is quoted in it may be anything: the whole of a file, say, or a name with a line break.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[:LONGEST])
+        super().__init__(line + (" ..." if len(message) > LONGEST else ""))
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Inside, what bad input raises becomes a UserError."""
+def user_errors(*more: type[Exception]) -> Iterator[None]:
+    """Inside, what bad input raises becomes a UserError, and so do errors of the types `more`."""
+    from gankernels._memory import too_large
     from gankernels.train import CheckpointError
 
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError, CheckpointError) as error:
-        raise UserError(str(error)) from error
+    except Exception as error:
+        expected = isinstance(error, (ValueError, OSError, CheckpointError, *more))
+        message = str(error) if expected else too_large(error)
+        if message is None:
+            raise
+        raise UserError(message) from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,8 +124,8 @@ def add_train(commands: Any) -> None:
     parser.add_argument(
         "--data",
         metavar="SOURCE",
-        help="digits (scikit-learn's, the default), a folder with MNIST's IDX files, a folder "
-        "with a subfolder of images per class, a CIFAR-10 archive, or an .npz",
+        help="digits (scikit-learn's, the default), a folder with a subfolder of images per class, "
+        "files of the MNIST or CIFAR families, an .npz, or a folder that holds one of these",
     )
     parser.add_argument("--steps", metavar="N", help="iterations, each a step of every player")
     parser.add_argument("--batch-size", metavar="B", help="images per step")
@@ -179,17 +193,15 @@ def run_train(args: argparse.Namespace) -> int:
     # Every flag is a setting of the same name, except what says how to start.
     flags = vars(args).keys() - {"command", "run", "model", "resume", "set"}
     given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
-    with user_errors():
+    with user_errors(TypeError, ImportError):
         settings = given | parse_assignments(args.set)
         trainer = train.start(args.model, resume=args.resume, **settings)
     try:
-        trainer.fit()
+        with user_errors():  # a full disk, say, or a damaged file that is read while it trains
+            trainer.fit()
     except train.DivergenceError as error:
         complain(error)
         return 1
-    except (train.CheckpointError, OSError, ValueError) as error:
-        # A full disk, say, or a damaged file among those that are read while it trains.
-        raise UserError(str(error)) from error
     if not trainer.ranks.first:
         return 0
     samples = trainer.run / f"samples{trainer.game.spec[trainer.game.makes].suffix}"
@@ -287,7 +299,7 @@ def add_sample(commands: Any) -> None:
 def run_sample(args: argparse.Namespace) -> int:
     from gankernels._files import is_stdout
 
-    with user_errors():
+    with user_errors(TypeError, ImportError):
         out, count = sample_run(args)
     if not is_stdout(out):
         show(f"{out}: {count} samples")
@@ -317,6 +329,7 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
 
     if args.interpolate is None:
         count = args.count or 64
+        check_room(game, count, args.columns or 1, form, out)
         labels, columns = arrange(count, labels)
         columns = args.columns or columns
         noise = sample.draw(game, count, args.seed or 0, args.truncation)
@@ -328,11 +341,12 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
         count = args.count or columns * (len(labels) if labels else 8)
         if count % columns:
             raise ValueError(f"--count must be a multiple of the {columns} columns, got {count}")
+        check_room(game, count, columns, form, out, walks=True)
         labels, _ = arrange(count // columns, labels)
         labels = None if labels is None else labels.repeat_interleave(columns)
         noise = sample.walk(game, count // columns, columns, seeds, args.truncation)
 
-    images = sample.generate(game, noise, labels, args.batch_size)
+    images = sample.generate(game, noise, labels, min(args.batch_size, sample.BLOCK))
     if form == "grid":
         save_grid(torch.cat(list(images)), out, columns)
     elif form == "png":
@@ -342,6 +356,25 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
     else:
         sample.save_npz(images, labels, out, game.spec.classes)
     return out, count
+
+
+def check_room(
+    game: Any, count: int, columns: int, form: str, out: Path, walks: bool = False
+) -> None:
+    """Raises ValueError where so many images do not fit into memory, or onto the disk of `out`."""
+    from gankernels._files import require_disk
+    from gankernels._memory import require
+
+    channels, height, width = game.spec.image_shape
+    image, what = channels * height * width, f"--count {count}"
+    needed = 8 * count  # the labels
+    if form == "grid":  # all images, in parts and as a whole, and the picture
+        needed += (2 * count + -(-count // columns) * columns) * image
+    else:
+        require_disk(count * (image if form == "npz" else 64), out, what)  # no PNG has less
+    if walks:
+        needed += count * game.options.latent_dim * 8
+    require(needed, what if columns <= count else f"--columns {columns}")
 
 
 def choose_format(form: str | None, out: str | None) -> tuple[str, Path]:
@@ -400,7 +433,7 @@ def add_evaluate(commands: Any) -> None:
 def run_evaluate(args: argparse.Namespace) -> int:
     from gankernels._files import is_stdout, write_json
 
-    with user_errors():
+    with user_errors(TypeError, ImportError):
         scores = evaluate_run(args)
         try:
             if args.json is not None:
@@ -419,10 +452,13 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
 
     from gankernels import data, metrics, train
     from gankernels._devices import choose_device
+    from gankernels._memory import require
+    from gankernels.train import sample
     from gankernels.train.checkpoint import list_classes
-    from gankernels.train.sample import check_seed
 
-    check_seed(args.seed)
+    if args.count is not None:  # the features of every sample
+        require(256 * args.count, f"--count {args.count}")
+    sample.check_seed(args.seed)
     device = choose_device(args.device)
     checkpoint = train.latest_checkpoint(args.source)
     game, config = train.load_game(checkpoint, device)
@@ -527,7 +563,7 @@ def add_bench(commands: Any) -> None:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    with user_errors():
+    with user_errors(TypeError, ImportError):
         from gankernels import bench
         from gankernels.train.config import parse_assignments
 
@@ -544,14 +580,13 @@ def run_bench(args: argparse.Namespace) -> int:
         out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to shows now
     from gankernels.train.signals import StopRequest
 
-    with StopRequest() as stop:
+    with StopRequest() as stop, user_errors():
         results = bench.compare(plan, lambda: stop.requested)
         if not results.rows:
             raise UserError("stopped before anything was measured")
         try:  # before anything is told: its reader may have gone
-            page = bench.write(results, out)
-        except OSError as error:  # a full disk, say
-            raise UserError(str(error)) from error
+            with user_errors():  # a full disk, say
+                page = bench.write(results, out)
         finally:
             show("\n".join(bench.describe(results)))
     early = f"stopped early, after {len(results.rows)} of {results.planned} cases\n"

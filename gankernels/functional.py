@@ -138,9 +138,9 @@ def _batch_norm(
     # Which empty batches are accepted, and what becomes of them, is PyTorch's to decide.
     if x.dim() < 2 or x.numel() == 0 or not has_kernel(x, "batch_norm_leaky_relu"):
         if averaging and num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
+            momentum = _bn.count_up(num_batches_tracked, momentum)
         if momentum is None:
-            momentum = 1.0 / float(num_batches_tracked) if averaging else 0.0
+            momentum = 0.0
         return _bn.reference(
             x, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope,
             activation_first,
@@ -150,7 +150,7 @@ def _batch_norm(
             x, weight, bias, None, eps, negative_slope, activation_first
         )
         if averaging:
-            torch.ops.gankernels.update_running_statistics.default(
+            _bn.update_running_statistics(
                 running_mean, running_var, num_batches_tracked, statistics, momentum, _bn.count(x)
             )
         return y
@@ -186,6 +186,8 @@ def _check(
     for tensor in (running_mean, running_var, weight, bias):
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            _explain_mismatch(x, running_mean, running_var, weight, bias, accepted)
         common = common or tensor.dtype
         if (
             tensor.dtype is not common
@@ -228,6 +230,8 @@ def _explain_mismatch(
     ):
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor or None, got a {type(tensor).__name__}")
         if tensor.shape != (channels,):
             raise RuntimeError(
                 f"{name} should contain {channels} elements, one for each channel of x, "

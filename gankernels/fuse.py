@@ -16,9 +16,7 @@ import dis
 import inspect
 import itertools
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import CodeType
+from collections.abc import Callable
 
 import torch
 from torch import fx, nn
@@ -26,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gankernels import nn as fused
+from gankernels._restore import as_it_was, names_in
 from gankernels.nn.batch_norm_leaky_relu import LeakyReLUSyncBatchNorm, SyncBatchNormLeakyReLU
 from gankernels.nn.pairs import pair, take_apart
 
@@ -50,9 +49,9 @@ def fuse(
     BatchNorm followed by LeakyReLU or ReLU, and LeakyReLU or ReLU followed by BatchNorm, in an
     ``nn.Sequential`` or as attributes that a ``forward`` calls one after the other; one activation
     may serve several BatchNorms, if nothing else uses it. The BatchNorm becomes a
-    :class:`gankernels.nn.BatchNormLeakyReLU2d` (or its relative), the activation an
-    ``nn.Identity``. Parameters and buffers are the very same, the keys of ``state_dict()`` too, so
-    optimisers and checkpoints of before go on as they are. Results differ by rounding only. A
+    :class:`gankernels.nn.BatchNormLeakyReLU2d` (or its relative), the activation a layer with
+    nothing left to do. Parameters and buffers are the very same, the keys of ``state_dict()`` too,
+    so optimisers and checkpoints of before go on as they are. Results differ by rounding only. A
     SyncBatchNorm becomes a layer with ``sync=True`` and keeps its process group.
 
     Args:
@@ -74,7 +73,10 @@ def fuse(
     may be seen by others, and what is called by a ``forward`` that torch.fx cannot trace. (In that
     case an ``nn.Sequential`` is still looked at where its owner only ever calls it as a whole.)
 
-    ``convert_sync_batchnorm`` passes the fused layers by: convert before, or set their ``sync``.
+    The two stay a BatchNorm and an activation to code that asks by ``isinstance``, and become two
+    layers again, with a warning, where code needs two: where one of them is replaced or gets a
+    hook, and where the BatchNorm is folded into a convolution or made another kind of norm
+    (``convert_sync_batchnorm``; setting ``sync`` keeps the fused layer).
 
     ``forward`` is read as it goes at the time of the call: where it depends on attributes other
     than ``training``, set them first. Code that calls one of the two layers by itself from
@@ -94,7 +96,10 @@ def fuse(
         raise TypeError(f"report is a {type(report).__name__}; a function of a line is needed")
     names = {m: name or "module" for name, m in module.named_modules()}
     norms = [m for m in names if isinstance(m, _BatchNorm) and not isinstance(m, _FUSED)]
-    calls = _Calls(module, names) if any(type(m) in _NORMS for m in norms) else None
+    calls = None
+    if any(type(m) in _NORMS for m in norms):
+        with as_it_was(module) as restore:
+            calls = _Calls(names, restore)
     lines = [] if norms else ["no BatchNorm to fuse"]
     partners: dict[nn.Module, nn.Module] = {}
     for norm in norms:
@@ -114,6 +119,8 @@ def fuse(
             lines.append(f"fused {names[norm]} alone ({why}): {norm}")
         else:
             lines.append(f"left {names[norm]}: {why}")
+    if calls is not None:
+        calls.forget()
     for line in lines if report else ():
         report(line)
     return module
@@ -175,7 +182,7 @@ def _unfit(layer: nn.Module) -> str | None:
 class _Calls:
     """All calls of the layers of a network, as nodes of traces."""
 
-    def __init__(self, root: nn.Module, names: dict[nn.Module, str]) -> None:
+    def __init__(self, names: dict[nn.Module, str], restore: Callable[[], None]) -> None:
         self.names = names
         self.nodes: dict[nn.Module, list[fx.Node]] = {}
         self.hidden: dict[nn.Module, str] = {}  # layers that may have calls not known here
@@ -189,10 +196,17 @@ class _Calls:
             except _UntraceableError as error:
                 self._hide(owner, str(error))
                 continue
+            finally:
+                restore()
             for node in itertools.chain(*(graph.nodes for graph in graphs)):
                 if node.op == "call_module":
                     node.meta["module"] = owner.get_submodule(node.target)
                     self.nodes.setdefault(node.meta["module"], []).append(node)
+
+    def forget(self) -> None:
+        """Lets go of the layers, which the cycles in a graph would keep alive for some time."""
+        for node in itertools.chain(*self.nodes.values()):
+            node.meta.clear()
 
     def _hide(self, owner: nn.Module, error: str) -> None:
         """All that a forward that is not understood may call by itself."""
@@ -341,15 +355,14 @@ def _traces(owner: nn.Module) -> list[fx.Graph]:
     if len(arguments) > _MOST_ARGUMENTS:
         raise _UntraceableError("it has too many arguments")
     graphs = []
-    with _as_it_was(owner):
-        for training, *given in itertools.product((True, False), repeat=1 + len(arguments)):
-            missing = [a for a, there in zip(arguments, given, strict=True) if not there]
-            try:
-                owner.training = training
-                graphs += _branches(owner, {a.name: None for a in missing})
-            except _UntraceableError:
-                if all(a.default is None for a in missing):  # or this one is never left out
-                    raise
+    for training, *given in itertools.product((True, False), repeat=1 + len(arguments)):
+        missing = [a for a, there in zip(arguments, given, strict=True) if not there]
+        try:
+            owner.training = training
+            graphs += _branches(owner, {a.name: None for a in missing})
+        except _UntraceableError:
+            if all(a.default is None for a in missing):  # or this one is never left out
+                raise
     if not graphs:
         raise _UntraceableError("it raises an error")
     return graphs
@@ -385,20 +398,6 @@ def _is_raised_by_forward(error: Exception) -> bool:
     return not by_torch and dis.opname[code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
-@contextmanager
-def _as_it_was(owner: nn.Module) -> Iterator[None]:
-    """Takes back what a forward writes to its modules, and the random numbers it draws."""
-    before = {m: dict(vars(m)) for m in owner.modules()}
-    devices = {t.device for t in owner.parameters() if t.is_cuda}
-    try:
-        with torch.random.fork_rng(list(devices)):
-            yield
-    finally:
-        for m, attributes in before.items():
-            vars(m).clear()
-            vars(m).update(attributes)
-
-
 # ---- reading source, where tracing does not do ---------------------------------------------------
 
 
@@ -410,25 +409,19 @@ def _methods(cls: type) -> list[Callable[..., object]]:
         versions = [vars(c)[name] for c in cls.__mro__ if c is not nn.Module and name in vars(c)]
         for version in versions:
             method = inspect.unwrap(getattr(version, "fget", version))
-            if method in found or not inspect.isfunction(method):
+            if not inspect.isfunction(method) or method in found:
                 break
-            found[method] = _names(method.__code__)
+            found[method] = names_in(method.__code__)
             pending += found[method]
             if "super" not in found[method]:
                 break
     return list(found)
 
 
-def _names(code: CodeType) -> set[str]:
-    """All global names and attributes in a function and the functions inside of it."""
-    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return {*code.co_names}.union(*inner)
-
-
 def _asks_for_types(cls: type) -> bool:
     """Such code sees proxies instead of tensors, and would see other layers when they are fused."""
     asking = {"isinstance", "issubclass", "type"}
-    return any(asking & _names(method.__code__) for method in _methods(cls))
+    return any(asking & names_in(method.__code__) for method in _methods(cls))
 
 
 def _catches_errors(cls: type) -> bool:
@@ -453,7 +446,7 @@ def _is_called_whole(owner: nn.Module, child: str) -> bool:
             tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
         except (OSError, TypeError, SyntaxError):
             return False
-        if _TAKE_ANY & _names(method.__code__):
+        if _TAKE_ANY & names_in(method.__code__):
             return False
         fine = set()
         for node in ast.walk(tree):

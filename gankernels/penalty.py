@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gankernels._shard import per_sample
 from gankernels.functional import _check_floating, gradient_norm_penalty, interpolate
@@ -86,8 +86,8 @@ def gradient_penalty(
     Under autocast the critic runs as autocast says and the norm is taken in float32. Finite
     differences leave autocast for their two evaluations, and are of no use with a critic that is of
     half precision itself: the differences drown in its rounding. Frozen parameters stay without
-    gradients. Under torch.no_grad() there is the value alone, without a second-order graph. A
-    gradient of zero contributes a derivative of zero.
+    gradients. Under torch.no_grad() and torch.inference_mode() there is the value alone, without a
+    second-order graph. A gradient of zero contributes a derivative of zero.
 
     References: Gulrajani et al., 2017, arXiv:1704.00028 (wgan-gp); Petzka et al., 2018,
     arXiv:1709.08894 (wgan-lp); Kodali et al., 2017, arXiv:1705.07215 (dragan); Mescheder et al.,
@@ -97,9 +97,12 @@ def gradient_penalty(
         raise ValueError(f"kind is {kind!r}; accepted are {', '.join(map(repr, KINDS))}")
     if method not in _METHODS:
         raise ValueError(f"method is {method!r}; accepted are {', '.join(map(repr, _METHODS))}")
-    x = _points(real, fake, kind, generator).detach().requires_grad_()
     wanted = torch.is_grad_enabled()  # or the value alone?
-    with torch.enable_grad():
+    with _recording():
+        with torch.no_grad():
+            x = _ordinary(_points(real, fake, kind, generator))
+        x = x.detach().requires_grad_()
+        critic_args = tree_map(_ordinary, tuple(critic_args))
         if wanted and method == "finite-difference":
             return _finite_difference(critic, x, kind, center, critic_args)
         unproven = wanted and isinstance(critic, nn.Module) and critic not in _proven
@@ -108,6 +111,17 @@ def gradient_penalty(
         if unproven:
             _prove(critic, penalty, x, critic_args)
     return penalty
+
+
+def _recording() -> AbstractContextManager:
+    """Lets autograd record, also where torch.inference_mode() has forbidden it."""
+    forbidden = torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if forbidden else torch.enable_grad()
+
+
+def _ordinary(value: object) -> object:
+    """A copy of a tensor that was made in inference mode, which autograd cannot save."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _points(
@@ -230,15 +244,19 @@ def _prove(critic: nn.Module, penalty: Tensor, x: Tensor, critic_args: Sequence[
     """Differentiates a critic's first penalty, to name the layer if that cannot be done."""
     try:
         _differentiate(penalty)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if _is_out_of_memory(error):
+            raise
         raise RuntimeError(
             f"the critic cannot be differentiated twice: {_blame(critic, x, critic_args)}. "
             'Replace the layer, or use method="finite-difference". '
             f"PyTorch says: {error}"
         ) from error
     _proven.add(critic)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _differentiate(result: Tensor) -> None:
@@ -270,41 +288,61 @@ def _blame(critic: nn.Module, x: Tensor, critic_args: Sequence[object]) -> str:
     culprits: list[str] = []
 
     def try_alone(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            if not culprits and not _twice_differentiable(module, inputs):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+            if not culprits and not _twice_differentiable(module, args, kwargs):
                 culprits.append(f"layer {name!r}, {module}")
 
         return hook
 
-    leaves = [(n, m) for n, m in critic.named_modules() if not any(m.children())]
-    handles = [m.register_forward_hook(try_alone(n)) for n, m in leaves]
+    handles = []
     try:
+        for name, module in critic.named_modules():
+            if module._modules.keys() <= {"parametrizations"}:
+                # As nn.Module does it: a fused layer would take the hook for someone else's.
+                register = nn.Module.register_forward_hook
+                handles.append(register(module, try_alone(name), with_kwargs=True))
         critic(x, *critic_args)
+    except Exception:  # the search is a help: what failed is the penalty, and that is told anyway
+        if not culprits:
+            return "which of its layers is to blame could not be found out"
     finally:
         for handle in handles:
             handle.remove()
     return culprits[0] if culprits else "something outside its layers, in a forward method"
 
 
-def _twice_differentiable(module: nn.Module, inputs: tuple[object, ...]) -> bool:
-    alone = copy.deepcopy(module)  # leaves its buffers as they are
-    alone._forward_hooks.clear()
-    own = [
-        i.detach().clone().requires_grad_()
-        if isinstance(i, Tensor) and i.is_floating_point()
-        else i
-        for i in inputs
-    ]
-    wanted = [i for i in own if isinstance(i, Tensor) and i.requires_grad]
-    if not wanted:
-        return True
-    output = alone(*own)
-    output = output[0] if isinstance(output, tuple) else output
-    one = torch.ones_like(output, requires_grad=True)
+def _twice_differentiable(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Runs the layer's forward once more by itself, without its hooks, and differentiates it twice.
+    Its buffers, attributes and gradients stay as they are."""
+    leaves: list[Tensor] = []
+
+    def own(value: object) -> object:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        leaves.append(value.detach().clone().requires_grad_())
+        return leaves[-1].clone()  # a layer that works in place may not do so on a leaf
+
+    args, kwargs = tree_map(own, (args, kwargs))
+    kept = dict(vars(module))
+    module._buffers = {
+        name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
+    }
     try:
-        (first,) = torch.autograd.grad(output, wanted[0], one, create_graph=True, allow_unused=True)
-        if first is not None and first.requires_grad:
-            _differentiate(first.square().sum())
-    except RuntimeError:
+        output = module.forward(*args, **kwargs)
+    finally:
+        vars(module).clear()
+        vars(module).update(kept)
+    outputs = [o for o in tree_leaves(output) if isinstance(o, Tensor) and o.requires_grad]
+    if not leaves or not outputs:
+        return True
+    ones = [torch.ones_like(o, requires_grad=True) for o in outputs]
+    try:
+        first = torch.autograd.grad(outputs, leaves, ones, create_graph=True, allow_unused=True)
+        first = [f.square().sum() for f in first if f is not None and f.requires_grad]
+        if first:
+            _differentiate(torch.stack(first).sum())
+    except RuntimeError as error:
+        if _is_out_of_memory(error):
+            raise
         return False
     return True

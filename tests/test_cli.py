@@ -1,6 +1,7 @@
 """Every command on real digits, and the errors a user can make."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -186,6 +187,23 @@ def test_build_info_is_readable():
         (["train", "cgan", "--precision", "fp1"], "precision must be"),
         (["train", "dcgan", "--set", "size=30"], "size must be divisible by 4, got 30"),
         (["train", "wgan", "--set", "n_critic=0"], "player 'critic' must make at least 1 step"),
+        (["train", "cgan", "--device", "meta"], "device 'meta' cannot be used: "),
+        (["train", "cgan", "--device", "privateuseone"], "device 'privateuseone' cannot be used: "),
+        (["train", "cgan", "--set", "latent_dim=1000000000000"], "the networks of these settings"),
+        (["train", "cgan", "--set", f"latent_dim={2**62}"], "the networks of these settings are"),
+        (["train", "dcgan", "--set", f"width={2**40}"], "the networks of these settings"),
+        (["train", "cgan", "--batch-size", f"{2**62}"], f"batch_size={2**62} needs "),
+        (["train", "cgan", "--batch-size", "100000000"], "batch_size=100000000 needs "),
+        (["train", "cgan", "--set", "seed=" + "9" * 5000], "seed must be a whole number, got '999"),
+        (["train", "cgan", "--set", f"seed={2**64}"], f"seed must fit into 64 bits, got '{2**64}'"),
+        (["train", "cgan", "--set", "lr=1e400"], "lr must be a finite number, got '1e400'"),
+        (["train", "cgan", "--set", "lr=nan"], "lr must be a finite number, got 'nan'"),
+        (["train", "wgan", "--set", f"n_critic={10**12}"], "an iteration of 1000000000001 steps"),
+        (["train", "cgan", "--set", "size=100000"], "size=100000 for 1797 images needs "),
+        (["train", "cgan", "--out", ""], "out must name something, got ''"),
+        (["train", "x\ny"], r"unknown model 'x\ny'"),
+        (["evaluate", "nowhere", "--count", f"{10**15}"], f"--count {10**15} needs "),
+        (["bench", "--seconds", "inf"], "seconds must be finite, got inf"),
         (["train", "missing.json"], "missing.json"),
         (["train"], "MODEL"),
         (["fly"], "fly"),
@@ -206,13 +224,16 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--labels", "0,11"], "labels must lie in 0..9, got 0..11"),
-        (["--labels", "one"], "--labels takes numbers like 0,1,2, got 'one'"),
+        (["--labels", "0,11"], "labels must be among 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, got '11'"),
+        (["--labels", "one"], "labels must be among 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, got 'one'"),
         (["--count", "0"], "--count must be at least 1, got 0"),
         (["--columns", "-1"], "--columns must be at least 1, got -1"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--seed", str(2**64)], f"seed must fit into 64 bits, got {2**64}"),
         (["--truncation", "0"], "truncation must be above 0, got 0.0"),
+        (["--count", f"{10**15}"], f"--count {10**15} needs "),
+        (["--columns", f"{10**15}"], f"--columns {10**15} needs "),
+        (["--labels", f"{2**70}"], "a number is too large: "),
         (["--device", "warp"], "device 'warp' cannot be used: "),
         (["--interpolate", "1"], "--interpolate takes numbers like 1,2, got '1'"),
         (["--interpolate", "1,2", "--seed", "0"], "--seed and --interpolate both choose the noise"),
@@ -229,6 +250,79 @@ def test_sample_errors(trained, tmp_path, capsys, arguments, message):
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_that_would_not_fit_on_the_disk(trained, tmp_path, capsys):
+    for out, form in (("a.npz", "npz"), ("a", "png")):
+        out = ["--out", str(tmp_path / out), "--format", form, "--count", f"{10**15}"]
+        assert main(["sample", str(trained), *out]) == 2
+        assert f"--count {10**15} needs " in (error := capsys.readouterr().err)
+        assert "of disk" in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "is not a JSON file: "),
+        (b'{"format": ' + b"9" * 5000 + b"}", "is not a JSON file: "),
+        (b"\x80\x02", "is not a JSON file: "),
+        (b'{"format": 1, "model": "gan", "lr": NaN}', "lr must be a finite number, got nan"),
+        (b'{"format": 1, "model": "gan", "steps": 1e400}', "steps must be a whole number, got inf"),
+        (b'{"format": 1, "model": "gan", "data": [1]}', "data must be text, got [1]"),
+        (b'{"format": 1, "model": ["gan"]}', "model must be the name of a game, got ['gan']"),
+        (b'{"format": 1, "model": "gan", "' + b"a" * 10**6 + b'": 1}', "unknown setting 'aaaa"),
+        (b'{"format": 1, "model": "gan", "score": 2}', "score must be true or false, got 2"),
+    ],
+)
+def test_configurations_that_are_none(tmp_path, capsys, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    assert main(["train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert len(error) < 1500
+
+
+def test_a_configuration_in_any_unicode(trained, tmp_path, capsys):
+    text = json.dumps({**json.loads((trained / "config.json").read_text()), "zzz": 1})
+    for code in ("utf-8-sig", "utf-16", "utf-32"):
+        (tmp_path / "config.json").write_bytes(text.encode(code))
+        assert main(["train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 2
+        assert "unknown setting 'zzz'" in capsys.readouterr().err
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "config.json")
+    (tmp_path / "checkpoints").mkdir()
+    os.mkfifo(tmp_path / "checkpoints/step_00000001.pt")
+    for arguments in (
+        ["train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")],
+        ["train", "cgan", "--out", str(tmp_path), "--resume"],
+        ["sample", str(tmp_path)],
+        ["evaluate", str(tmp_path)],
+    ):
+        assert main(arguments) == 2
+        assert "Not a regular file" in capsys.readouterr().err
+    assert main(["sample", str(tmp_path / "config.json")]) == 2
+    assert "must be a run folder or the file of a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), KeyError("a"), ZeroDivisionError()]
+)
+def test_a_defect_keeps_its_traceback(tmp_path, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("gankernels.train.trainer.Trainer.__init__", fail)
+    with pytest.raises(type(error)):
+        train(tmp_path / "run")
+
+
+def test_no_memory_in_training_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gankernels.train.Trainer.iterate", lambda self: torch.empty(10**15))
+    assert train(tmp_path / "run") == 2
+    assert capsys.readouterr().err.startswith("gankernels: error: out of memory, asking for 40000")
 
 
 def test_damaged_checkpoint_is_the_users_to_put_right(tmp_path, capsys):

@@ -133,7 +133,7 @@ def test_warns_on_cuda_where_the_build_has_no_cuda(fresh, monkeypatch):
         assert not _library.has_kernel(tensor_on("cuda"), OP)
 
 
-# ---- a driver or GPU that cannot run the kernels ---------------------------------------------------
+# ---- a driver or GPU that cannot run the kernels -------------------------------------------------
 
 
 @pytest.fixture
@@ -141,7 +141,6 @@ def gpu(fresh, monkeypatch):
     """`gpu(driver, capability, **record)`: as if this machine had such a GPU, and such a build."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(_library, "_registered", lambda op, kind: True)
 
     def machine(driver, capability, cuda="13.0", built=("sm_80", "sm_90", "compute_90")):
@@ -154,8 +153,8 @@ def gpu(fresh, monkeypatch):
 
 
 OLD_DRIVER = (
-    r"built with CUDA 13.0, which needs a driver of CUDA 13 \(580 or newer\), and this machine's is "
-    r"of CUDA 12.8; update the driver or reinstall with a toolkit of CUDA 12"
+    r"built with CUDA 13.0, which needs a driver of CUDA 13 \(580 or newer\), and this machine's "
+    r"is of CUDA 12.8; update the driver or reinstall with a toolkit of CUDA 12"
 )
 OTHER_GPU = (
     r"this GPU has compute capability 7.5, and the kernels are built for sm_80, sm_90, compute_90; "

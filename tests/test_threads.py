@@ -29,12 +29,21 @@ def test_quota(tmp_path, files, expected):
     assert cpus.available(tmp_path) == expected
 
 
-def test_threads_are_lowered_and_never_raised(monkeypatch):
-    chosen = []
+def test_threads_are_lowered_never_raised_and_given_back(monkeypatch):
+    chosen = [8]
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
     monkeypatch.setattr(cpus, "available", lambda: 3)
-    cpus.bound_threads()
+    with cpus.bound_threads():
+        assert (chosen, cpus.threads()) == ([8, 3], 3)
+    assert chosen == [8, 3, 8]
+    with pytest.raises(KeyError), cpus.bound_threads():
+        raise KeyError
+    assert chosen == [8, 3, 8, 3, 8]
+    with cpus.bound_threads():
+        torch.set_num_threads(5)  # somebody else's wish
+    assert chosen[-1] == 5
     monkeypatch.setattr(cpus, "available", lambda: 16)
-    cpus.bound_threads()
-    assert chosen == [3]
+    with cpus.bound_threads():
+        assert cpus.threads() == 5
+    assert chosen == [8, 3, 8, 3, 8, 3, 5]

@@ -72,16 +72,20 @@ struct UpdateRunningStatistics {
   double count = 0;
 };
 
+// `scratch`, aligned to 64, holds at least the bytes that *_scratch_bytes() asks for.
 namespace cpu {
-void batch_norm_leaky_relu_forward(const BatchNormLeakyReLUForward&, const CpuThreads&);
-void batch_norm_leaky_relu_backward(const BatchNormLeakyReLUBackward&, const CpuThreads&);
-void batch_norm_leaky_relu_double_backward(const BatchNormLeakyReLUDoubleBackward&,
+int64_t batch_norm_leaky_relu_scratch_bytes(const BatchNormLeakyReLU&, const CpuThreads&);
+void batch_norm_leaky_relu_forward(const BatchNormLeakyReLUForward&, void* scratch,
+                                   const CpuThreads&);
+void batch_norm_leaky_relu_backward(const BatchNormLeakyReLUBackward&, void* scratch,
+                                    const CpuThreads&);
+void batch_norm_leaky_relu_double_backward(const BatchNormLeakyReLUDoubleBackward&, void* scratch,
                                            const CpuThreads&);
 void update_running_statistics(const UpdateRunningStatistics&, const CpuThreads&);
 }  // namespace cpu
 
 // CUDA entry points launch on `stream` (a cudaStream_t) of `device` and return a message that says
-// what failed, or null. `scratch` holds at least the bytes that *_scratch_bytes() asks for.
+// what failed, or null.
 namespace cuda {
 int64_t batch_norm_leaky_relu_scratch_bytes(const BatchNormLeakyReLU&, int device);
 const char* batch_norm_leaky_relu_forward(const BatchNormLeakyReLUForward&, void* scratch,

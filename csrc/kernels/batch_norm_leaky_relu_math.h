@@ -57,6 +57,14 @@ struct ForwardCoefficients {
   A mean, scale, shift;
 };
 
+// A coefficient times a value. Where the coefficient is zero there is no such term, even if the
+// value is infinite or not a number: in evaluation mean and variance do not depend on x, so that
+// one such element spoils no gradient, its own included.
+template <typename V, typename P>
+GK_HOST_DEVICE static inline V term(V value, P coefficient) {
+  return coefficient == 0 ? V{} : value * coefficient;
+}
+
 // Per channel: grad_x = du/dx * (g * g_ + centred * centred_ + constant).
 template <typename A>
 struct BackwardCoefficients {

@@ -58,9 +58,12 @@ GK_HOST_DEVICE static inline PenaltyValue<A> penalty_of(A s, A norm, A center, P
 }
 
 namespace cpu {
-void gradient_norm_penalty_forward(const GradientNormPenaltyForward&, const CpuThreads&);
-void gradient_norm_penalty_backward(const GradientNormPenaltyBackward&, const CpuThreads&);
-void gradient_norm_penalty_double_backward(const GradientNormPenaltyDoubleBackward&,
+int64_t gradient_norm_penalty_scratch_bytes(const GradientNormPenalty&, const CpuThreads&);
+void gradient_norm_penalty_forward(const GradientNormPenaltyForward&, void* scratch,
+                                   const CpuThreads&);
+void gradient_norm_penalty_backward(const GradientNormPenaltyBackward&, void* scratch,
+                                    const CpuThreads&);
+void gradient_norm_penalty_double_backward(const GradientNormPenaltyDoubleBackward&, void* scratch,
                                            const CpuThreads&);
 }  // namespace cpu
 

@@ -61,9 +61,11 @@ GK_HOST_DEVICE static inline int64_t members_of(const MinibatchStddev& p, int64_
 }
 
 namespace cpu {
-void minibatch_stddev_forward(const MinibatchStddevForward&, const CpuThreads&);
-void minibatch_stddev_backward(const MinibatchStddevBackward&, const CpuThreads&);
-void minibatch_stddev_double_backward(const MinibatchStddevDoubleBackward&, const CpuThreads&);
+int64_t minibatch_stddev_scratch_bytes(const MinibatchStddev&, const CpuThreads&);
+void minibatch_stddev_forward(const MinibatchStddevForward&, void* scratch, const CpuThreads&);
+void minibatch_stddev_backward(const MinibatchStddevBackward&, void* scratch, const CpuThreads&);
+void minibatch_stddev_double_backward(const MinibatchStddevDoubleBackward&, void* scratch,
+                                      const CpuThreads&);
 }  // namespace cpu
 
 namespace cuda {

@@ -1,7 +1,7 @@
-// Registers adam_, which steps many tensors at once. Unlike other ops it checks what it is given,
-// since an optimiser's state may come from anywhere.
+// Registers adam_, which steps many tensors at once.
 #include "../kernels/adam.h"
 
+#include "check.h"
 #include "tensor.h"
 
 namespace gankernels::ops {
@@ -9,43 +9,72 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-void check_like(const Tensor& tensor, const Tensor& parameter, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.numel() == parameter.numel() &&
-                      tensor.dim() == parameter.dim() && same_strides(tensor, parameter),
-                  "adam_: ", name, " must have its parameter's sizes and strides, and dtype ",
-                  dtype == ScalarType::Float ? "float32" : "bfloat16");
-}
-
 void adam(Tensors parameters, Tensors gradients, Tensors exp_avgs, Tensors exp_avg_sqs,
           Tensors steps, Tensors casts, double lr, double beta1, double beta2, double eps,
           double weight_decay) {
+  Check check("adam_");
   const size_t count = parameters.size();
-  for (const Tensors* list : {&gradients, &exp_avgs, &exp_avg_sqs, &steps, &casts}) {
-    STD_TORCH_CHECK(list->size() == count, "adam_: the lists are not of one length");
-  }
-  std::vector<AdamTensor> tensors(count);
+  auto check_length = [&](const char* name, const Tensors& list) {
+    if (list.size() != count) {
+      check.refuse(name, "must be as many as the ", count, " parameters, got ", list.size());
+    }
+  };
+  check_length("gradients", gradients);
+  check_length("exp_avgs", exp_avgs);
+  check_length("exp_avg_sqs", exp_avg_sqs);
+  check_length("steps", steps);
+  check_length("casts", casts);
+  // Everything is checked, and what must be copied is, before anything is changed.
   for (size_t i = 0; i < count; ++i) {
     const Tensor& parameter = parameters[i];
-    check_like(parameter, parameter, ScalarType::Float, "parameter");
-    STD_TORCH_CHECK(dense_block(parameter, 0) == parameter.numel(),
-                    "adam_: a parameter has gaps between its elements");
-    check_like(exp_avgs[i], parameter, ScalarType::Float, "exp_avg");
-    check_like(exp_avg_sqs[i], parameter, ScalarType::Float, "exp_avg_sq");
-    check_like(steps[i], steps[i], ScalarType::Float, "step");
-    if (casts[i].numel()) check_like(casts[i], parameter, ScalarType::BFloat16, "cast");
+    check.memory({"parameters", i}, parameter);
+    check.dtype({"parameters", i}, parameter, ScalarType::Float);
+    if (parameter.numel() && dense_block(parameter, 0) != parameter.numel()) {
+      check.refuse({"parameters", i}, "must have no gaps between its elements");
+    }
+    check.written({"parameters", i}, parameter);
+
+    auto check_companion = [&](Name name, const Tensor& tensor, ScalarType dtype) {
+      check.memory(name, tensor);
+      check.dtype(name, tensor, dtype);
+      check.shape_of(name, tensor, "its parameter", parameter);
+      if (!same_strides(tensor, parameter)) {
+        check.refuse(name, "must lie in memory as its parameter does, got other strides");
+      }
+      check.written(name, tensor);
+    };
+    check_companion({"exp_avgs", i}, exp_avgs[i], ScalarType::Float);
+    check_companion({"exp_avg_sqs", i}, exp_avg_sqs[i], ScalarType::Float);
+    check.memory({"casts", i}, casts[i]);
+    if (casts[i].numel()) check_companion({"casts", i}, casts[i], ScalarType::BFloat16);
+
+    check.memory({"steps", i}, steps[i]);
+    check.dtype({"steps", i}, steps[i], ScalarType::Float);
+    check.one_element({"steps", i}, steps[i]);
+    check.written({"steps", i}, steps[i]);
+    const float step = *static_cast<const float*>(data(steps[i]));
+    if (!(step >= 0 && step < 0x1p62f)) {  // as an integer it fits, with one more
+      check.refuse({"steps", i}, "must be a number of steps, got ", step);
+    }
+
     Tensor& gradient = gradients[i];
-    STD_TORCH_CHECK(gradient.numel() == parameter.numel() && gradient.dim() == parameter.dim(),
-                    "adam_: a gradient is not of its parameter's sizes");
-    const ScalarType dtype = gradient.scalar_type();
-    const bool known = dtype == ScalarType::Float || dtype == ScalarType::BFloat16;
+    check.memory({"gradients", i}, gradient);
+    check.floating({"gradients", i}, gradient);
+    check.shape_of({"gradients", i}, gradient, "its parameter", parameter);
+    const bool known =
+        has_dtype(gradient, ScalarType::Float) || has_dtype(gradient, ScalarType::BFloat16);
     if (!known || !same_strides(gradient, parameter)) gradient = in_layout_of(gradient, parameter);
+  }
+  check.no_overlap();
+  std::vector<AdamTensor> tensors(count);
+  for (size_t i = 0; i < count; ++i) {
     float& step = *static_cast<float*>(mutable_data(steps[i]));
     AdamTensor& t = tensors[i];
-    t.size = parameter.numel();
+    t.size = parameters[i].numel();
     t.step = int64_t(++step);
-    t.gradient_dtype = dtype_of(gradient);
-    t.parameter = static_cast<float*>(mutable_data(parameter));
-    t.gradient = data(gradient);
+    t.gradient_dtype = dtype_of(gradients[i]);
+    t.parameter = static_cast<float*>(mutable_data(parameters[i]));
+    t.gradient = data(gradients[i]);
     t.exp_avg = static_cast<float*>(mutable_data(exp_avgs[i]));
     t.exp_avg_sq = static_cast<float*>(mutable_data(exp_avg_sqs[i]));
     t.cast = casts[i].numel() ? mutable_data(casts[i]) : nullptr;

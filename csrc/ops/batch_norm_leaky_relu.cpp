@@ -1,13 +1,29 @@
-// Registers batch_norm_leaky_relu and its derivatives. Arguments arrive checked: see
-// gankernels/functional.py, which raises Python's own exception types.
+// Registers batch_norm_leaky_relu and its derivatives.
 #include "../kernels/batch_norm_leaky_relu.h"
 
 #include <tuple>
 
+#include "check.h"
 #include "tensor.h"
 
 namespace gankernels::ops {
 namespace {
+
+// Parameters have x's dtype, or float32 beside an x of half precision, and both the same.
+Check checked(const char* op, const Tensor& x, const OptionalTensor& weight,
+              const OptionalTensor& bias) {
+  Check check(op);
+  check.memory("x", x);
+  check.floating("x", x);
+  check.dimensions("x", x, 2, 5);
+  ScalarType dtype = x.scalar_type();
+  const bool half = size_of(dtype_of(x)) == 2;
+  const OptionalTensor& first = weight ? weight : bias;
+  if (half && first && has_dtype(*first, ScalarType::Float)) dtype = ScalarType::Float;
+  check.tensor("weight", weight, {x.size(1)}, dtype);
+  check.tensor("bias", bias, {x.size(1)}, dtype);
+  return check;
+}
 
 // Sets what all derivatives share. `x` must be dense; weight and bias are packed here.
 void describe(BatchNormLeakyReLU& p, const Tensor& x, OptionalTensor& weight, OptionalTensor& bias,
@@ -30,24 +46,12 @@ void describe(BatchNormLeakyReLU& p, const Tensor& x, OptionalTensor& weight, Op
   p.bias = data(bias);
 }
 
-#ifdef GK_WITH_CUDA
-#define GK_RUN(NAME, p, x)                                                                  \
-  if (x.is_cuda()) {                                                                        \
-    const int device = x.get_device();                                                      \
-    const Tensor scratch =                                                                  \
-        empty({cuda::batch_norm_leaky_relu_scratch_bytes(p, device)}, ScalarType::Byte, x); \
-    check_cuda(cuda::NAME(p, mutable_data(scratch), device, cuda_stream(x)));               \
-  } else {                                                                                  \
-    cpu::NAME(p, cpu_threads());                                                            \
-  }
-#else
-#define GK_RUN(NAME, p, x) cpu::NAME(p, cpu_threads());
-#endif
-
 std::tuple<Tensor, Tensor> batch_norm_leaky_relu(Tensor x, OptionalTensor weight,
                                                  OptionalTensor bias, OptionalTensor statistics,
                                                  double eps, double negative_slope,
                                                  bool activation_first) {
+  Check check = checked("batch_norm_leaky_relu", x, weight, bias);
+  check.tensor("statistics", statistics, {2, x.size(1)}, accumulation_type(x));
   x = dense(x);
   BatchNormLeakyReLUForward p;
   describe(p, x, weight, bias, eps, negative_slope, activation_first);
@@ -56,12 +60,13 @@ std::tuple<Tensor, Tensor> batch_norm_leaky_relu(Tensor x, OptionalTensor weight
   const Tensor used = statistics ? packed(*statistics) : empty({2, p.c}, accumulation_type(x), x);
   p.y = mutable_data(y);
   p.statistics = mutable_data(used);
-  GK_RUN(batch_norm_leaky_relu_forward, p, x);
+  GK_RUN(batch_norm_leaky_relu, batch_norm_leaky_relu_forward, p, x);
   // An op's outputs must not be its inputs, so given statistics are answered with an empty tensor.
   return {y, statistics ? empty({0}, accumulation_type(x), x) : used};
 }
 
 Tensor batch_norm_leaky_relu_statistics(Tensor x, double negative_slope, bool activation_first) {
+  checked("batch_norm_leaky_relu_statistics", x, {}, {});
   x = dense(x);
   BatchNormLeakyReLUForward p;
   OptionalTensor none;
@@ -69,14 +74,20 @@ Tensor batch_norm_leaky_relu_statistics(Tensor x, double negative_slope, bool ac
   const Tensor statistics = empty({2, p.c}, accumulation_type(x), x);
   p.compute_statistics = true;
   p.statistics = mutable_data(statistics);
-  GK_RUN(batch_norm_leaky_relu_forward, p, x);
+  GK_RUN(batch_norm_leaky_relu, batch_norm_leaky_relu_forward, p, x);
   return statistics;
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_y, Tensor x, OptionalTensor weight,
-                                    OptionalTensor bias, Tensor statistics, OptionalTensor sums,
-                                    double count, bool training, double eps, double negative_slope,
-                                    bool activation_first, bool want_sums, bool want_grad_x) {
+std::tuple<Tensor, Tensor> backward(const char* op, const Tensor& grad_y, Tensor x,
+                                    OptionalTensor weight, OptionalTensor bias, Tensor statistics,
+                                    OptionalTensor sums, double count, bool training, double eps,
+                                    double negative_slope, bool activation_first, bool want_sums,
+                                    bool want_grad_x) {
+  Check check = checked(op, x, weight, bias);
+  check.like("grad_y", grad_y, "x", x);
+  check.tensor("statistics", statistics, {2, x.size(1)}, accumulation_type(x));
+  check.tensor("sums", sums, {2, x.size(1)}, accumulation_type(x));
+  check.count("count", count);
   x = dense(x);
   statistics = packed(statistics);
   sums = packed(sums);
@@ -95,7 +106,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_y, Tensor x, OptionalTens
     grad_x = empty_with_strides_of(x);
     p.grad_x = mutable_data(grad_x);
   }
-  GK_RUN(batch_norm_leaky_relu_backward, p, x);
+  GK_RUN(batch_norm_leaky_relu, batch_norm_leaky_relu_backward, p, x);
   return {grad_x, own_sums};
 }
 
@@ -103,22 +114,32 @@ std::tuple<Tensor, Tensor> batch_norm_leaky_relu_backward(
     Tensor grad_y, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor statistics,
     OptionalTensor sums, double count, bool training, double eps, double negative_slope,
     bool activation_first, bool want_sums) {
-  return backward(grad_y, x, weight, bias, statistics, sums, count, training, eps, negative_slope,
-                  activation_first, want_sums, true);
+  return backward("batch_norm_leaky_relu_backward", grad_y, x, weight, bias, statistics, sums,
+                  count, training, eps, negative_slope, activation_first, want_sums, true);
 }
 
 Tensor batch_norm_leaky_relu_backward_sums(Tensor grad_y, Tensor x, OptionalTensor weight,
                                            OptionalTensor bias, Tensor statistics, double eps,
                                            double negative_slope, bool activation_first) {
-  return std::get<1>(backward(grad_y, x, weight, bias, statistics, {}, 0, true, eps, negative_slope,
-                              activation_first, true, false));
+  return std::get<1>(backward("batch_norm_leaky_relu_backward_sums", grad_y, x, weight, bias,
+                              statistics, {}, 0, true, eps, negative_slope, activation_first, true,
+                              false));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(
-    const Tensor& grad_grad_x, OptionalTensor grad_grad_weight, OptionalTensor grad_grad_bias,
-    const Tensor& grad_y, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor statistics,
-    OptionalTensor sums, double count, bool training, double eps, double negative_slope,
-    bool activation_first, bool want_grad_grad_y, bool want_grad_x, bool want_grad_weight) {
+    const char* op, const Tensor& grad_grad_x, OptionalTensor grad_grad_weight,
+    OptionalTensor grad_grad_bias, const Tensor& grad_y, Tensor x, OptionalTensor weight,
+    OptionalTensor bias, Tensor statistics, OptionalTensor sums, double count, bool training,
+    double eps, double negative_slope, bool activation_first, bool want_grad_grad_y,
+    bool want_grad_x, bool want_grad_weight) {
+  Check check = checked(op, x, weight, bias);
+  check.like("grad_grad_x", grad_grad_x, "x", x);
+  check.tensor("grad_grad_weight", grad_grad_weight, {x.size(1)}, accumulation_type(x));
+  check.tensor("grad_grad_bias", grad_grad_bias, {x.size(1)}, accumulation_type(x));
+  check.like("grad_y", grad_y, "x", x);
+  check.tensor("statistics", statistics, {2, x.size(1)}, accumulation_type(x));
+  check.tensor("sums", sums, {5, x.size(1)}, accumulation_type(x));
+  check.count("count", count);
   x = dense(x);
   grad_grad_weight = packed(grad_grad_weight);
   grad_grad_bias = packed(grad_grad_bias);
@@ -145,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(
   if (want_grad_grad_y) p.grad_grad_y = mutable_data(grad_grad_y);
   if (want_grad_x) p.grad_x = mutable_data(grad_x);
   if (want_grad_weight) p.grad_weight = mutable_data(grad_weight);
-  GK_RUN(batch_norm_leaky_relu_double_backward, p, x);
+  GK_RUN(batch_norm_leaky_relu, batch_norm_leaky_relu_double_backward, p, x);
   return {grad_grad_y, grad_x, grad_weight, own_sums};
 }
 
@@ -154,9 +175,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_leaky_relu_double_backward(
     Tensor grad_y, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor statistics,
     OptionalTensor sums, double count, bool training, double eps, double negative_slope,
     bool activation_first, bool want_grad_grad_y, bool want_grad_x) {
-  auto [grad_grad_y, grad_x, grad_weight, _] = double_backward(
-      grad_grad_x, grad_grad_weight, grad_grad_bias, grad_y, x, weight, bias, statistics, sums,
-      count, training, eps, negative_slope, activation_first, want_grad_grad_y, want_grad_x, true);
+  auto [grad_grad_y, grad_x, grad_weight, _] =
+      double_backward("batch_norm_leaky_relu_double_backward", grad_grad_x, grad_grad_weight,
+                      grad_grad_bias, grad_y, x, weight, bias, statistics, sums, count, training,
+                      eps, negative_slope, activation_first, want_grad_grad_y, want_grad_x, true);
   return {grad_grad_y, grad_x, grad_weight};
 }
 
@@ -164,18 +186,36 @@ Tensor batch_norm_leaky_relu_double_backward_sums(Tensor grad_grad_x, Tensor gra
                                                   OptionalTensor weight, OptionalTensor bias,
                                                   Tensor statistics, double eps,
                                                   double negative_slope, bool activation_first) {
-  return std::get<3>(double_backward(grad_grad_x, {}, {}, grad_y, x, weight, bias, statistics, {},
-                                     0, true, eps, negative_slope, activation_first, false, false,
-                                     false));
+  return std::get<3>(double_backward("batch_norm_leaky_relu_double_backward_sums", grad_grad_x, {},
+                                     {}, grad_y, x, weight, bias, statistics, {}, 0, true, eps,
+                                     negative_slope, activation_first, false, false, false));
 }
 
 void update_running_statistics(Tensor running_mean, Tensor running_var,
                                OptionalTensor num_batches_tracked, Tensor statistics,
                                std::optional<double> momentum, double count) {
+  Check check("update_running_statistics");
+  check.memory("running_mean", running_mean);
+  check.floating("running_mean", running_mean);
+  check.dimensions("running_mean", running_mean, 1, 1);
+  check.written("running_mean", running_mean);
+  check.like("running_var", running_var, "running_mean", running_mean);
+  check.written("running_var", running_var);
+  if (num_batches_tracked) {
+    const Tensor& counter = *num_batches_tracked;
+    check.memory("num_batches_tracked", counter);
+    check.dtype("num_batches_tracked", counter, ScalarType::Long);
+    check.one_element("num_batches_tracked", counter);
+    check.written("num_batches_tracked", counter);
+  } else if (!momentum) {
+    check.refuse("momentum", "must be a number where there is no num_batches_tracked, got None");
+  }
+  check.tensor("statistics", statistics, {2, running_mean.numel()},
+               accumulation_type(running_mean));
+  check.count("count", count);
+  check.no_overlap();
   // The kernel indexes neighbours, so running statistics that lie apart are updated in copies.
   const Tensor mean = packed(running_mean), var = packed(running_var);
-  STD_TORCH_CHECK(statistics.scalar_type() == accumulation_type(running_mean),
-                  "statistics are not of the accumulation type of the running statistics");
   statistics = packed(statistics);
   UpdateRunningStatistics p;
   p.c = running_mean.numel();

@@ -1,9 +1,9 @@
-// Registers gradient_norm_penalty and its derivatives. Arguments arrive checked: see
-// gankernels/functional.py.
+// Registers gradient_norm_penalty and its derivatives.
 #include "../kernels/gradient_norm_penalty.h"
 
 #include <tuple>
 
+#include "check.h"
 #include "tensor.h"
 
 namespace gankernels::ops {
@@ -15,7 +15,16 @@ Tensor with_dense_samples(const Tensor& tensor) {
   const int64_t block = dense_block(tensor, 1), samples = tensor.size(0);
   const bool dense =
       block * samples == tensor.numel() && (samples <= 1 || tensor.stride(0) == block);
-  return dense ? tensor : torch::stable::contiguous(tensor);
+  return dense ? tensor : contiguous_copy(tensor);
+}
+
+Check checked(const char* op, const Tensor& grad, int64_t kind) {
+  Check check(op);
+  check.memory("grad", grad);
+  check.floating("grad", grad);
+  check.dimensions("grad", grad, 1, INT64_MAX);
+  check.range("kind", kind, 0, int64_t(Penalty::kSquared));
+  return check;
 }
 
 void describe(GradientNormPenalty& p, const Tensor& grad, int64_t kind, double center,
@@ -29,40 +38,32 @@ void describe(GradientNormPenalty& p, const Tensor& grad, int64_t kind, double c
   p.squared_norms = mutable_data(squared_norms);
 }
 
-#ifdef GK_WITH_CUDA
-#define GK_RUN(NAME, p, x)                                                                  \
-  if (x.is_cuda()) {                                                                        \
-    const int device = x.get_device();                                                      \
-    const Tensor scratch =                                                                  \
-        empty({cuda::gradient_norm_penalty_scratch_bytes(p, device)}, ScalarType::Byte, x); \
-    check_cuda(cuda::NAME(p, mutable_data(scratch), device, cuda_stream(x)));               \
-  } else {                                                                                  \
-    cpu::NAME(p, cpu_threads());                                                            \
-  }
-#else
-#define GK_RUN(NAME, p, x) cpu::NAME(p, cpu_threads());
-#endif
-
 std::tuple<Tensor, Tensor> gradient_norm_penalty(Tensor grad, int64_t kind, double center) {
+  checked("gradient_norm_penalty", grad, kind);
   grad = with_dense_samples(grad);
   const Tensor penalty = empty({}, accumulation_type(grad), grad);
   const Tensor squared_norms = empty({grad.size(0)}, accumulation_type(grad), grad);
   GradientNormPenaltyForward p;
   describe(p, grad, kind, center, squared_norms);
   p.penalty = mutable_data(penalty);
-  GK_RUN(gradient_norm_penalty_forward, p, grad);
+  GK_RUN(gradient_norm_penalty, gradient_norm_penalty_forward, p, grad);
   return {penalty, squared_norms};
 }
 
 Tensor gradient_norm_penalty_backward(Tensor grad_penalty, Tensor grad, Tensor squared_norms,
                                       int64_t kind, double center) {
+  Check check = checked("gradient_norm_penalty_backward", grad, kind);
+  const ScalarType accumulation = accumulation_type(grad);
+  check.tensor("grad_penalty", grad_penalty, {}, accumulation);
+  check.tensor("squared_norms", squared_norms, {grad.size(0)}, accumulation);
+  squared_norms = packed(squared_norms);
   grad = with_dense_samples(grad);
   const Tensor grad_grad = empty_with_strides_of(grad);
   GradientNormPenaltyBackward p;
   describe(p, grad, kind, center, squared_norms);
   p.grad_penalty = data(grad_penalty);
   p.grad_grad = mutable_data(grad_grad);
-  GK_RUN(gradient_norm_penalty_backward, p, grad);
+  GK_RUN(gradient_norm_penalty, gradient_norm_penalty_backward, p, grad);
   return grad_grad;
 }
 
@@ -70,6 +71,12 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_double_backward(Tensor tangent,
                                                                  Tensor grad_penalty, Tensor grad,
                                                                  Tensor squared_norms, int64_t kind,
                                                                  double center) {
+  Check check = checked("gradient_norm_penalty_double_backward", grad, kind);
+  const ScalarType accumulation = accumulation_type(grad);
+  check.like("tangent", tangent, "grad", grad);
+  check.tensor("grad_penalty", grad_penalty, {}, accumulation);
+  check.tensor("squared_norms", squared_norms, {grad.size(0)}, accumulation);
+  squared_norms = packed(squared_norms);
   grad = with_dense_samples(grad);
   tangent = in_layout_of(tangent, grad);
   const Tensor grad_grad_penalty = empty({}, accumulation_type(grad), grad);
@@ -80,7 +87,7 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_double_backward(Tensor tangent,
   p.tangent = data(tangent);
   p.grad_grad_penalty = mutable_data(grad_grad_penalty);
   p.grad_grad = mutable_data(grad_grad);
-  GK_RUN(gradient_norm_penalty_double_backward, p, grad);
+  GK_RUN(gradient_norm_penalty, gradient_norm_penalty_double_backward, p, grad);
   return {grad_grad_penalty, grad_grad};
 }
 

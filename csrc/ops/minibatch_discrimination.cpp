@@ -1,9 +1,9 @@
-// Registers minibatch_discrimination and its derivatives. Arguments arrive checked: see
-// gankernels/functional.py, which raises Python's own exception types.
+// Registers minibatch_discrimination and its derivatives.
 #include "../kernels/minibatch_discrimination.h"
 
 #include <tuple>
 
+#include "check.h"
 #include "tensor.h"
 
 namespace gankernels::ops {
@@ -11,6 +11,14 @@ namespace {
 
 void set_strides(const Tensor& tensor, int64_t* strides) {
   for (int64_t d = 0; d < tensor.dim(); ++d) strides[d] = tensor.stride(d);
+}
+
+Check checked(const char* op, const Tensor& m) {
+  Check check(op);
+  check.memory("m", m);
+  check.floating("m", m);
+  check.dimensions("m", m, 3, 3);
+  return check;
 }
 
 void describe(MinibatchDiscrimination& p, const Tensor& m) {
@@ -23,7 +31,7 @@ void describe(MinibatchDiscrimination& p, const Tensor& m) {
 }
 
 #ifdef GK_WITH_CUDA
-#define GK_RUN(NAME, p, x)                                                                     \
+#define GK_RUN_HERE(NAME, p, x)                                                                \
   if (x.is_cuda()) {                                                                           \
     const int device = x.get_device();                                                         \
     const Tensor scratch =                                                                     \
@@ -34,7 +42,7 @@ void describe(MinibatchDiscrimination& p, const Tensor& m) {
     run_on_cpu(cpu::NAME, p, x);                                                               \
   }
 #else
-#define GK_RUN(NAME, p, x) run_on_cpu(cpu::NAME, p, x);
+#define GK_RUN_HERE(NAME, p, x) run_on_cpu(cpu::NAME, p, x);
 #endif
 
 template <typename Parameters>
@@ -48,28 +56,34 @@ void run_on_cpu(void (*kernel)(const Parameters&, const CpuThreads&), Parameters
 }
 
 Tensor minibatch_discrimination(Tensor m) {
+  checked("minibatch_discrimination", m);
   MinibatchDiscriminationForward p;
   describe(p, m);
   const Tensor o = empty({p.n, p.b}, m.scalar_type(), m);
   p.o = mutable_data(o);
-  GK_RUN(minibatch_discrimination_forward, p, m);
+  GK_RUN_HERE(minibatch_discrimination_forward, p, m);
   return o;
 }
 
 Tensor minibatch_discrimination_backward(Tensor grad_o, Tensor m) {
+  Check check = checked("minibatch_discrimination_backward", m);
+  check.tensor("grad_o", grad_o, {m.size(0), m.size(1)}, m.scalar_type());
   MinibatchDiscriminationBackward p;
   describe(p, m);
   p.grad_o = data(grad_o);
   set_strides(grad_o, p.grad_o_strides);
   const Tensor grad_m = empty({p.n, p.b, p.c}, m.scalar_type(), m);
   p.grad_m = mutable_data(grad_m);
-  GK_RUN(minibatch_discrimination_backward, p, m);
+  GK_RUN_HERE(minibatch_discrimination_backward, p, m);
   return grad_m;
 }
 
 std::tuple<Tensor, Tensor> minibatch_discrimination_double_backward(Tensor grad_grad_m,
                                                                     Tensor grad_o, Tensor m,
                                                                     bool want_grad_m) {
+  Check check = checked("minibatch_discrimination_double_backward", m);
+  check.like("grad_grad_m", grad_grad_m, "m", m);
+  check.tensor("grad_o", grad_o, {m.size(0), m.size(1)}, m.scalar_type());
   MinibatchDiscriminationDoubleBackward p;
   describe(p, m);
   p.grad_o = data(grad_o);
@@ -81,7 +95,7 @@ std::tuple<Tensor, Tensor> minibatch_discrimination_double_backward(Tensor grad_
       want_grad_m ? empty({p.n, p.b, p.c}, m.scalar_type(), m) : empty({0}, m.scalar_type(), m);
   p.grad_grad_o = mutable_data(grad_grad_o);
   if (want_grad_m) p.grad_m = mutable_data(grad_m);
-  GK_RUN(minibatch_discrimination_double_backward, p, m);
+  GK_RUN_HERE(minibatch_discrimination_double_backward, p, m);
   return {grad_grad_o, grad_m};
 }
 

@@ -1,20 +1,38 @@
-// Registers minibatch_stddev and its derivatives. Arguments arrive checked, x not empty: see
-// gankernels/functional.py.
+// Registers minibatch_stddev and its derivatives.
 #include "../kernels/minibatch_stddev.h"
 
 #include <tuple>
 
+#include "check.h"
 #include "tensor.h"
 
 namespace gankernels::ops {
 namespace {
 
-// x is dense. Returns the number of groups: of group_size samples at most.
+Check checked(const char* op, const Tensor& x, int64_t group_size, int64_t num_channels) {
+  Check check(op);
+  check.memory("x", x);
+  check.floating("x", x);
+  check.dimensions("x", x, 2, INT64_MAX);
+  if (x.numel() == 0) check.refuse("x", "must not be empty, got shape ", shape_text(x));
+  check.range("group_size", group_size, 1, INT64_MAX);
+  check.range("num_channels", num_channels, 1, INT64_MAX);
+  if (x.size(1) % num_channels) {
+    check.refuse("num_channels", "must divide the ", x.size(1), " channels of x, got ",
+                 num_channels);
+  }
+  return check;
+}
+
+// Of group_size samples at most, which may be more than there are, up to the largest number.
+int64_t groups_of(const Tensor& x, int64_t group_size) { return (x.size(0) - 1) / group_size + 1; }
+
+// x is dense. Returns the number of groups.
 int64_t describe(MinibatchStddev& p, const Tensor& x, int64_t group_size, int64_t num_channels,
                  double eps) {
   const bool rows = num_channels > 1 && layout_of(x) == Layout::kChannelsLast;
   p.n = x.size(0);
-  p.groups = (p.n + group_size - 1) / group_size;
+  p.groups = groups_of(x, group_size);
   p.features = num_channels;
   p.rows = rows ? x.numel() / (p.n * x.size(1)) : 1;
   p.run = x.numel() / (p.n * p.rows * num_channels);
@@ -24,32 +42,22 @@ int64_t describe(MinibatchStddev& p, const Tensor& x, int64_t group_size, int64_
   return p.groups;
 }
 
-#ifdef GK_WITH_CUDA
-#define GK_RUN(NAME, p, x)                                                             \
-  if (x.is_cuda()) {                                                                   \
-    const int device = x.get_device();                                                 \
-    const Tensor scratch =                                                             \
-        empty({cuda::minibatch_stddev_scratch_bytes(p, device)}, ScalarType::Byte, x); \
-    check_cuda(cuda::NAME(p, mutable_data(scratch), device, cuda_stream(x)));          \
-  } else {                                                                             \
-    cpu::NAME(p, cpu_threads());                                                       \
-  }
-#else
-#define GK_RUN(NAME, p, x) cpu::NAME(p, cpu_threads());
-#endif
-
 Tensor minibatch_stddev(Tensor x, int64_t group_size, int64_t num_channels, double eps) {
+  checked("minibatch_stddev", x, group_size, num_channels);
   x = dense(x);
   MinibatchStddevForward p;
   const int64_t groups = describe(p, x, group_size, num_channels, eps);
   const Tensor stddev = empty({groups, num_channels}, accumulation_type(x), x);
   p.stddev = mutable_data(stddev);
-  GK_RUN(minibatch_stddev_forward, p, x);
+  GK_RUN(minibatch_stddev, minibatch_stddev_forward, p, x);
   return stddev;
 }
 
 Tensor minibatch_stddev_backward(Tensor grad_stddev, Tensor x, int64_t group_size,
                                  int64_t num_channels, double eps) {
+  Check check = checked("minibatch_stddev_backward", x, group_size, num_channels);
+  check.tensor("grad_stddev", grad_stddev, {groups_of(x, group_size), num_channels},
+               accumulation_type(x));
   x = dense(x);
   grad_stddev = packed(grad_stddev);
   const Tensor grad_x = empty_with_strides_of(x);
@@ -57,13 +65,17 @@ Tensor minibatch_stddev_backward(Tensor grad_stddev, Tensor x, int64_t group_siz
   describe(p, x, group_size, num_channels, eps);
   p.grad_stddev = data(grad_stddev);
   p.grad_x = mutable_data(grad_x);
-  GK_RUN(minibatch_stddev_backward, p, x);
+  GK_RUN(minibatch_stddev, minibatch_stddev_backward, p, x);
   return grad_x;
 }
 
 std::tuple<Tensor, Tensor> minibatch_stddev_double_backward(Tensor tangent, Tensor grad_stddev,
                                                             Tensor x, int64_t group_size,
                                                             int64_t num_channels, double eps) {
+  Check check = checked("minibatch_stddev_double_backward", x, group_size, num_channels);
+  check.like("tangent", tangent, "x", x);
+  check.tensor("grad_stddev", grad_stddev, {groups_of(x, group_size), num_channels},
+               accumulation_type(x));
   x = dense(x);
   tangent = in_layout_of(tangent, x);
   grad_stddev = packed(grad_stddev);
@@ -75,7 +87,7 @@ std::tuple<Tensor, Tensor> minibatch_stddev_double_backward(Tensor tangent, Tens
   p.tangent = data(tangent);
   p.grad_grad_stddev = mutable_data(grad_grad_stddev);
   p.grad_x = mutable_data(grad_x);
-  GK_RUN(minibatch_stddev_double_backward, p, x);
+  GK_RUN(minibatch_stddev, minibatch_stddev_double_backward, p, x);
   return {grad_grad_stddev, grad_x};
 }
 

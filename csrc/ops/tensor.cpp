@@ -1,6 +1,7 @@
 #include "tensor.h"
 
-#include <torch/headeronly/util/Exception.h>
+#include <stdexcept>
+#include <string>
 
 // Missing in a CPU-only torch, hence weak: the same library then loads without it.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -19,8 +20,7 @@ DType dtype_of(const Tensor& tensor) {
     case ScalarType::Half:
       return DType::kFloat16;
     default:
-      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
-      return DType::kFloat32;
+      throw std::logic_error("a dtype that no kernel knows came through the checks");
   }
 }
 
@@ -51,7 +51,14 @@ Layout layout_of(const Tensor& tensor) {
 }
 
 Tensor dense(const Tensor& tensor) {
-  return layout_of(tensor) == Layout::kOther ? torch::stable::contiguous(tensor) : tensor;
+  return layout_of(tensor) == Layout::kOther ? contiguous_copy(tensor) : tensor;
+}
+
+Tensor contiguous_copy(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  Tensor copy = empty({sizes.begin(), sizes.end()}, tensor.scalar_type(), tensor);
+  torch::stable::copy_(copy, tensor);
+  return copy;
 }
 
 int64_t dense_block(const Tensor& tensor, size_t first) {
@@ -89,7 +96,7 @@ Tensor in_layout_of(const Tensor& tensor, const Tensor& model) {
 }
 
 Tensor packed(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return tensor.is_contiguous() ? tensor : contiguous_copy(tensor);
 }
 
 OptionalTensor packed(const OptionalTensor& tensor) {
@@ -102,8 +109,17 @@ static Tensor allocate(int64_t dims, const int64_t* sizes, const int64_t* stride
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(model.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(model.get(), &device_index));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, int32_t(dtype), device_type,
-                                                  device_index, &handle));
+  if (aoti_torch_empty_strided(dims, sizes, strides, int32_t(dtype), device_type, device_index,
+                               &handle)) {
+    double bytes = double(aoti_torch_dtype_element_size(int32_t(dtype)));
+    for (int64_t d = 0; d < dims; ++d) bytes *= double(sizes[d]);
+    std::string number = std::to_string(bytes);
+    number.resize(number.find('.'));
+    // In the words that others look for in PyTorch's own errors.
+    throw std::runtime_error((model.is_cuda() ? "CUDA out of memory: tried to allocate "
+                                              : "can't allocate memory: you tried to allocate ") +
+                             number + " bytes");
+  }
   return Tensor(handle);
 }
 
@@ -133,11 +149,14 @@ CpuThreads cpu_threads() {
 }
 
 CudaStream::CudaStream(int device) : guard_(device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
-                  "a CUDA tensor met a torch without CUDA support");
+  if (!aoti_torch_get_current_cuda_stream) {
+    throw std::runtime_error("a CUDA tensor met a torch without CUDA support");
+  }
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
 }
 
-void check_cuda(const char* error) { STD_TORCH_CHECK(!error, error); }
+void check_cuda(const char* error) {
+  if (error) throw std::runtime_error(error);
+}
 
 }  // namespace gankernels::ops

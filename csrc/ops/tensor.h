@@ -30,6 +30,7 @@ Layout layout_of(const Tensor& tensor);
 
 // The tensor itself where it is dense in one of the two layouts, otherwise a contiguous copy.
 Tensor dense(const Tensor& tensor);
+Tensor contiguous_copy(const Tensor& tensor);
 
 // How many elements lie side by side, in whatever order, in the dimensions from `first` on.
 int64_t dense_block(const Tensor& tensor, size_t first);
@@ -45,7 +46,7 @@ Tensor in_layout_of(const Tensor& tensor, const Tensor& model);
 Tensor packed(const Tensor& tensor);
 OptionalTensor packed(const OptionalTensor& tensor);
 
-// Uninitialised, on the device of `model`.
+// Uninitialised, on the device of `model`. Where memory is short, the exception says of how much.
 Tensor empty(std::vector<int64_t> sizes, ScalarType dtype, const Tensor& model);
 Tensor empty_with_strides_of(const Tensor& model);
 
@@ -73,5 +74,25 @@ inline CudaStream cuda_stream(const Tensor& tensor) { return CudaStream(tensor.g
 
 // Throws what a CUDA kernel returned, if anything.
 void check_cuda(const char* error);
+
+// Runs kernel NAME of op OP on the device of x, with the scratch memory that OP asks for: allocated
+// here, by PyTorch, since a kernel has no way to say that there is none.
+#define GK_RUN_ON_CPU(OP, NAME, p, x)                                                         \
+  {                                                                                           \
+    const CpuThreads threads = cpu_threads();                                                 \
+    const Tensor scratch = empty({cpu::OP##_scratch_bytes(p, threads)}, ScalarType::Byte, x); \
+    cpu::NAME(p, mutable_data(scratch), threads);                                             \
+  }
+#ifdef GK_WITH_CUDA
+#define GK_RUN(OP, NAME, p, x)                                                                \
+  if (x.is_cuda()) {                                                                          \
+    const int device = x.get_device();                                                        \
+    const Tensor scratch = empty({cuda::OP##_scratch_bytes(p, device)}, ScalarType::Byte, x); \
+    check_cuda(cuda::NAME(p, mutable_data(scratch), device, cuda_stream(x)));                 \
+  } else                                                                                      \
+    GK_RUN_ON_CPU(OP, NAME, p, x)
+#else
+#define GK_RUN(OP, NAME, p, x) GK_RUN_ON_CPU(OP, NAME, p, x)
+#endif
 
 }  // namespace gankernels::ops

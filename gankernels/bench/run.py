@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,8 @@ def plan(
         seconds = 0.2 if quick else 1.0
     if not seconds >= 0:
         raise ValueError(f"seconds must not be negative, got {seconds}")
+    if seconds == math.inf:
+        raise ValueError("seconds must be finite, got inf")
     if settings and not models:
         raise ValueError("settings are of games: name these as well")
     for name in op_names or ():

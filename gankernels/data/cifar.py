@@ -13,7 +13,7 @@ import pickletools
 import tarfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from gankernels.data.files import one_line, open_regular, open_unpacked
 
-# Python's training files are 31 MB each of CIFAR-10 and 155 MB of CIFAR-100.
-_MAX_FILE = 1 << 28
-_MAX_ARCHIVE = 1 << 30
+# Unpacked, either set takes 186 MB, and no file of them more than 400,000 steps to unpickle.
+_MAX_BYTES = 1 << 28
+_MAX_STEPS = 2_000_000
 
 
 class _Set(NamedTuple):
@@ -63,6 +63,7 @@ _SETS = (
     ),
 )
 _SET_OF = {name: each for each in _SETS for name in each.files}
+_ADVICE = "the only archives that are read: unpack it"
 _ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 
@@ -99,30 +100,51 @@ def read_folder(folder: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
 
 def read_archive(archive: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """The same from ``cifar-10-python.tar.gz``; nothing is written to disk."""
-    parts, total = {}, 0
+    parts = {}
     try:
         with open_unpacked(archive) as (stream, _):
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
+            bounded = _Bounded(stream)
+            with tarfile.open(fileobj=bounded, mode="r:") as tar:
                 for member in tar:
-                    total += member.size
-                    if total > _MAX_ARCHIVE:
-                        raise ValueError(f"{member.name} makes it larger than CIFAR's")
+                    bounded.check(member.size)  # of a sparse one, little of it is in the archive
                     name = Path(member.name).name
                     if member.isfile() and name in _SET_OF:
-                        _check_size(f"{archive}: {member.name}", member.size)
                         content = tar.extractfile(member).read()
                         parts[name] = _unpickle(f"{archive}: {member.name}", name, content)
             # What gzip says of its content stands behind it.
-            while rest := stream.read(1 << 20):
-                total += len(rest)
-                if total > _MAX_ARCHIVE:
-                    raise ValueError("what follows its last file has no end")
+            while bounded.read(1 << 20):
+                pass
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         if str(error).startswith(f"{archive}: "):
             raise
         raise ValueError(f"{archive}: damaged archive: {one_line(error)}") from error
+    if not parts:
+        raise ValueError(f"{archive}: no batches of CIFAR in it, {_ADVICE}")
     kind = next((each for each in _SETS if each.meta in parts), _SETS[0])
     return _assemble(archive, kind, parts)
+
+
+class _Bounded:
+    """A stream of which no more is read, at once or together, than CIFAR has.
+
+    Not only files claim sizes: tarfile reads what a header claims for the name of one.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.tell = stream.tell
+
+    def read(self, size: int) -> bytes:
+        self.check(self.tell() + size)
+        return self.stream.read(size)
+
+    def seek(self, position: int) -> int:
+        self.check(position)
+        return self.stream.seek(position)
+
+    def check(self, position: int) -> None:
+        if position > _MAX_BYTES:
+            raise ValueError(f"{position:,} bytes are more than CIFAR's, {_ADVICE}")
 
 
 def _folder_set(folder: Path) -> _Set | None:
@@ -143,17 +165,12 @@ def _archive(folder: Path, kind: _Set) -> Path | None:
 def _read_file(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
-            _check_size(f"{path}", os.fstat(file.fileno()).st_size)
+            size = os.fstat(file.fileno()).st_size
+            if size > _MAX_BYTES:
+                raise ValueError(f"{size:,} bytes are more than CIFAR's")
             return file.read()
     except ValueError as error:
-        if str(error).startswith(f"{path}: "):
-            raise
         raise ValueError(f"{path}: {error}") from error
-
-
-def _check_size(where: str, size: int) -> None:
-    if size > _MAX_FILE:
-        raise ValueError(f"{where}: no batch of CIFAR, which have fewer bytes than {size:,}")
 
 
 def _assemble(
@@ -175,13 +192,14 @@ def _assemble(
         where = f"{source}: {name}"
         pixels = _entry(where, parts[name], "data", _Array).to_numpy(where)
         images.append(pixels.reshape(-1, 3, 32, 32))
-        labels += _entry(where, parts[name], kind.labels, list)
-        if sum(map(len, images)) != len(labels):
+        theirs = _entry(where, parts[name], kind.labels, list)
+        if len(theirs) != len(pixels):
             raise ValueError(f"{where}: {len(pixels)} images, but another number of labels")
+        if not all(type(label) is int and 0 <= label < len(classes) for label in theirs):
+            raise ValueError(f"{where}: a label outside the {len(classes)} classes of {kind.meta}")
+        labels += theirs
     if not labels:
         raise ValueError(f"{source}: holds no images")
-    if not all(type(label) is int and 0 <= label < len(classes) for label in labels):
-        raise ValueError(f"{source}: a label outside the {len(classes)} classes of {kind.meta}")
     return torch.from_numpy(np.concatenate(images)), torch.tensor(labels), classes
 
 
@@ -242,7 +260,9 @@ def _unpickle(where: str, name: str, content: bytes) -> dict:
     what = f"not a {_SET_OF[name].title} batch"
     try:
         # Pickle makes a table of as many places as the largest number of a place says.
-        for opcode, argument, _ in pickletools.genops(content):
+        for step, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+            if step > _MAX_STEPS:
+                raise ValueError("it takes too many steps to unpickle")
             if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(content):
                 raise ValueError(f"it names place {argument:,} of its memory")
         part = _InertUnpickler(io.BytesIO(content), encoding="bytes").load()

@@ -77,6 +77,9 @@ class Image(Field):
     height: int
     width: int
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, "channels", "height", "width")
+
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.channels, self.height, self.width
@@ -99,6 +102,9 @@ class Label(Field):
     suffix = ".txt"
 
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _check_names(self, "classes")
 
     @property
     def shape(self) -> tuple[()]:
@@ -133,6 +139,10 @@ class Tokens(Field):
     vocabulary: tuple[str, ...]
     length: int
 
+    def __post_init__(self) -> None:
+        _check_names(self, "vocabulary")
+        _check_sizes(self, "length")
+
     @property
     def shape(self) -> tuple[int]:
         return (self.length,)
@@ -150,6 +160,9 @@ class Vector(Field):
     """Numbers that belong together, such as an embedding: float32 `(N, dim)`."""
 
     dim: int
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "dim")
 
     @property
     def shape(self) -> tuple[int]:
@@ -234,9 +247,11 @@ class Spec(dict[str, Field]):
         """The spec that `to_dict` made plain. Raises ValueError for anything else."""
         spec = cls()
         for name, values in content.items():
+            if not isinstance(values, Mapping):
+                raise ValueError(f"{name} must be a mapping, got {type(values).__name__}")
             values = dict(values)
             kind = values.pop("kind", None)
-            if kind not in KINDS:
+            if not isinstance(kind, str) or kind not in KINDS:
                 raise ValueError(f"{name}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             try:
@@ -250,6 +265,19 @@ def image_spec(channels: int = 1, size: int = 28, num_classes: int = 10) -> Spec
     """The spec of square images in classes that are called 0, 1, 2, ..."""
     classes = tuple(map(str, range(num_classes)))
     return Spec(images=Image(channels, size, size), labels=Label(classes))
+
+
+def _check_sizes(field: Field, *names: str) -> None:
+    for name in names:
+        value = getattr(field, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_names(field: Field, name: str) -> None:
+    value = getattr(field, name)
+    if type(value) is not tuple or not value or not all(type(text) is str for text in value):
+        raise ValueError(f"{name} must be a tuple of texts, got {value!r:.100}")
 
 
 def _save_lines(lines: list[str], path: Path) -> None:

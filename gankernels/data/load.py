@@ -95,8 +95,8 @@ def load(
         name, (images, labels, classes) = "digits", _read_digits()
     else:
         path = expand(source)
-        name = path.resolve().name
         packed = _packed(path, source)
+        name = path.resolve().name
         if packed is None:
             try:
                 if stream:
@@ -139,7 +139,7 @@ def absolute(source: str | Path) -> str:
 
 def _packed(path: Path, source: str | Path) -> Path | None:
     """The images file, archive or folder of batches that is meant; None for another folder."""
-    if not os.fspath(source) or not path.exists():
+    if not os.fspath(source) or not os.path.exists(path):
         raise ValueError(
             f"source {str(source)!r} is not the name of a data set, a file or a folder; "
             f"accepted: {_ACCEPTED}"

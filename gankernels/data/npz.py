@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import zipfile
@@ -18,6 +19,7 @@ from torch import Tensor
 from gankernels.data.files import check_promise, one_line, open_regular, visible
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_MAX_HEADER = 1 << 16
 
 
 class _Array(NamedTuple):
@@ -81,7 +83,9 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
 
 def _read_header(archive: zipfile.ZipFile, name: str) -> _Array:
     entry = archive.getinfo(name)
-    with archive.open(entry) as file:
+    with archive.open(entry) as member:
+        # Not from the member itself, which would be read as far as it says that its header goes.
+        file = io.BytesIO(member.read(_MAX_HEADER))
         version = npy.read_magic(file)
         if version not in _HEADERS:
             raise ValueError(f"{name} is of version {version} of numpy's format")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -123,6 +124,8 @@ class BareOptions:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
             if isinstance(value, (int, float)) and value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
 

@@ -51,8 +51,13 @@ def load_or_train_classifier(
 
 
 def _load(path: Path, data: ImageData) -> Classifier:
+    # Here and not above: the trainer may measure while it trains, and then imports this package.
+    from gankernels.train import archive
+
     classifier = Classifier(data.channels, data.size, data.num_classes)
-    classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    state = archive.load(path)
+    archive.conform(state, classifier.state_dict(), "state")
+    classifier.load_state_dict(state)
     return classifier.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

@@ -65,7 +65,7 @@ class _BatchNormActivation(Half, _BatchNorm):
         self.__dict__["eps"] = float.__float__(value) if isinstance(value, Eps) else value
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads only this by itself)
             if isinstance(input, Proxy):
                 return call_in_trace(self, input)
         self._check_input_dim(input)
@@ -74,6 +74,8 @@ class _BatchNormActivation(Half, _BatchNorm):
         running_mean = self.running_mean if not self.training or tracking else None
         running_var = self.running_var if not self.training or tracking else None
         if not torch.jit.is_scripting():
+            if tracking and running_mean is None and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
             # Where there are tensors per channel they tell, as with PyTorch's layer.
             if input.shape[1] != self.num_features and self.weight is running_mean is None:
                 raise RuntimeError(
@@ -88,7 +90,8 @@ class _BatchNormActivation(Half, _BatchNorm):
                 self.weight,
                 self.bias,
                 training,
-                self.momentum,
+                # As in PyTorch: without a counter there is nothing to average over.
+                self.momentum if self.num_batches_tracked is not None else self.momentum or 0.0,
                 self.__dict__["eps"],
                 self.negative_slope,
                 activation_first=self._activation_first,

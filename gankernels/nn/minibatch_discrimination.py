@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.fx import Proxy
 
 from gankernels.functional import minibatch_discrimination
+from gankernels.nn.pairs import call_in_trace
 from gankernels.ops.collectives import (
     check_group,
     group_of_several,
@@ -102,24 +104,27 @@ class MinibatchDiscrimination(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 2:
-            raise ValueError(f"expected 2D input (got {x.dim()}D input)")
-        if x.shape[1] != self.in_features:
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads only this by itself)
+            if isinstance(input, Proxy):
+                return call_in_trace(self, input)
+        if input.dim() != 2:
+            raise ValueError(f"expected 2D input (got {input.dim()}D input)")
+        if input.shape[1] != self.in_features:
             raise RuntimeError(
                 f"expected input with {self.in_features} features (in_features), "
-                f"got {x.shape[1]} in input of shape {(x.shape[0], x.shape[1])}"
+                f"got {input.shape[1]} in input of shape {(input.shape[0], input.shape[1])}"
             )
-        m = (x @ self.weight.flatten(1)).unflatten(1, (self.num_kernels, self.kernel_dim))
+        m = (input @ self.weight.flatten(1)).unflatten(1, (self.num_kernels, self.kernel_dim))
         if not torch.jit.is_scripting():
             group = group_of_several(self.process_group) if self.gather and self.training else None
             if group is not None:
                 counts = row_counts(m, group)
                 o = minibatch_discrimination(rows_of_all(m, counts, group))
-                return torch.cat((x, own_rows(o, counts, group)), 1)
+                return torch.cat((input, own_rows(o, counts, group)), 1)
         elif self.gather and self.training:
             raise RuntimeError("a scripted layer cannot train with gather=True")
-        return torch.cat((x, minibatch_discrimination(m)), 1)
+        return torch.cat((input, minibatch_discrimination(m)), 1)
 
     def extra_repr(self) -> str:
         return (

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from gankernels.functional import minibatch_stddev
+from gankernels.nn.pairs import call_in_trace
 
 
 class MinibatchStdDev(nn.Module):
@@ -42,8 +44,11 @@ class MinibatchStdDev(nn.Module):
         self.group_size = group_size
         self.num_channels = num_channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((x, minibatch_stddev(x, self.group_size, self.num_channels)), 1)
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads only this by itself)
+            if isinstance(input, Proxy):
+                return call_in_trace(self, input)
+        return torch.cat((input, minibatch_stddev(input, self.group_size, self.num_channels)), 1)
 
     def extra_repr(self) -> str:
         return f"group_size={self.group_size}, num_channels={self.num_channels}"

@@ -1,13 +1,15 @@
 """A BatchNorm and an activation that :func:`gankernels.fuse` lets compute as one.
 
-The two stay where they are, and stay a BatchNorm and an activation to whoever asks: the norm's slot
-holds the fused layer, the activation's a layer that has nothing left to do. They are a pair as long
-as that is all there is to it. Whoever replaces or drops one of them, hooks into one, copies the norm
-or folds it into a convolution deals with two layers, so two layers they are again.
+The two stay where they are, and stay a BatchNorm and an activation to whoever asks: the norm's
+slot holds the fused layer, the activation's a layer that has nothing left to do. They are a pair as
+long as that is all there is to it. Whoever replaces or drops one of them, hooks into one, copies
+the norm or folds it into a convolution deals with two layers, so two layers they are again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import warnings
 import weakref
@@ -40,8 +42,9 @@ class Half(nn.Module):
             return
         for ref in vars(self)["_before_fusion"][1]:
             # A shallow copy, as nn.DataParallel makes them, is nobody's partner.
-            if (partner := ref()) is not None and self in _partners(partner):
-                take_apart(partner)
+            if (partner := ref()) is not None and any(p is self for p in _partners(partner)):
+                with contextlib.suppress(TypeError, ValueError):
+                    take_apart(partner)
 
 
 def _partners(layer: nn.Module) -> list[nn.Module | None]:
@@ -72,7 +75,7 @@ class _Done(Half):
     __jit_ignored_attributes__ = ("_before_fusion",)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads only this by itself)
             if isinstance(input, Proxy):
                 return call_in_trace(self, input)
         return input
@@ -164,11 +167,10 @@ def _replaced(owner: nn.Module, name: str, layer: nn.Module | None) -> None:
         come_apart(before, "one of them is replaced")
 
 
-def _watch(register: Callable, hook: Callable, watched: set[Callable] = set()) -> None:  # noqa: B006
+@functools.cache
+def _watch(register: Callable, hook: Callable) -> None:
     """Lets PyTorch call ``hook`` for all that modules register from now on."""
-    if hook not in watched:
-        watched.add(hook)
-        register(hook)
+    register(hook)
 
 
 # ---- copies ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gankernels._library import LOADED
 from gankernels.ops.autograd import differentiable, no_third_derivative
-from gankernels.ops.fake import accumulation_dtype, empty_like_dense
+from gankernels.ops.fake import accumulation_dtype, empty_like_dense, register_fake
 
 _ops = torch.ops.gankernels
 
@@ -41,6 +41,38 @@ def reference(
 def count(x: Tensor) -> int:
     """The number of elements in a channel."""
     return x.numel() // x.shape[1] if x.shape[1] else 0
+
+
+def counts_in_kernel(num_batches_tracked: Tensor, running_mean: Tensor) -> bool:
+    """Whether the counter is what PyTorch's layers make. Others come from a network that was cast
+    as a whole, or from a converted checkpoint."""
+    return (
+        num_batches_tracked.dtype is torch.int64
+        and num_batches_tracked.numel() == 1
+        and num_batches_tracked.device == running_mean.device
+    )
+
+
+def count_up(num_batches_tracked: Tensor, momentum: float | None) -> float:
+    """Counts a batch and returns the momentum, as PyTorch's layers do, whatever the counter is."""
+    num_batches_tracked.add_(1)
+    return 1.0 / float(num_batches_tracked) if momentum is None else momentum
+
+
+def update_running_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    statistics: Tensor,
+    momentum: float | None,
+    n: int,
+) -> None:
+    """In place, by the statistics of n elements to a channel."""
+    if num_batches_tracked is not None and not counts_in_kernel(num_batches_tracked, running_mean):
+        momentum, num_batches_tracked = count_up(num_batches_tracked, momentum), None
+    _ops.update_running_statistics.default(
+        running_mean, running_var, num_batches_tracked, statistics, momentum, n
+    )
 
 
 # ---- forward: (x, weight, bias, statistics | None, eps, negative_slope, activation_first)
@@ -161,28 +193,25 @@ def _per_channel(x: Tensor, *rows: int) -> Tensor:
 
 
 def _register_fakes() -> None:
-    def fake(name: str):
-        return torch.library.register_fake(f"gankernels::{name}")
-
-    @fake("batch_norm_leaky_relu")
+    @register_fake("batch_norm_leaky_relu")
     def _(x, weight, bias, statistics, eps, negative_slope, activation_first):
         computed = x.new_empty((0,), dtype=accumulation_dtype(x))
         return empty_like_dense(x), _per_channel(x, 2) if statistics is None else computed
 
-    @fake("batch_norm_leaky_relu_statistics")
+    @register_fake("batch_norm_leaky_relu_statistics")
     def _(x, negative_slope, activation_first):
         return _per_channel(x, 2)
 
-    @fake("batch_norm_leaky_relu_backward")
+    @register_fake("batch_norm_leaky_relu_backward")
     def _(grad_y, x, weight, bias, statistics, sums, count, training, eps, slope, first, want_sums):
         computed = sums is None and (want_sums or training)
         return empty_like_dense(x), _per_channel(x, 2 if computed else 0)
 
-    @fake("batch_norm_leaky_relu_backward_sums")
+    @register_fake("batch_norm_leaky_relu_backward_sums")
     def _(grad_y, x, weight, bias, statistics, eps, negative_slope, activation_first):
         return _per_channel(x, 2)
 
-    @fake("batch_norm_leaky_relu_double_backward")
+    @register_fake("batch_norm_leaky_relu_double_backward")
     def _(
         grad_grad_x, grad_grad_weight, grad_grad_bias, grad_y, x, weight, bias, statistics, sums,
         count, training, eps, slope, first, want_grad_grad_y, want_grad_x,
@@ -193,11 +222,11 @@ def _register_fakes() -> None:
             _per_channel(x),
         )
 
-    @fake("batch_norm_leaky_relu_double_backward_sums")
+    @register_fake("batch_norm_leaky_relu_double_backward_sums")
     def _(grad_grad_x, grad_y, x, weight, bias, statistics, eps, negative_slope, activation_first):
         return _per_channel(x, 5)
 
-    @fake("update_running_statistics")
+    @register_fake("update_running_statistics")
     def _(running_mean, running_var, num_batches_tracked, statistics, momentum, count):
         return None
 

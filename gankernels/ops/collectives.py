@@ -20,7 +20,8 @@ def check_group(process_group: object) -> None:
         return
     if dist.is_available():
         outside = dist.GroupMember.NON_GROUP_MEMBER
-        if isinstance(process_group, dist.ProcessGroup) or process_group == outside:
+        stands_in = isinstance(process_group, type(outside)) and process_group == outside
+        if isinstance(process_group, dist.ProcessGroup) or stands_in:
             return
     raise TypeError(
         f"process_group is a {type(process_group).__name__}; accepted are None, for all "

@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+
+def register_fake(name: str) -> Callable[[Callable], Callable]:
+    """`torch.library.register_fake` for an op of ours, which must not be given tensors of several
+    devices: with one on meta among them, PyTorch would call the fake kernel and nobody else."""
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def checked(*arguments):
+            devices = {a.device for a in arguments if isinstance(a, Tensor)}
+            if len(devices) > 1:
+                named = " and ".join(sorted(map(str, devices)))
+                raise RuntimeError(f"{name}: all tensors must be on one device, got {named}")
+            return function(*arguments)
+
+        return torch.library.register_fake(f"gankernels::{name}")(checked)
+
+    return register
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gankernels._library import LOADED
 from gankernels.ops.autograd import differentiable, no_third_derivative
-from gankernels.ops.fake import accumulation_dtype
+from gankernels.ops.fake import accumulation_dtype, register_fake
 
 _ops = torch.ops.gankernels
 
@@ -131,19 +131,16 @@ def _like(grad: Tensor) -> Tensor:
 
 
 def _register_fakes() -> None:
-    def fake(name: str):
-        return torch.library.register_fake(f"gankernels::{name}")
-
-    @fake("gradient_norm_penalty")
+    @register_fake("gradient_norm_penalty")
     def _(grad, kind, center):
         dtype = accumulation_dtype(grad)
         return grad.new_empty((), dtype=dtype), grad.new_empty((grad.shape[0],), dtype=dtype)
 
-    @fake("gradient_norm_penalty_backward")
+    @register_fake("gradient_norm_penalty_backward")
     def _(grad_penalty, grad, squared_norms, kind, center):
         return _like(grad)
 
-    @fake("gradient_norm_penalty_double_backward")
+    @register_fake("gradient_norm_penalty_double_backward")
     def _(tangent, grad_penalty, grad, squared_norms, kind, center):
         return grad.new_empty((), dtype=accumulation_dtype(grad)), _like(grad)
 

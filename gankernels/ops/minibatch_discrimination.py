@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gankernels._library import LOADED
 from gankernels.ops.autograd import differentiable, no_third_derivative
+from gankernels.ops.fake import register_fake
 
 _ops = torch.ops.gankernels
 
@@ -85,18 +86,15 @@ _double_backward = differentiable(
 
 
 def _register_fakes() -> None:
-    def fake(name: str):
-        return torch.library.register_fake(f"gankernels::{name}")
-
-    @fake("minibatch_discrimination")
+    @register_fake("minibatch_discrimination")
     def _(m):
         return m.new_empty(m.shape[:2])
 
-    @fake("minibatch_discrimination_backward")
+    @register_fake("minibatch_discrimination_backward")
     def _(grad_o, m):
         return m.new_empty(m.shape)
 
-    @fake("minibatch_discrimination_double_backward")
+    @register_fake("minibatch_discrimination_double_backward")
     def _(grad_grad_m, grad_o, m, want_grad_m):
         return m.new_empty(m.shape[:2]), m.new_empty(m.shape if want_grad_m else (0,))
 

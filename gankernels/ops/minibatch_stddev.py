@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gankernels._library import LOADED
 from gankernels.ops.autograd import differentiable, no_third_derivative
-from gankernels.ops.fake import accumulation_dtype, empty_like_dense
+from gankernels.ops.fake import accumulation_dtype, empty_like_dense, register_fake
 
 _ops = torch.ops.gankernels
 
@@ -136,18 +136,15 @@ def _register_fakes() -> None:
         sizes = (_groups(x.shape[0], group_size), num_channels)
         return x.new_empty(sizes, dtype=accumulation_dtype(x))
 
-    def fake(name: str):
-        return torch.library.register_fake(f"gankernels::{name}")
-
-    @fake("minibatch_stddev")
+    @register_fake("minibatch_stddev")
     def _(x, group_size, num_channels, eps):
         return stddev_like(x, group_size, num_channels)
 
-    @fake("minibatch_stddev_backward")
+    @register_fake("minibatch_stddev_backward")
     def _(grad_stddev, x, group_size, num_channels, eps):
         return empty_like_dense(x)
 
-    @fake("minibatch_stddev_double_backward")
+    @register_fake("minibatch_stddev_double_backward")
     def _(tangent, grad_stddev, x, group_size, num_channels, eps):
         return stddev_like(x, group_size, num_channels), empty_like_dense(x)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from gankernels.ops.autograd import differentiable, no_third_derivative
-from gankernels.ops.batch_norm_leaky_relu import count
+from gankernels.ops.batch_norm_leaky_relu import count, count_up, counts_in_kernel
 from gankernels.ops.collectives import stack_of_all, sum_of_all
 from gankernels.ops.fake import accumulation_dtype
 
@@ -64,9 +64,12 @@ def update_running_statistics(
     total: Tensor,
 ) -> None:
     """As the op of this name, with a count that the host need not know."""
+    share = momentum
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    share = 1 / num_batches_tracked.to(statistics.dtype) if momentum is None else momentum
+        if momentum is None and counts_in_kernel(num_batches_tracked, running_mean):
+            share = 1 / num_batches_tracked.add_(1).to(statistics.dtype)
+        else:
+            share = count_up(num_batches_tracked, momentum)
     mean, var = statistics
     unbiased = var * (total / (total - 1).clamp_(min=1))
     for running, value in ((running_mean, mean), (running_var, unbiased)):

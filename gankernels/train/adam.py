@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -109,11 +110,20 @@ class Adam(torch.optim.Adam):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for parameter, state in self.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # in the parameter's layout
-                state[name] = torch.empty_like(parameter).detach().copy_(state[name])
-            state["step"] = state["step"].float()
+        """Raises ValueError, and leaves all as it was, for a state that no Adam has left behind."""
+        before = {name: vars(self)[name] for name in ("state", "param_groups")}
+        try:
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:
+                _check_options(group)
+            for index, parameter in enumerate(self._parameters()):
+                if state := self.state.get(parameter):
+                    self.state[parameter] = _checked_state(f"state[{index}]", state, parameter)
+        except Exception as error:
+            vars(self).update(before)
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"this is no state of Adam: {error!r}") from error
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -137,6 +147,46 @@ def _can_step(optimizer: torch.optim.Adam) -> bool:
 def _is_plain(group: dict[str, Any]) -> bool:
     unknown = ("amsgrad", "maximize", "differentiable", "capturable", "decoupled_weight_decay")
     return not (any(group.get(name) for name in unknown) or isinstance(group["lr"], Tensor))
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        numbers = group[name] if name == "betas" else (group[name],)
+        tensor = name == "lr" and isinstance(group[name], Tensor)  # then PyTorch's Adam steps
+        if not tensor and not all(isinstance(n, Real) for n in numbers):
+            raise ValueError(f"{name} must be a number, or two for betas, got {group[name]!r}")
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas must be two numbers, got {group['betas']!r}")
+
+
+def _checked_state(name: str, state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """The state in the parameter's layout, if it can be this parameter's."""
+    checked = dict(state)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        value = state.get(moment)
+        if (
+            not isinstance(value, Tensor)
+            or value.shape != parameter.shape
+            or not value.is_floating_point()
+        ):
+            raise ValueError(
+                f"{name}[{moment!r}] must be a floating-point tensor of its parameter's shape "
+                f"{tuple(parameter.shape)}, got {_described(value)}"
+            )
+        checked[moment] = torch.empty_like(parameter).detach().copy_(value)
+    step = state.get("step")
+    if not isinstance(step, Tensor) or step.numel() != 1 or not 0 <= float(step) < 2**62:
+        raise ValueError(f"{name}['step'] must be one number of steps, got {_described(step)}")
+    checked["step"] = step.float()
+    return checked
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.numel() == 1 and not value.is_meta:
+        return f"{value.item()}"
+    return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
 
 
 def _is_dense_float32(p: Tensor) -> bool:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-import textwrap
-import zipfile
-from collections.abc import Sequence
+import reprlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,37 @@ import torch
 
 from gankernels import games
 from gankernels._files import copy_atomically, read_json, write_atomically, write_json
+from gankernels._memory import exhausted
 from gankernels._paths import expand
 from gankernels.data import Data, Label, Spec
 from gankernels.games import Game
-from gankernels.train.config import configure, from_dict
+from gankernels.train import archive
+from gankernels.train.blueprint import blueprint
+from gankernels.train.config import configure, from_dict, to_dict
 from gankernels.train.cpu import accelerate
 
 MAGIC = "gankernels checkpoint"
 VERSION = 3
 FOLDER = "checkpoints"
+#: What every checkpoint has, whatever the game, and of which types.
+FIELDS = {
+    "step": (int,),
+    "config": (dict,),
+    "spec": (dict,),
+    "rows": (list,),
+    "identity": (str,),
+    "device": (str,),
+    "threads": (int,),
+    "resident": (bool,),
+    "game": (dict, OrderedDict),
+    "optimizers": (dict,),
+    "schedulers": (dict,),
+    "scalers": (dict,),
+    "ema": (dict,),
+    "draws": (int,),
+    "rng": (torch.Tensor,),
+    "default_rng": (list,),
+}
 
 
 class CheckpointError(RuntimeError):
@@ -68,6 +91,8 @@ def latest_checkpoint(path: str | Path) -> Path:
         return path
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a run folder or a checkpoint")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} must be a run folder or the file of a checkpoint")
     found = checkpoints(path)
     if not found:
         raise FileNotFoundError(f"{path} holds no checkpoint ({FOLDER}/step_*.pt)")
@@ -114,25 +139,58 @@ def best_score(run: Path) -> float | None:
 def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """The content of a checkpoint. Raises CheckpointError for a torn, foreign or newer file."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at the checksums: it takes a flipped bit for a weight.
-            if spoiled := archive.testzip():
-                raise zipfile.BadZipFile(f"wrong checksum of {spoiled}")
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = archive.load(path, device)
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # whatever a broken zip or a refused pickle raises
+        if exhausted(error):
+            raise
         raise CheckpointError(
             f"{path} is damaged or no checkpoint: {_first_line(error)}{_way_out(path)}"
         ) from error
-    if not isinstance(content, dict) or content.get("magic") != MAGIC:
+    if type(content) is not dict or not _is(content.get("magic"), MAGIC):
         raise CheckpointError(f"{path} is not a checkpoint of gankernels")
-    if (version := content.get("version")) != VERSION:
+    if not _is(version := content.get("version"), VERSION):
         raise CheckpointError(
-            f"{path} has version {version}, this gankernels reads {VERSION}: "
+            f"{path} has version {reprlib.repr(version)}, this gankernels reads {VERSION}: "
             "use the one that wrote it"
         )
+    for name, kinds in FIELDS.items():
+        if type(content.get(name)) not in kinds:
+            found = reprlib.repr(content[name]) if name in content else "nothing"
+            raise CheckpointError(f"{path}: {name} must be a {kinds[0].__name__}, got {found}")
+    with checking(path):
+        for name in ("step", "draws"):
+            archive.conform(content[name], 0, name)
+            if content[name] < 0:
+                raise ValueError(f"{name} must not be negative, got {content[name]}")
+        Spec.from_dict(content["spec"])
     return content
+
+
+def _is(value: Any, like: Any) -> bool:
+    """Whether they are equal, where comparing with a tensor, say, would raise."""
+    return type(value) is type(like) and value == like
+
+
+@contextmanager
+def checking(path: Path) -> Iterator[None]:
+    """Inside, a ValueError about a part of a checkpoint becomes a CheckpointError that names it."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+@contextmanager
+def rehearsing(path: Path, what: str) -> Iterator[None]:
+    """Inside, a part of a checkpoint is tried on a stand-in: CheckpointError where that fails."""
+    try:
+        yield
+    except Exception as error:  # whatever an optimizer makes of foreign numbers
+        if exhausted(error):
+            raise
+        raise CheckpointError(f"{path}: {what} cannot be used: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -145,8 +203,8 @@ def _way_out(path: Path) -> str:
     earlier = [beside for beside in _checkpoints_in(path.parent) if step_of(beside) < step]
     for candidate in reversed(earlier):
         try:
-            read(candidate)
-        except (CheckpointError, OSError):
+            archive.load(candidate)
+        except Exception:  # damaged as well
             continue
         return f"; {candidate.name} beside it is intact: delete the damaged file to go on from it"
     return ""
@@ -182,14 +240,18 @@ def load_game(
             "gankernels.train.load_game(path, game=...)"
         )
     game_class = game or games.get(model)
-    _, options = configure(game_class, settings)
-    game = game_class(Spec.from_dict(content["spec"]), options)
+    with checking(path):
+        config, options = configure(game_class, settings)
+        spec = Spec.from_dict(content["spec"])
+        if (plan := blueprint(game_class, spec, options)) is not None:
+            compare(plan, content["game"], path)
+    game = game_class(spec, options)
     load_state(game, content["game"], path)
     for name, state in content["ema"].items():
         load_state(getattr(game, name), state, path)
     if torch.device(device).type == "cpu":
         accelerate(game)  # so that it samples what it sampled in training, to the last bit
-    return game.to(device).eval(), content["config"]
+    return game.to(device).eval(), to_dict(model, config, options)
 
 
 def check_data(content: dict[str, Any], data: Data, identity: str, path: Path) -> None:
@@ -235,10 +297,20 @@ def list_classes(classes: Sequence[str], others: Sequence[str] = (), most: int =
 
 
 def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
-    """`module.load_state_dict` with an error that names the file."""
+    """`module.load_state_dict` of what is certain to be such a module's; see `compare`."""
+    own = compare(module, state, path)
+    own.update((name, state[name]) for name in own)
+    module.load_state_dict(own)
+
+
+def compare(module: torch.nn.Module, state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The module's own state. CheckpointError where the other has another form, or is not finite"""
+    own = module.state_dict()
     try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        _, *details = str(error).split("\n")
-        detail = textwrap.shorten(" ".join(details), 160, placeholder=" ...")
-        raise CheckpointError(f"{path} holds other networks than these: {detail}") from error
+        archive.conform(state, own, "state")
+    except ValueError as error:
+        raise CheckpointError(f"{path} holds other networks than these: {error}") from error
+    for name, _ in module.named_parameters():
+        if name in own and not state[name].isfinite().all():
+            raise CheckpointError(f"{path} holds weights that are not finite: {name}")
+    return own

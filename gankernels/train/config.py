@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
+import os
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,9 @@ class Config:
         for name, most in {"steps": 2**63 - 1, "seed": 2**64 - 1}.items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+        for name in ("data", "out"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name something, got ''")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
         if self.precision not in PRECISIONS:
@@ -83,9 +90,9 @@ def configure(game: type[Game], settings: Mapping[str, Any]) -> tuple[Config, Op
     known = {f.name for cls in (Config, game.Options) for f in fields(cls)}
     for name in settings:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(str(name)[:100], known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-            raise ValueError(f"unknown setting {name!r}; {hint}")
+            raise ValueError(f"unknown setting {reprlib.repr(name)}; {hint}")
     return _fill(Config, settings), _fill(game.Options, settings)
 
 
@@ -100,8 +107,12 @@ def from_dict(content: Any, where: Path) -> dict[str, Any]:
     """The settings, `model` among them, in what was read from `where`. ValueError if foreign."""
     if not isinstance(content, dict) or not {"format", "model"} <= content.keys():
         raise ValueError(f"{where} is not a configuration of gankernels")
-    if content["format"] != FORMAT:
-        raise ValueError(f"{where} has format {content['format']}, this version reads {FORMAT}")
+    if type(content["format"]) is not int or content["format"] != FORMAT:
+        found = reprlib.repr(content["format"])
+        raise ValueError(f"{where} has format {found}, this version reads {FORMAT}")
+    if not isinstance(content["model"], str):
+        found = reprlib.repr(content["model"])
+        raise ValueError(f"{where}: model must be the name of a game, got {found}")
     return {name: value for name, value in content.items() if name != "format"}
 
 
@@ -125,10 +136,10 @@ def describe(cls: type) -> list[tuple[str, str, str]]:
 def _fill(cls: type, settings: Mapping[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     names = [f.name for f in fields(cls) if f.name in settings]
-    return cls(**{name: _coerce(name, settings[name], hints[name]) for name in names})
+    return cls(**{name: coerce(name, settings[name], hints[name]) for name in names})
 
 
-def _coerce(name: str, value: Any, hint: Any) -> Any:
+def coerce(name: str, value: Any, hint: Any) -> Any:
     """`value`, or the text of one, as what `hint` says: int, float, bool or str, or None."""
     if isinstance(hint, types.UnionType):
         if value is None or value == "none":
@@ -137,11 +148,19 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     try:
         if hint is bool and isinstance(value, str):
             return {"true": True, "false": False}[value.lower()]
+        if hint is str:
+            return os.fspath(value)
+        if not isinstance(value, (str, Real)) or isinstance(value, bool) != (hint is bool):
+            raise ValueError
         if hint is int and isinstance(value, float) and not value.is_integer():
             raise ValueError
-        if value is None or (isinstance(value, bool) and hint is not bool):
-            raise ValueError
-        return hint(value)
-    except (ValueError, TypeError, KeyError):
+        number = hint(value)
+    except (ValueError, TypeError, KeyError, OverflowError):
         kind = {int: "a whole number", float: "a number", bool: "true or false"}
-        raise ValueError(f"{name} must be {kind.get(hint, 'text')}, got {value!r}") from None
+        kind = kind.get(hint, "text")
+        raise ValueError(f"{name} must be {kind}, got {reprlib.repr(value)}") from None
+    if hint is int and abs(number) >= 2**64:
+        raise ValueError(f"{name} must fit into 64 bits, got {reprlib.repr(value)}")
+    if hint is float and not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {reprlib.repr(value)}")
+    return number

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,15 @@ import torch
 
 from gankernels import data, games
 from gankernels._console import warn
+from gankernels._devices import choose_device
 from gankernels._files import read_json
+from gankernels._memory import require
 from gankernels._paths import expand
-from gankernels.games import Game
+from gankernels.data import Spec
+from gankernels.games import BareOptions, Game
+from gankernels.train.blueprint import activation_bytes, blueprint, weight_bytes
 from gankernels.train.checkpoint import checkpoints, read
-from gankernels.train.config import RESUMABLE, configure, from_dict
+from gankernels.train.config import RESUMABLE, Config, coerce, configure, from_dict
 from gankernels.train.trainer import Trainer
 
 #: The size of the digits where none is asked for: that of MNIST, which the small networks fit.
@@ -42,6 +48,8 @@ def start(model: str | Path, *, resume: bool = False, **settings: Any) -> Traine
         model = stored.pop("model")
         settings = {**stored, **settings}
     game_class = games.get(str(model))
+    for name in {"data", "out"} & settings.keys():  # paths are looked at before the rest
+        settings[name] = coerce(name, settings[name], str)
     settings["out"] = run = expand(settings.get("out", f"runs/{model}"))
     if "data" in settings:
         settings["data"] = data.absolute(settings["data"])  # config.json works from any folder
@@ -63,6 +71,7 @@ def start(model: str | Path, *, resume: bool = False, **settings: Any) -> Traine
     images = data.load(
         config.data, size=_size(config), channels=config.channels, stream=config.stream
     )
+    _require_memory(game_class, images.spec, config, options)
     # The networks draw their first weights from the default generator.
     torch.manual_seed(config.seed)
     game = game_class(images.spec, options)
@@ -70,6 +79,22 @@ def start(model: str | Path, *, resume: bool = False, **settings: Any) -> Traine
     if found:
         trainer.load(found[-1])
     return trainer
+
+
+def _require_memory(
+    game_class: type[Game], spec: Spec, config: Config, options: BareOptions
+) -> None:
+    """Raises ValueError where the networks or a step are larger than memory, as far as known."""
+    plan = blueprint(game_class, spec, options)
+    if plan is None:
+        return
+    device = choose_device(config.device)
+    networks = 2 * weight_bytes(plan)  # with the gradients
+    require(networks, "the networks of these settings", device)
+    share = config.batch_size // max(int(os.environ.get("WORLD_SIZE", "1")), 1)
+    real = 4 * sum(math.prod(field.shape) for field in spec.values())  # decoded, in float32
+    sample = real + activation_bytes(plan) // (1 if config.precision == "fp32" else 2)
+    require(networks + share * sample, f"batch_size={config.batch_size}", device)
 
 
 def _size(config: Any) -> int | None:

@@ -20,6 +20,7 @@ import gankernels
 from gankernels._console import describe, warn
 from gankernels._devices import choose_device
 from gankernels._files import delete_leftovers, make_way, temporary_file, write_json
+from gankernels._memory import require
 from gankernels._modes import evaluating
 from gankernels._paths import expand
 from gankernels._shard import shard
@@ -27,7 +28,7 @@ from gankernels._threads import bound_threads, threads
 from gankernels.data import BatchLoader, Data, Image, Table
 from gankernels.data.pictures import arrange
 from gankernels.games import Batch, Game, Loss, Player
-from gankernels.train import checkpoint
+from gankernels.train import archive, checkpoint
 from gankernels.train.adam import Adam
 from gankernels.train.callbacks import Board, Callback, Metrics, Progress, Report, Score
 from gankernels.train.config import Config, to_dict
@@ -44,6 +45,8 @@ GRID = 80
 AGREE_EVERY = 10
 #: Below this the gradients have been infinite or NaN some thirty times in a row.
 LEAST_SCALE = 1e-4
+#: Bytes that a step leaves behind until its iteration ends, and that a process takes, at least.
+LEAST_STEP, LEAST_WORKER = 1024, 16 * 1024**2
 
 
 class Trainer:
@@ -53,8 +56,9 @@ class Trainer:
     samples.png (or what shows the field that the game makes), checkpoints/step_*.pt, report.html
     and tensorboard/. Raw columns stay on the device where they fit, else other processes read them
     ahead of time. Batches, noise and labels are drawn on the device from one `torch.Generator`, and
-    nothing waits for the device between two reports. On CUDA whole iterations are replayed as graphs unless `config.graph` is false. Dropout
-    draws from PyTorch's default generator: seed it for a repeatable run.
+    nothing waits for the device between two reports. On CUDA whole iterations are replayed as
+    graphs unless `config.graph` is false. Dropout draws from PyTorch's default generator: seed it
+    for a repeatable run.
 
     Args:
         game: the networks and what they minimize; moved to the device of `config`.
@@ -103,6 +107,10 @@ class Trainer:
             torch.manual_seed((config.seed + self.ranks.rank) % 2**64)  # each drops out on its own
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
         self.players = game.players()
+        steps = sum(player.steps for player in self.players)
+        require(steps * LEAST_STEP, f"an iteration of {steps} steps")
+        if not self.resident:
+            require(config.workers * LEAST_WORKER, f"workers={config.workers}")
         self.parameters = {
             player.name: [p for p in player.network.parameters() if p.requires_grad]
             for player in self.players
@@ -256,6 +264,10 @@ class Trainer:
                 self._show_samples(self.run / "samples" / f"step_{self.step:08d}")
             if path is not None:
                 self.tell("on_checkpoint", path)
+            if self._failure is not None and not last and self.ranks.size == 1:
+                last = True
+                if path is None:
+                    self._save()
         self._show_samples(self.run / "samples")
 
     def stop(self) -> None:
@@ -578,6 +590,7 @@ class Trainer:
             )
         if content["optimizers"].keys() != self.optimizers.keys():
             raise checkpoint.CheckpointError(f"{path} is of another game than {self.game.name}")
+        self._check(content, path)
         checkpoint.load_state(self.game, content["game"], path)
         for name, average in self.ema.items():
             checkpoint.load_state(average, content["ema"][name], path)
@@ -603,6 +616,45 @@ class Trainer:
             )
         self._close_loader()
         self.call = self._graphs() or run_eagerly  # what was captured holds older tensors
+
+    def _check(self, content: dict[str, Any], path: Path) -> None:
+        """Raises CheckpointError unless all states can be used, and changes nothing."""
+        checkpoint.compare(self.game, content["game"], path)
+        if content["ema"].keys() != self.ema.keys():
+            raise checkpoint.CheckpointError(
+                f"{path}: ema must be of {list(self.ema)}, got {list(content['ema'])}"
+            )
+        for name, average in self.ema.items():
+            checkpoint.compare(average, content["ema"][name], path)
+        rngs, rng = (content["rng"], *content["default_rng"]), self.rng.get_state()
+        scalers = {name: scaler.state_dict() for name, scaler in self.scalers.items()}
+        with checkpoint.checking(path):
+            archive.conform(rngs, [rng] * len(rngs), "rng")
+            archive.conform(content["scalers"], scalers, "scalers")
+        for state in rngs:
+            with checkpoint.rehearsing(path, "rng"):
+                torch.Generator(self.device).set_state(state.cpu())
+        for player in self.players:
+            name = player.name
+            parameters = [torch.zeros_like(p) for p in self.parameters[name]]
+            for parameter in parameters:
+                parameter.requires_grad_().grad = torch.zeros_like(parameter)
+            optimizer, state = make_optimizer(player, parameters), content["optimizers"][name]
+            optimizer.step()
+            with checkpoint.checking(path):
+                archive.conform_optimizer(
+                    state, optimizer.state_dict(), f"optimizers.{name}", content["step"] > 0
+                )
+            scaler = torch.amp.GradScaler(self.device.type, enabled=self.scalers[name].is_enabled())
+            with checkpoint.rehearsing(path, f"the state of player {name!r}"):
+                scaler.load_state_dict(content["scalers"][name])
+                scaler.scale(torch.zeros((), device=self.device))
+                optimizer.load_state_dict(copy.deepcopy(state))  # which it would write to
+                optimizer.step()
+                if player.schedule is not None:
+                    scheduler = player.schedule(optimizer)
+                    scheduler.load_state_dict(copy.deepcopy(content["schedulers"][name]))
+                    scheduler.step()
 
     def _graphs(self) -> Graphs | None:
         if not self.config.graph or self.device.type != "cuda" or self.ranks.size > 1:
@@ -668,7 +720,7 @@ def _check_fit(game: Game, data: Data) -> None:
 
 
 def _size_of(data: Data) -> dict[str, int]:
-    """What config.json is to say of images, so that it reruns the run: the sizes that were found."""
+    """The sizes of images that config.json tells, so that it reruns the run."""
     field = data.spec.get("images")
     square = isinstance(field, Image) and field.height == field.width
     return {"size": field.height, "channels": field.channels} if square else {}

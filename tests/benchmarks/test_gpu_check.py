@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import subprocess
 import sys
 import time
 import zipfile
@@ -84,6 +85,102 @@ def test_a_failure_keeps_no_other_stage_from_running(gpu, tmp_path, capsys):
     assert "a reason" in (tmp_path / "out" / "gpu_check.log").read_text()
 
 
+def test_what_runs_together_does_so_at_the_same_time(gpu, tmp_path):
+    """Each waits for the file that another writes."""
+    wait = (
+        "import pathlib, time; pathlib.Path({own!r}).touch()\n"
+        "while not pathlib.Path({other!r}).exists(): time.sleep(0.05)"
+    )
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    gpu(
+        script("print('before')"),
+        script(wait.format(own=a, other=b), together="pair"),
+        script(wait.format(own=b, other=a), together="pair"),
+        script("print('after')"),
+    )
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert [stage["note"] for stage in found["stages"]] == ["before", "", "", "after"]
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "said"),
+    [
+        ("580.65.06", "13.0", "H100, driver 580.65.06, kernels of CUDA 13.0"),
+        (
+            "550.54.15", "13.0",
+            "H100, driver 550.54.15, kernels of CUDA 13.0, WHICH NEED DRIVER 580 OR NEWER: all of "
+            "them will run as plain PyTorch",
+        ),
+        ("550.54.15", "12.8", "H100, driver 550.54.15, kernels of CUDA 12.8"),
+        ("unknown", None, "H100, driver unknown, kernels of CUDA None"),
+    ],
+)  # fmt: skip
+def test_the_first_line_says_whether_the_driver_will_do(
+    gpu, tmp_path, monkeypatch, capsys, driver, cuda, said
+):
+    gpu()
+    answers = {"driver_version": driver, "name": "H100"}
+    monkeypatch.setattr(gpu_check, "nvidia_smi", lambda query: answers.get(query, "9.0"))
+    monkeypatch.setattr(gpu_check, "cuda_version", lambda wheel: cuda)
+    assert gpu_check.main(["--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"gpu-check: {said}"
+
+
+def test_cuda_of_a_wheel_and_of_nvcc(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
+        wheel.writestr("gankernels/_build.json", '{"cuda": "12.8"}')
+    assert gpu_check.cuda_version(tmp_path / "some.whl") == "12.8"
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.1, V13.1.2\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(nvcc))
+    assert gpu_check.cuda_version(None) == "13.1"
+    monkeypatch.delenv("NVCC")
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path: None)
+    assert gpu_check.cuda_version(None) is None
+
+
+def test_sanitizers():
+    """All of those that see something else; only memcheck looks at the API's errors."""
+    commands = {s.name: list(map(str, s.command)) for s in gpu_check.stages(wheel=True)}
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        command = commands[tool]
+        assert command[command.index("--tool") + 1] == tool
+        assert command[-1] == "--once"
+        assert ("--report-api-errors" in command) is (tool == "memcheck")
+
+
+def test_each_op_has_a_process_of_its_own(monkeypatch):
+    """One that is killed keeps no other from being measured, and tells by the exit status."""
+    ran = []
+
+    def run(command):
+        ran.append(command[-1])
+        assert command[:-1] == [sys.executable, gpu_ops.__file__, "--only"]
+        return subprocess.CompletedProcess(command, -11 if command[-1] == "interpolate" else 0)
+
+    monkeypatch.setattr(gpu_ops.subprocess, "run", run)
+    monkeypatch.setattr(gpu_ops.sys, "argv", ["gpu_ops.py"])
+    with pytest.raises(SystemExit) as end:
+        gpu_ops.main()
+    assert end.value.code == 11
+    assert ran == [gpu_ops.CEILINGS, *gpu_ops._MAKERS]
+
+
+def test_a_dead_context_is_an_error_of_its_row(monkeypatch):
+    """What a kernel's error leaves behind raises wherever CUDA is asked next."""
+
+    def dead():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_ops, "seconds_of", lambda run: 1e-6)
+    monkeypatch.setattr(gpu_ops, "contenders", lambda case, *, compiled: {"ours": lambda: None})
+    monkeypatch.setattr(gpu_ops.torch.cuda, "empty_cache", dead)
+    row = gpu_ops.measure(Case("minibatch_discrimination", "backward", (6, 3, 2)))
+    assert "illegal memory access" in row["errors"]["ours"]
+
+
 def test_all_passed_is_status_0(gpu, tmp_path):
     gpu(script("print('well')"), Stage("fake", [], 1, skip_because="no tool"))
     assert gpu_check.main(["--out", str(tmp_path)]) == 0
@@ -118,7 +215,13 @@ def test_without_a_gpu(tmp_path, monkeypatch, capsys):
 
 def test_all_stages_take_less_than_ten_minutes():
     planned = gpu_check.stages(wheel=False)
-    assert sum(stage.budget for stage in planned) < 600
+    groups = gpu_check.groups(planned)
+    assert sum(max(stage.budget for stage in group) for group in groups) < 600
+    assert [[stage.name for stage in group] for group in groups if len(group) > 1] == [
+        ["tests", "graphs, streams, compile"],
+        ["memcheck", "racecheck", "synccheck", "initcheck"],
+    ]
+    assert [stage for group in groups for stage in group] == planned
     assert [stage.name for stage in gpu_check.stages(wheel=True) if stage.skip_because][:1] == [
         "build"
     ]
@@ -147,6 +250,8 @@ def test_missing_tools_are_skipped_and_named(monkeypatch):
         "graphs, streams, compile": "pytest is not installed",
         "memcheck": "compute-sanitizer is not on the PATH",
         "racecheck": "compute-sanitizer is not on the PATH",
+        "synccheck": "compute-sanitizer is not on the PATH",
+        "initcheck": "compute-sanitizer is not on the PATH",
     }
     missing = gpu_check.report([])["environment"]["missing"]
     assert missing.keys() == {"pytest", "xdist"}

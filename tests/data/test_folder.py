@@ -1,5 +1,9 @@
+import struct
+import zlib
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gankernels.data import load
@@ -102,9 +106,120 @@ def test_sixteen_bits_keep_their_range(tmp_path):
     assert load(tmp_path).images[0, 0].tolist() == [[0, 0], [100, 255]]
 
 
-def test_pixels_without_a_range_are_refused(tmp_path):
-    path = save(tmp_path / "a" / "float.tiff", RNG.random((4, 4)).astype(np.float32))
-    with pytest.raises(ValueError, match=rf"{path}.*mode 'F'"):
+UPPER = np.arange(256).reshape(16, 16)
+DEEP = (UPPER * 256 + UPPER[::-1]).astype(np.uint16)
+
+
+def png(depth, color, pixels, **chunks):
+    """PNGs that Pillow does not write."""
+
+    def chunk(kind, content):
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, depth, color, 0, 0, 0))
+    more = b"".join(chunk(name.encode(), content) for name, content in chunks.items())
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + more + end
+
+
+def tiff(bits, photometric, pixels, order="<", orientation=1, alpha=0):
+    tags = {
+        256: 16, 257: 16, 258: bits, 259: 1, 262: photometric, 273: 8, 274: orientation, 277: 1,
+        278: 16, 279: len(pixels),
+    }  # fmt: skip
+    if alpha:
+        tags |= {277: 2, 338: alpha}
+    result = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8 + len(pixels))
+    result += pixels + struct.pack(f"{order}H", len(tags))
+    for tag in sorted(tags):
+        if alpha and tag == 258:
+            result += struct.pack(f"{order}HHIHH", tag, 3, 2, bits, bits)
+        else:
+            result += struct.pack(f"{order}HHII", tag, 4, 1, tags[tag])
+    return result + bytes(4)
+
+
+def twelve_bits():
+    pairs = (DEEP >> 4).astype(int).reshape(-1, 2).tolist()
+    return b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs)
+
+
+GREYS = {
+    "pgm": b"P5 16 16 65535\n" + DEEP.astype(">u2").tobytes(),
+    "plain.pgm": b"P2 16 16 65535\n" + b" ".join(b"%d" % value for value in DEEP.flatten()),
+    "12.pgm": b"P5 16 16 4095\n" + (DEEP >> 4).astype(">u2").tobytes(),
+    "pnm": b"P5 16 16 65535\n" + DEEP.astype(">u2").tobytes(),
+    "png": png(16, 0, DEEP.astype(">u2")),
+    "alpha.png": png(16, 4, np.stack([DEEP, np.full_like(DEEP, 65535)], -1).astype(">u2")),
+    "tif": tiff(16, 1, DEEP.astype("<u2").tobytes()),
+    "big-endian.tif": tiff(16, 1, DEEP.astype(">u2").tobytes(), ">"),
+    "white-is-zero.tif": tiff(16, 0, (~DEEP).astype("<u2").tobytes()),
+    "turned.tif": tiff(16, 1, DEEP[::-1, ::-1].astype("<u2").tobytes(), orientation=3),
+    "12.tif": tiff(12, 1, twelve_bits()),
+    "packed.tif": {"compression": "tiff_lzw"},
+    "deflated-big-endian.tif": {"compression": "tiff_adobe_deflate"},
+    "8.tif": tiff(8, 1, UPPER.astype(np.uint8).tobytes()),
+    "8-white-is-zero.tif": tiff(8, 0, (255 - UPPER).astype(np.uint8).tobytes()),
+    "8.pgm": b"P5 16 16 255\n" + UPPER.astype(np.uint8).tobytes(),
+}
+
+
+@pytest.mark.parametrize("name", GREYS)
+def test_upper_eight_bits_of_every_container(tmp_path, name):
+    content = GREYS[name]
+    if isinstance(content, dict):
+        save(
+            tmp_path / "a" / f"x.{name}", DEEP.astype(">u2" if "big" in name else "<u2"), **content
+        )
+    else:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / f"x.{name}").write_bytes(content)
+    data = load(tmp_path)
+    assert data.channels == 1
+    assert data.images[0, 0].tolist() == UPPER.tolist()
+    assert load(tmp_path, stream=True).read(torch.tensor([0])).equal(data.images)
+
+
+def test_transparent_values_of_deep_grey(tmp_path):
+    (tmp_path / "a").mkdir()
+    clear = int(DEEP[0, 5])
+    content = png(16, 0, DEEP.astype(">u2"), tRNS=struct.pack(">H", clear))
+    (tmp_path / "a" / "1.png").write_bytes(content)
+    expected = UPPER.copy()
+    expected[0, 5] = 255
+    assert load(tmp_path).images[0, 0].tolist() == expected.tolist()
+
+
+def test_grey_times_alpha(tmp_path):
+    (tmp_path / "a").mkdir()
+    stored = np.stack([UPPER // 2, np.full_like(UPPER, 128)], -1).astype(np.uint8)
+    path = tmp_path / "a" / "1.tif"
+    path.write_bytes(tiff(8, 1, stored.tobytes(), alpha=1))
+    assert Image.open(path).mode == "La"
+    expected = UPPER // 2 + 127  # half of the grey, half white
+    assert np.abs(load(tmp_path).images[0, 0].numpy() - expected).max() <= 2
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "apng", "tif", "webp"])
+def test_first_frame(tmp_path, suffix):
+    first, second = (Image.new("RGB", (6, 6), color) for color in ("red", "blue"))
+    options = {"lossless": True} if suffix == "webp" else {}
+    save(tmp_path / "a" / f"1.{suffix}", first, save_all=True, append_images=[second], **options)
+    assert load(tmp_path).images[0, :, 3, 3].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["float.tiff", "float.pnm", "32.tif"])
+def test_pixels_without_a_range_are_refused(tmp_path, name):
+    path = tmp_path / "a" / name
+    values = RNG.random((4, 4)).astype(np.float32)
+    if name == "float.pnm":
+        path.parent.mkdir()
+        path.write_bytes(b"Pf\n4 4\n-1.0\n" + values.tobytes())
+    else:
+        save(path, values if name == "float.tiff" else values.astype(np.int32))
+    with pytest.raises(ValueError, match=rf"{path}.*mode '[FI]' have no fixed range; save them"):
         load(tmp_path)
 
 

@@ -329,11 +329,18 @@ def test_npz_bomb():
         ({"images": npy("x" * 20000) + bytes(384)}, "not a readable .npz"),
         ({"images": b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b"(" * 100}, "not a readable .npz"),
         ({"images": b""}, "not a readable .npz"),
+        ({"images": npy((6, 8, 8)) + bytes(384), "labels": b""}, "not a readable .npz"),
     ],
 )
 def test_npz_headers_that_lie(arrays, message):
     write_npz(**arrays)
     refused("x.npz", "x.npz: ", message)
+
+
+def test_npz_header_is_read_in_part():
+    """A header may claim 4 GiB, and numpy would read them before it finds them too many."""
+    write_npz(images=b"\x93NUMPY\x02\x00" + struct.pack("<I", 1 << 20) + b" " * (1 << 20))
+    refused("x.npz", "EOF: reading array header, expected 1048576 bytes got 65524")
 
 
 def test_npz_larger_than_memory(monkeypatch):
@@ -414,25 +421,50 @@ def test_cifar_of_any_damage():
 @pytest.mark.parametrize("name", ["data_batch_1", "readme.html", "data_batch_9", "batches.meta"])
 def test_cifar_that_claims_a_terabyte(name):
     tar({name: b"x", **cifar()} if name not in cifar() else cifar(), claim=[(name, 1 << 40)])
-    refused("c.tar.gz", "c.tar.gz: damaged archive: ", "larger than CIFAR's")
+    refused("c.tar.gz", "c.tar.gz: damaged archive: ", "bytes are more than CIFAR's")
 
 
-def test_cifar_that_expands(zeros, monkeypatch):
-    monkeypatch.setattr(cifar_module, "_MAX_ARCHIVE", 1 << 26)
-    tar(cifar(), end=zeros)
-    refused("c.tar.gz", "c.tar.gz: damaged archive: what follows its last file has no end")
+@pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g", b"0", b"S"])
+def test_tar_of_zeros_without_end(zeros, kind):
+    """As a long name, a long link, attributes, a file, a sparse one: none is read into memory."""
     info = tarfile.TarInfo("data_batch_1")
-    info.size = 1 << 25
+    info.type, info.size = kind, 10 * GIB
     with open("c.tar.gz", "wb") as file:
-        file.write(gzip.compress(info.tobuf()) + zeros)
-    monkeypatch.setattr(cifar_module, "_MAX_FILE", 1 << 24)
-    refused("c.tar.gz", "c.tar.gz: data_batch_1: no batch of CIFAR")
+        file.write(gzip.compress(info.tobuf(tarfile.GNU_FORMAT)) + zeros)
+    refused("c.tar.gz", "c.tar.gz: ")
+
+
+def test_sparse_file_of_a_terabyte():
+    info = tarfile.TarInfo("data_batch_1")
+    info.type = b"S"
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (0, 0)
+    header[483:495] = b"\x80" + (1 << 40).to_bytes(11, "big")
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
+    with open("c.tar.gz", "wb") as file:
+        file.write(gzip.compress(header + bytes(1024)))
+    refused("c.tar.gz", "1,099,511,627,776 bytes are more than CIFAR's")
+
+
+def test_cifar_that_expands_behind_its_end(zeros, monkeypatch):
+    monkeypatch.setattr(cifar_module, "_MAX_BYTES", 1 << 26)
+    tar(cifar(), end=zeros)
+    refused("c.tar.gz", "c.tar.gz: damaged archive: ", "bytes are more than CIFAR's")
 
 
 def test_cifar_in_a_folder_that_is_too_large():
     write_cifar("d")
     os.truncate("d/data_batch_2", 1 << 40)
-    refused("d", "d/data_batch_2: no batch of CIFAR, which have fewer bytes than 1,099,511,627,776")
+    refused("d", "d/data_batch_2: 1,099,511,627,776 bytes are more than CIFAR's")
+
+
+def test_pickle_of_many_steps(monkeypatch):
+    """A byte can make an object of 56."""
+    monkeypatch.setattr(cifar_module, "_MAX_STEPS", 10_000)
+    write_cifar("d")
+    with open("d/data_batch_1", "wb") as file:
+        file.write(b"\x80\x04" + b"]" * 20_000 + b".")
+    refused("d", "d/data_batch_1: not a CIFAR-10 batch: it takes too many steps")
 
 
 NESTED = b"]" * 20_000 + b"a" * 19_999
@@ -466,7 +498,8 @@ def test_pickles(content, name):
     write_cifar("d")
     with open(f"d/{name}", "wb") as file:
         file.write(content)
-    refused("d", "d")
+    has_places = content[3:4] in (b"r", b"p")
+    refused("d", "d", "it names place 4," if has_places else name)
 
 
 def test_cifar_without_images():

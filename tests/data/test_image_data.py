@@ -129,11 +129,31 @@ def test_resize_is_pillows(shape, size):
         assert (ours.int() - torch.tensor(theirs).int()).abs().max() <= 1
 
 
-def test_resize_goes_beyond_one_chunk():
-    images = torch.randint(0, 256, (2500, 1, 4, 4), dtype=torch.uint8)
+@pytest.mark.parametrize("chunk", [1, 3 * 64 * 100])
+def test_conversions_go_beyond_one_chunk(monkeypatch, chunk):
+    images = torch.randint(0, 256, (250, 3, 4, 4), dtype=torch.uint8)
+    resized, grey = resize(images, 8), convert_channels(images, 1)
+    monkeypatch.setattr("gankernels.data.images._CHUNK", chunk)
     result = resize(images, 8)
-    assert result.shape == (2500, 1, 8, 8)
-    assert result[2400:].equal(resize(images[2400:], 8))
+    assert result.shape == (250, 3, 8, 8)
+    assert result.equal(resized)
+    assert result[240:].equal(resize(images[240:], 8))
+    assert convert_channels(images, 1).equal(grey)
+
+
+def test_large_images_are_resized_one_at_a_time():
+    """So that as many of them as would take 24 GiB as float32 never do."""
+    images = torch.randint(0, 256, (3, 1, 64, 64), dtype=torch.uint8).expand(-1, 3, -1, -1)
+    sizes = []
+
+    def interpolate(x, size, **_):
+        sizes.append(len(x))
+        return x.new_zeros(len(x), 3, *size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.functional.interpolate", interpolate)
+        resize(images, 2500)
+    assert sizes == [1, 1, 1]
 
 
 def test_luma_is_pillows():

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from gankernels.data import ImageFiles, absolute, load
+from gankernels.train.start import start
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 8, 8), dtype=np.uint8)
@@ -357,6 +358,14 @@ def test_a_folder_called_digits(put, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert len(load("~/digits")) == 1
     assert absolute("~/digits") == str(tmp_path / "digits")
+
+
+def test_a_run_called_digits(put):
+    """Its folder does not become the data, neither of itself nor of the next run."""
+    put("digits/checkpoints/readme.txt", b"")
+    for out in ("digits", "other"):
+        trainer = start("gan", data="digits", out=out, device="cpu")
+        assert (trainer.config.data, len(trainer.data)) == ("digits", 1797)
 
 
 def test_no_name():

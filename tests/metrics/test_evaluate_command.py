@@ -113,12 +113,16 @@ def test_other_data_are_brought_to_the_size_of_the_model(cgan, tmp_path):
         (["{run}", "--data", "nowhere"], "'nowhere' is not the name of a data set"),
         (["{run}", "--count", "1"], "n must be at least 2, got 1"),
         (["{run}", "--features", "pixels"], "invalid choice: 'pixels'"),
-        (["{run}", "--data", "{tmp}/two.npz"], "two.npz has 2 classes, the model knows 10"),
+        (["{run}", "--data", "{tmp}/two.npz"], "other classes than two.npz has: 0, 1, 2, 3,"),
+        (["{run}", "--data", "{tmp}/same.npz"], "4, 5, 6, 7, 8, 9 there, 0, 1, 2, 3, 4, 5, 6,"),
+        (["{run}", "--seed", str(2**64)], "seed must fit into 64 bits, got 18446744073709551616"),
     ],
 )
 def test_errors_are_one_line(cgan, tmp_path, capsys, arguments, message):
     images = np.zeros((4, SIZE, SIZE), np.uint8)
     np.savez(tmp_path / "two.npz", images=images, labels=np.arange(4) % 2)
+    ten = np.array([*range(9), 11])  # as many classes, but one is another
+    np.savez(tmp_path / "same.npz", images=np.zeros((10, SIZE, SIZE), np.uint8), labels=ten)
     arguments = [part.format(run=cgan, tmp=tmp_path) for part in arguments]
     assert main(["evaluate", *arguments]) == 2
     error = capsys.readouterr().err

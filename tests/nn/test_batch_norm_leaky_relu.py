@@ -204,11 +204,17 @@ def test_defaults(name):
 
 
 @every_layer
-def test_is_no_batch_norm_to_those_who_replace_them(name):
+def test_is_a_batch_norm_to_those_who_look_for_them(name):
     layer = getattr(gk.nn, name)(3)
-    assert not isinstance(layer, nn.modules.batchnorm._BatchNorm)
-    model = nn.Sequential(layer)
-    assert nn.SyncBatchNorm.convert_sync_batchnorm(model)[0] is layer
+    assert isinstance(layer, LAYERS[name][0])
+    assert "BatchNorm" in type(layer).__name__
+    assert set(vars(layer)) == set(vars(LAYERS[name][0](3))) | {
+        "negative_slope", "sync", "process_group",
+    }  # fmt: skip
+    x = batch(name)
+    torch.optim.swa_utils.update_bn([x], layer)
+    assert layer.num_batches_tracked == 1
+    assert layer(input=x).shape == x.shape
 
 
 @every_layer

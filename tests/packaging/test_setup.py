@@ -1,6 +1,7 @@
 """What setup.py says to who cannot be served."""
 
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -96,3 +97,33 @@ def test_failed_compilation(tmp_path):
     code, message = build(tmp_path, GANKERNELS_CUDA="0", CXX="/nonexistent/compiler")
     assert code == 1
     assert "the compilation failed; the compiler's own message is above" in message
+
+
+@pytest.fixture
+def cuda_command(tmp_path):
+    """`cuda_command(**environment)`: what would compile a .cu file, of an nvcc that does not."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+
+    def command(**environment):
+        environment = {"GANKERNELS_WERROR": "", **environment}
+        code, _ = build(
+            tmp_path, GANKERNELS_CUDA="1", NVCC=str(nvcc), TORCH_CUDA_ARCH_LIST="9.0",
+            CXX="/nonexistent/compiler", **environment,
+        )  # fmt: skip
+        assert code == 1
+        text = (tmp_path / "build.ninja").read_text()
+        return re.search(r"^rule cuda\n  command = (.*)$", text, re.MULTILINE)[1]
+
+    return command
+
+
+@pytest.mark.parametrize(("value", "strict"), [("", False), ("0", False), ("1", True)])
+def test_warnings_are_errors_only_where_asked_for(cuda_command, value, strict):
+    """A newer nvcc has warnings that are no reason for a user's installation to fail."""
+    assert ("-Werror all-warnings" in cuda_command(GANKERNELS_WERROR=value)) is strict
+
+
+def test_ci_asks_for_it():
+    assert "export GANKERNELS_WERROR=1\n" in (ROOT / ".ci" / "run").read_text()

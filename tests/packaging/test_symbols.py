@@ -3,6 +3,7 @@
 import ctypes
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,21 @@ def test_linked_libraries():
     needed = re.findall(r"NEEDED\s+(\S+)", "\n".join(lines_of("objdump", "-p", str(LIBRARY))))
     assert "libtorch.so" in needed
     assert [n for n in needed if n.startswith(("libpython", "libcudart", "libtorch_cuda"))] == []
+
+
+def test_nothing_says_where_it_was_built():
+    """Neither the checks of torch's headers, nor what nvcc's linker keeps, nor a path to search."""
+    text = LIBRARY.read_bytes()
+    folders = {ROOT, Path.home(), Path(torch.__file__).parent, Path(sys.prefix), Path("/home")}
+    folders |= {folder.resolve() for folder in folders}
+    # A home folder of / or of a word that any text may contain says nothing.
+    assert [f for f in folders if len(f.parts) > 1 and f"{f}/".encode() in text] == []
+    assert b"gankernels/csrc/ops/" in text
+    assert b"torch/include/torch/csrc/stable/" in text
+    dynamic = "\n".join(lines_of("objdump", "-p", str(LIBRARY)))
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+    assert ".debug_" not in "\n".join(lines_of("objdump", "-h", str(LIBRARY)))
 
 
 # ---- instruction sets: the library holds all of them, and chooses at run time --------------------

@@ -1,5 +1,6 @@
 """The wheel, built and installed as a user does."""
 
+import email
 import re
 import sys
 import sysconfig
@@ -9,10 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import gankernels as gk
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
 ROOT = Path(__file__).parent.parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +55,32 @@ def test_contents(wheel):
 def test_metadata(wheel):
     archive = zipfile.ZipFile(wheel)
     (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-    metadata = archive.read(name).decode()
-    assert "Requires-Python: >=3.10" in metadata
-    core = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, re.MULTILINE)
-    assert core == ["torch>=2.10", "numpy"]
+    metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Requires-Python"] == ">=3.10"
+    core = [text for text in metadata.get_all("Requires-Dist") if ";" not in text]
+    assert core == PROJECT["project"]["dependencies"]
+    assert metadata["License-Expression"] == "BSD-3-Clause"
+    assert metadata.get_all("License-File") == ["LICENSE"]
     assert any(n.endswith("licenses/LICENSE") for n in archive.namelist())
+    assert f"Copyright (c) 2026, {metadata['Author']}\n" in (ROOT / "LICENSE").read_text()
+    urls = dict(text.split(", ") for text in metadata.get_all("Project-URL"))
+    assert urls.keys() == {"Homepage", "Issues", "Changelog"}
+    assert all(url.startswith(urls["Homepage"]) for url in urls.values())
+    known = {c.rpartition(" :: ")[2] for c in metadata.get_all("Classifier") if "Python :: 3." in c}
+    assert known == {"3.10", "3.11", "3.12", "3.13", "3.14"}
+    assert metadata.get_payload().startswith("# gankernels")
+
+
+def test_every_dependency_has_a_lower_bound():
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*PROJECT["build-system"]["requires"], *project["dependencies"]]
+    wanted += [text for extra in extras.values() for text in extra]
+    lowest = {}
+    for requirement in map(Requirement, wanted):
+        (bound,) = requirement.specifier  # and no upper one, which would age
+        assert bound.operator == ">=", requirement
+        assert lowest.setdefault(requirement.name, bound.version) == bound.version
 
 
 def test_runs_where_it_is_installed(run, installed, tmp_path):

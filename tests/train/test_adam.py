@@ -308,27 +308,140 @@ def test_what_does_not_fit_is_refused():
     optimizer = ours([p], lr=0.1)
     p.grad = torch.ones(1000)
     optimizer.step()
-    for name, value in (
-        ("exp_avg", torch.ones(2)),
-        ("exp_avg_sq", torch.ones(1000, dtype=torch.float64)),
-        ("exp_avg", torch.ones(2000)[::2]),
-        ("step", torch.ones((), dtype=torch.float64)),
+    for name, value, message in (
+        ("exp_avg", torch.ones(2), r"must have shape \(1000,\) as its parameter, got \(2,\)"),
+        ("exp_avg_sq", torch.ones(1000, dtype=torch.float64), "must have dtype float32, got float"),
+        ("exp_avg", torch.ones(2000)[::2], "must lie in memory as its parameter does"),
+        ("step", torch.ones((), dtype=torch.float64), "must have dtype float32, got float64"),
+        ("step", torch.ones(0), r"must have one element, got shape \(0,\)"),
+        ("step", torch.tensor(float("nan")), "must be a number of steps, got"),
     ):
         kept, optimizer.state[p][name] = optimizer.state[p][name], value
-        with pytest.raises(RuntimeError, match=f"adam_: {name} must have its parameter's sizes"):
+        with pytest.raises(RuntimeError, match=rf"adam_: {name}s\[0\] {message}"):
             optimizer.step()
         optimizer.state[p][name] = kept
     p.data = torch.ones(4000)[::4]
-    with pytest.raises(RuntimeError, match=r"exp_avg must have|gaps between"):
+    with pytest.raises(RuntimeError, match=r"parameters\[0\] must have no gaps between"):
         optimizer.step()
     lists = [[torch.ones(3)]] * 5
-    with pytest.raises(RuntimeError, match="adam_: the lists are not of one length"):
+    with pytest.raises(RuntimeError, match="adam_: casts must be as many as the 1 parameters, got"):
         torch.ops.gankernels.adam_(*lists, [], 0.1, 0.9, 0.9, 1e-8, 0.0)
     embedding = nn.Embedding(5, 3, sparse=True)
     sparse = ours(embedding.parameters(), lr=0.1)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
         sparse.step()
+
+
+def raw(shapes=((4,), (2, 3))):
+    """Lists for the op itself, as after some steps."""
+    made = [[torch.rand(shape) + 1 for shape in shapes] for _ in range(4)]
+    return [*made, [torch.tensor(5.0) for _ in shapes], [torch.empty(0) for _ in shapes]]
+
+
+def replaced(lists, which, value):
+    changed = [list(values) for values in lists]
+    changed[which][1] = value
+    return changed
+
+
+PARAMETER, GRADIENT, EXP_AVG, EXP_AVG_SQ, STEP, CAST = range(6)
+
+
+@pytest.mark.parametrize(
+    ("which", "value", "message"),
+    [
+        (EXP_AVG, torch.ones(3, 2), r"exp_avgs\[1\] must have shape \(2, 3\) as .*, got \(3, 2\)"),
+        (EXP_AVG, torch.ones(6), r"exp_avgs\[1\] must have shape \(2, 3\)"),
+        (EXP_AVG_SQ, torch.ones(1).expand(2, 3), r"exp_avg_sqs\[1\] must lie in memory as"),
+        (GRADIENT, torch.ones(3, 2), r"gradients\[1\] must have shape \(2, 3\)"),
+        (GRADIENT, torch.ones(2, 3, dtype=torch.int64), r"gradients\[1\] must have dtype .*int64"),
+        (STEP, torch.ones(0), r"steps\[1\] must have one element, got shape \(0,\)"),
+        (STEP, torch.ones(2), r"steps\[1\] must have one element, got shape \(2,\)"),
+        (STEP, torch.tensor(-1.0), r"steps\[1\] must be a number of steps, got -1"),
+        (STEP, torch.tensor(1e30), r"steps\[1\] must be a number of steps, got 1e\+30"),
+        (STEP, torch.tensor(5), r"steps\[1\] must have dtype float32, got int64"),
+        (CAST, torch.ones(2, 3), r"casts\[1\] must have dtype bfloat16, got float32"),
+        (CAST, torch.ones(6, dtype=torch.bfloat16), r"casts\[1\] must have shape \(2, 3\)"),
+        (PARAMETER, torch.ones(1).expand(2, 3), r"parameters\[1\] must have no gaps"),
+        (PARAMETER, torch.ones(2, 3).double(), r"parameters\[1\] must have dtype float32"),
+    ],
+)
+def test_what_is_refused_changes_nothing(which, value, message):
+    """Also of the first parameter, with which all is well."""
+    lists = replaced(raw(), which, value)
+    before = copy.deepcopy(lists)
+    with pytest.raises(RuntimeError, match="adam_: " + message):
+        torch.ops.gankernels.adam_(*lists, 0.1, 0.9, 0.99, 1e-8, 0.0)
+    for values, old in zip(lists, before, strict=True):
+        assert all(torch.equal(v, o) for v, o in zip(values, old, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(PARAMETER, PARAMETER), (PARAMETER, EXP_AVG), (EXP_AVG, EXP_AVG_SQ), (EXP_AVG_SQ, STEP)],
+)
+def test_what_is_written_has_memory_of_its_own(first, second):
+    for offset in (0, 2):
+        lists = raw(((4,), (4,)))
+        memory = torch.rand(8)
+        lists[first][0] = memory[:4]
+        lists[second][1] = memory[offset] if second == STEP else memory[offset : offset + 4]
+        before = memory.clone()
+        with pytest.raises(RuntimeError, match="must have memory of its own, got some that"):
+            torch.ops.gankernels.adam_(*lists, 0.1, 0.9, 0.99, 1e-8, 0.0)
+        assert torch.equal(memory, before)
+
+
+def test_empty_parameters():
+    shapes = ((0,), (3, 0), (0, 3), (2,))
+    ps, theirs = ([nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
+    for q in (*ps, *theirs):
+        q.grad = torch.ones_like(q)
+    ours(ps, lr=0.1).step()
+    torch.optim.Adam(theirs, lr=0.1).step()
+    torch.testing.assert_close(ps, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"step": torch.empty(0)},
+            r"state\[0\]\['step'\] must be one number of steps, got a torch",
+        ),
+        ({"step": torch.ones(2)}, r"\['step'\] must be one number .*of shape \(2,\)"),
+        ({"step": torch.tensor(float("inf"))}, r"\['step'\] must be one number of steps, got inf"),
+        ({"step": "ten"}, "could not convert string to float"),
+        ({"step": None}, "this is no state of Adam: TypeError"),
+        (
+            {"exp_avg": torch.ones(1)},
+            r"\['exp_avg'\] must be a floating-point tensor of its",
+        ),
+        ({"exp_avg": torch.ones(3, 2)}, r"of its parameter's shape \(2, 3\), got .*\(3, 2\)"),
+        ({"exp_avg_sq": [1.0]}, r"\['exp_avg_sq'\] must be .*, got a list"),
+        ({"exp_avg_sq": torch.ones(2, 3, device="meta")}, "this is no state of Adam: NotImpl"),
+    ],
+)
+def test_hostile_states_are_refused_when_they_are_loaded(change, message):
+    p = nn.Parameter(torch.ones(2, 3))
+    optimizer = ours([p], lr=0.1)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict({**saved, "state": {0: {**saved["state"][0], **change}}})
+    for name in ("exp_avg", "exp_avg_sq", "step"):  # it is as before
+        assert torch.equal(optimizer.state[p][name], saved["state"][0][name])
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"\['exp_avg'\] must be .* got a NoneType"):
+        optimizer.load_state_dict({**saved, "state": {0: {"step": torch.tensor(1.0)}}})
+    for options in ({"lr": "fast"}, {"betas": (0.9,)}, {"betas": (0.9, None)}, {"eps": None}):
+        group = {**saved["param_groups"][0], **options}
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            optimizer.load_state_dict({**saved, "param_groups": [group]})
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[p]["step"] == 1
 
 
 def test_another_default_dtype():

@@ -1,5 +1,6 @@
 """Nothing is lost: checkpoints are complete, atomic, and resumed bit for bit."""
 
+import copy
 import errno
 import json
 import pickle
@@ -7,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from gankernels.train import CheckpointError, Config, Trainer, latest_checkpoint, load_game
+from gankernels.train import CheckpointError, Config, Trainer, latest_checkpoint, load_game, start
 from gankernels.train import checkpoint as checkpoint_module
 
 SMALL = {
@@ -157,7 +158,7 @@ def test_foreign_files(tmp_path):
     with pytest.raises(CheckpointError, match=r"other.pt is not a checkpoint of gankernels"):
         load_game(tmp_path / "other.pt")
     torch.save({"magic": checkpoint_module.MAGIC, "version": 99}, tmp_path / "newer.pt")
-    with pytest.raises(CheckpointError, match="version 99, this gankernels reads 2"):
+    with pytest.raises(CheckpointError, match="version 99, this gankernels reads 3 and 2"):
         load_game(tmp_path / "newer.pt")
     (tmp_path / "empty.pt").touch()
     with pytest.raises(CheckpointError, match="damaged"):
@@ -232,3 +233,145 @@ def test_without_average(run, tmp_path):
     game, _ = load_game(tmp_path / "run/checkpoints/step_00000005.pt")
     for a, b in zip(game.parameters(), trainer.game.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    """From step 100,000,000 on their names are longer, and as text the later is the less."""
+    steps = [2, 99_999_997, 99_999_999, 100_000_000, 1_000_000_000, 2**62]
+    folder = tmp_path / "checkpoints"
+    for step in reversed(steps[:-1]):
+        checkpoint_module.save(tmp_path, step, {"content": step}, keep=10)
+    (folder / "step_x.pt").touch()  # nobody's
+    newest = checkpoint_module.save(tmp_path, steps[-1], {}, keep=3)
+    found = checkpoint_module.checkpoints(tmp_path)
+    assert [checkpoint_module.step_of(path) for path in found] == steps[-3:]
+    assert latest_checkpoint(tmp_path) == newest == folder / f"step_{2**62}.pt"
+    newest.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"step_1000000000.pt beside it is intact"):
+        checkpoint_module.read(newest)
+
+
+def test_a_run_goes_beyond_eight_digits(run, tmp_path):
+    run(steps=1).fit()
+    path = latest_checkpoint(tmp_path / "run")
+    content = checkpoint_module.read(path)
+    torch.save({**content, "step": 99_999_998}, path.with_name("step_99999998.pt"))
+    path.unlink()
+    run(steps=100_000_001, resume=True, checkpoint_every=1, sample_every=1).fit()
+    saved = [path.name for path in checkpoint_module.checkpoints(tmp_path / "run")]
+    assert saved == ["step_100000000.pt", "step_100000001.pt"]
+    assert run(steps=100_000_001, resume=True).step == 100_000_001
+    report = (tmp_path / "run/report.html").read_text()
+    assert report.index("step 99,999,999") < report.index("step 100,000,000")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A trainer of a tiny game after a step, and what its checkpoint holds."""
+    run = tmp_path_factory.mktemp("whole")
+    tiny = {"size": 8, "batch_size": 4, "width": 1, "latent_dim": 3, "device": "cpu"}
+    trainer = start("cdcgan", out=str(run), precision="fp32", **tiny)
+    trainer.iterate()
+    return trainer, torch.load(trainer.save(), weights_only=True)
+
+
+def parts_of(value, path=()):
+    """The paths of all parts, but only of the first of many parameters or weights."""
+    keys = range(len(value)) if isinstance(value, list) else value
+    for i, key in enumerate(keys):
+        yield (*path, key)
+        if isinstance(value[key], (dict, list)) and (len(path) < 2 or i == 0):
+            yield from parts_of(value[key], (*path, key))
+
+
+EMPTY = torch.empty(0)
+
+
+@pytest.mark.parametrize("change", ["gone", None, EMPTY, "x", [], 10**30])
+def test_a_part_that_is_missing_or_of_another_kind(whole, tmp_path, change):
+    trainer, content = whole
+    path = tmp_path / "a.pt"
+    before = copy.deepcopy(trainer.state_dict())
+    refused, nameless = set(), 0
+    for part in parts_of(content):
+        *parents, last = part
+        damaged = copy.deepcopy(content)
+        parent = damaged
+        for key in parents:
+            parent = parent[key]
+        if isinstance(change, str) and change == "gone":
+            del parent[last]
+        else:
+            parent[last] = change
+        torch.save(damaged, path)
+        for use in (load_game, lambda path: trainer._check(checkpoint_module.read(path), path)):
+            try:
+                use(path)
+            except (CheckpointError, ValueError) as error:
+                refused.add(part)
+                nameless += str(path) not in str(error)
+    assert nameless == 0
+    after = tensors(trainer.state_dict())
+    for name, value in tensors(before).items():
+        same = torch.equal if isinstance(value, torch.Tensor) else type(value).__eq__
+        assert same(value, after[name]), name
+    assert refused >= {(name,) for name in content}
+    for player in ("discriminator", "generator"):
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            assert ("optimizers", player, "state", 0, name) in refused
+        assert ("optimizers", player, "param_groups", 0, "lr") in refused
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        (
+            ("optimizers", "generator", "state", 0, "step"),
+            EMPTY,
+            "step must be a tensor of float32",
+        ),
+        (("rng",), torch.zeros(5056, dtype=torch.uint8), "rng cannot be used: "),
+        (("step",), -1, "step must not be negative, got -1"),
+        (("step",), True, "step must be a int, got True"),
+        (("config", "model"), "gan", "holds other networks than these"),
+        (("config", "latent_dim"), 10**9, "holds other networks than these"),
+        (("config", "latent_dim"), 2**62, "the networks of these settings are too large"),
+        (("config", "zzz"), 1, "unknown setting 'zzz'"),
+        (("spec", "images", "height"), 2**40, "holds other networks than these"),
+        (("spec", "labels", "kind"), "title", "labels: kind must be one of image, label"),
+        (("ema", "generator"), None, "state must be a mapping"),
+    ],
+)
+def test_what_is_wrong_with_a_part_is_said(whole, tmp_path, part, value, message):
+    trainer, content = whole
+    *parents, last = part
+    damaged = parent = copy.deepcopy(content)
+    for key in parents:
+        parent = parent[key]
+    parent[last] = value
+    path = tmp_path / "a.pt"
+    torch.save(damaged, path)
+    with pytest.raises(CheckpointError, match=message):
+        (load_game if part[0] == "config" or part[0] == "spec" else trainer.load)(path)
+
+
+def test_weights_that_are_not_finite(whole, tmp_path):
+    trainer, content = whole
+    damaged = copy.deepcopy(content)
+    damaged["game"]["discriminator.head.bias"].fill_(torch.nan)
+    torch.save(damaged, tmp_path / "a.pt")
+    for use in (load_game, trainer.load):
+        with pytest.raises(CheckpointError, match=r"not finite: discriminator.head.bias"):
+            use(tmp_path / "a.pt")
+
+
+def test_many_damaged_checkpoints_are_read_once_each(tmp_path, monkeypatch):
+    for step in range(12):
+        (tmp_path / f"step_{step:08d}.pt").write_bytes(b"PK")
+    load, read = checkpoint_module.archive.load, []
+    monkeypatch.setattr(
+        checkpoint_module.archive, "load", lambda *a: (read.append(a[0]), load(*a))[1]
+    )
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint_module.read(tmp_path / "step_00000011.pt")
+    assert len(read) == 12

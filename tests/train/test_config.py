@@ -104,3 +104,14 @@ def test_assignments():
     assert parse_assignments(["a=1", "b=c=d"]) == {"a": "1", "b": "c=d"}
     with pytest.raises(ValueError, match="--set takes key=value, got 'lr'"):
         parse_assignments(["lr"])
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("steps", 2**63 - 1), ("seed", 2**64 - 1), ("sample_every", None)]
+)
+def test_whole_numbers_beyond_what_counts(name, most):
+    assert getattr(Config(**{name: 2**62}), name) == 2**62
+    if most is not None:
+        assert getattr(Config(**{name: most}), name) == most
+        with pytest.raises(ValueError, match=f"{name} must be at most {most}, got {most + 1}"):
+            Config(**{name: most + 1})

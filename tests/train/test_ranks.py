@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gankernels.train import ranks
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
@@ -49,6 +51,44 @@ for name, settings in {cases}.items():
     if trainer.ranks.first:
         torch.save(found, f"{{sys.argv[1]}}/{{name}}.pt")
 """
+
+
+class Processes:
+    """Stands for torch.distributed and CUDA, which are not here: notes what is asked of them."""
+
+    def __init__(self, monkeypatch, started):
+        self.calls = []
+        note = lambda name: lambda *a, **k: self.calls.append((name, *a, *k.items()))  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "set_device", note("set_device"))
+        monkeypatch.setattr(ranks.dist, "init_process_group", note("init_process_group"))
+        monkeypatch.setattr(ranks.dist, "is_initialized", lambda: started)
+        monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_process_has_its_gpu_as_the_current_device(monkeypatch, started):
+    """Before NCCL starts and before anything gathers objects, which go through that device."""
+    processes = Processes(monkeypatch, started)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    device = torch.device("cuda:1")
+    ranks.Ranks(device)
+    expected = [("set_device", device), ("init_process_group", "nccl", ("device_id", device))]
+    assert processes.calls == (expected[:1] if started else expected)
+
+
+def test_a_process_without_a_gpu_leaves_devices_alone(monkeypatch):
+    processes = Processes(monkeypatch, False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranks.Ranks(torch.device("cpu"))
+    assert processes.calls == [("init_process_group", "gloo")]
+
+
+def test_a_process_alone_leaves_the_current_device_alone(monkeypatch):
+    processes = Processes(monkeypatch, False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks.Ranks(torch.device("cuda:1"))
+    assert processes.calls == []
 
 
 def environment(**more):

@@ -2,6 +2,7 @@
 their files damaged. All from outside, through the command line."""
 
 import json
+import os
 import pickle
 import random
 import time
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from gankernels.cli import main
-from gankernels.train import CheckpointError, load_game
+from gankernels.train import CheckpointError, files, load_game
+from gankernels.train import checkpoint as checkpoint_module
 
 #: A model of 200 kB, which makes a hundred steps a second.
 SMALL = "cdcgan", "--set", "width=4"
@@ -193,14 +195,22 @@ def test_file_that_may_not_grow(command, tmp_path, model, limit):
     assert checkpoint(tmp_path / "run", 20).exists()
 
 
-def test_full_disk(train, tmp_path):
+def test_full_disk(train, tmp_path, monkeypatch):
     """The device that is always full, in the place of the temporary file."""
     assert train(20, *SMALL, out="whole")[0] == 0
     assert train(10, *SMALL)[0] == 0
-    temporary = tmp_path / "run" / "checkpoints" / ".step_00000020.pt.tmp"
-    temporary.symlink_to("/dev/full")
+    write = checkpoint_module.write_atomically
+
+    def full(path, fill):
+        with monkeypatch.context() as patch:
+            device = path.parent / "temporary", os.open("/dev/full", os.O_WRONLY)
+            patch.setattr(files, "create_temporary", lambda folder: device)
+            write(path, fill)
+
+    monkeypatch.setattr(checkpoint_module, "write_atomically", full)
     status, text = train(20, *SMALL)
     check_failed_write(status, text, tmp_path / "run", "No space left on device")
+    monkeypatch.undo()
     assert train(20, *SMALL)[0] == 0
     assert_same(checkpoint(tmp_path / "whole", 20), checkpoint(tmp_path / "run", 20))
 

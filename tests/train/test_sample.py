@@ -180,3 +180,84 @@ def test_nothing_is_mixed_with_what_is_there(tmp_path):
 def test_a_seed_that_is_none(game):
     with pytest.raises(ValueError, match="seed must fit into 64 bits"):
         whole(draw(game(), 1, 2**64))
+
+
+def test_labels_by_name_or_index():
+    animals = ("cat", "dog", "big owl", "a,b")
+    assert sample.parse_labels("dog, cat", animals) == [1, 0]
+    assert sample.parse_labels("2,big owl,0", animals) == [2, 2, 0]
+    assert sample.parse_labels("a,b", animals) == [3]
+    assert sample.parse_labels('cat,"a,b"', animals) == [0, 3]
+    # Where classes are called by numbers, numbers are names.
+    assert sample.parse_labels("5,1", ("1", "2", "5")) == [2, 0]
+    assert sample.parse_labels("10,2", ("0", "1", "10", "2")) == [2, 3]
+    for text, classes in (("0", ("1", "2")), ("1", ("01", "02")), ("4", animals), ("", animals)):
+        with pytest.raises(ValueError, match=f"labels must be among {', '.join(classes)}, got "):
+            sample.parse_labels(text, classes)
+    with pytest.raises(ValueError, match="labels must be"):
+        sample.parse_labels("a\nb", animals)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("1", "2", "5"),
+        ("-3", "2", "10"),
+        tuple(sorted(map(str, range(12)))),
+        ("", "01", "cat", "dog.x", "ü"),
+        ("00", "01"),
+        (str(2**64), "9"),
+    ],
+)
+def test_labels_of_an_npz_are_the_data_s(tmp_path, classes):
+    labels = torch.arange(30) % len(classes)
+    images = torch.randint(256, (30, 1, 4, 4), dtype=torch.uint8)
+    sample.save_npz([images], labels, tmp_path / "set.npz", classes)
+    read = data.load(tmp_path / "set.npz")
+    assert read.classes == classes
+    assert torch.equal(read.labels, labels)
+    with np.load(tmp_path / "set.npz") as archive:
+        numbers = classes in (("1", "2", "5"), ("-3", "2", "10"))
+        assert archive["labels"].dtype.kind == ("i" if numbers else "U")
+
+
+def test_folders_are_called_as_the_classes_are(tmp_path):
+    classes = tuple(sorted(map(str, range(12))))
+    labels = torch.arange(24) % 12
+    images = torch.randint(256, (24, 1, 4, 4), dtype=torch.uint8)
+    sample.save_folder([images], labels, tmp_path / "set", classes, 24)
+    read = data.load(tmp_path / "set")
+    assert read.classes == classes
+    assert torch.equal(read.images, images[labels.argsort(stable=True)])
+
+
+def test_names_that_no_folder_can_have(tmp_path):
+    classes = (
+        "..",
+        ".",
+        "",
+        "a/b",
+        "a%2Fb",
+        "/etc",
+        ".x",
+        "A",
+        "a",
+        "x" * 300,
+        "x" * 301,
+        "\0",
+        "é",
+    )
+    names = sample.folder_names(classes)
+    assert len(set(names)) == len(classes)
+    assert names[:9] == ["%2E.", "%2E", "%", "a%2Fb~2", "a%2Fb", "%2Fetc", "%2Ex", "A", "a"]
+    assert names[-1] == "é"
+    images = torch.zeros(len(classes), 1, 4, 4, dtype=torch.uint8)
+    sample.save_folder([images], torch.arange(len(classes)), tmp_path / "set", classes)
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == sorted(names)
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_pictures_sort_however_many_there_are(tmp_path):
+    images = torch.zeros(2, 1, 1, 1, dtype=torch.uint8)
+    sample.save_folder([images], None, tmp_path / "set", count=10_000_000)
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["0000000.png", "0000001.png"]

@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from gankernels import metrics
 from gankernels._devices import choose_device
 from gankernels.games import DataSpec, Game, Player
 from gankernels.train import Callback, Config, DivergenceError, Trainer, load_game, start
+from gankernels.train import trainer as trainer_module
 from gankernels.train.callbacks import Score
 
 
@@ -533,3 +535,94 @@ def test_each_process_on_a_machine_has_a_gpu_of_its_own(monkeypatch, name):
     assert choose_device(name) == asked[0] == torch.device("cuda:3")
     assert choose_device("cuda:1") == torch.device("cuda:1")
     assert choose_device("cpu") == torch.device("cpu")
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert choose_device(name) == torch.device("cuda:2")
+
+
+# ---- what a graph takes for constant -------------------------------------------------------------
+
+
+class Stands:
+    """For Graphs: what a graph of each key would have read is what the first call with it read."""
+
+    def __init__(self):
+        self.keys = []
+
+    def __call__(self, key, function, inputs):
+        self.keys.append(key)
+        return function(inputs)
+
+
+@pytest.fixture
+def as_on_cuda(toy, monkeypatch):
+    """A trainer whose optimisers have their learning rates in tensors, as they have on CUDA."""
+
+    def make(player, parameters):
+        optimizer = torch.optim.Adam(parameters, lr=1e-3)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(1e-3)
+        return optimizer
+
+    monkeypatch.setattr(trainer_module, "make_optimizer", make)
+    trainer = toy(log_every=1000)
+    trainer.call = Stands()
+    return trainer
+
+
+@pytest.mark.parametrize("how", ["a number", "another tensor", "in place", "loaded"])
+def test_a_new_learning_rate_is_written_where_the_graph_reads_it(as_on_cuda, how):
+    trainer = as_on_cuda
+    optimizer = trainer.optimizers["generator"]
+    rate = optimizer.param_groups[0]["lr"]
+    trainer.iterate()
+    before = trainer.game.generator.weight.item()
+    if how == "a number":
+        optimizer.param_groups[0]["lr"] = 0.5
+    elif how == "another tensor":
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    elif how == "in place":
+        optimizer.param_groups[0]["lr"] *= 500
+    else:  # as by a scheduler's or a checkpoint's state, with a number as older ones have
+        state = optimizer.state_dict()
+        state["param_groups"][0]["lr"] = 0.5
+        optimizer.load_state_dict(state)
+    trainer.iterate()
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == 0.5
+    assert abs(trainer.game.generator.weight.item() - before) > 0.1
+    assert len(set(trainer.call.keys)) == 1, "no graph is captured anew"
+
+
+@pytest.mark.parametrize("option", ["betas", "eps", "weight_decay", "lr"])
+def test_other_settings_have_graphs_of_their_own(toy, option):
+    """And the rate of an optimiser that PyTorch cannot capture with a tensor."""
+    trainer = toy(log_every=1000)
+    trainer.call = Stands()
+    new = {"betas": [0.5, 0.9], "eps": 1e-3, "weight_decay": 0.1, "lr": 0.25}[option]
+    trainer.iterate()
+    trainer.iterate()
+    trainer.optimizers["opponent"].param_groups[0][option] = new
+    trainer.iterate()
+    first, second, third = trainer.call.keys
+    assert first == second != third
+
+
+def test_rates_are_tensors_where_graphs_can_read_them(monkeypatch):
+    """Of what PyTorch has fused and capturable, on CUDA alone: here a tensor that says it is."""
+
+    class OnCuda:
+        is_cuda, device = True, "cpu"
+
+    def factory(parameters, *, fused, capturable=False):
+        assert fused
+        return SimpleNamespace(param_groups=[{"lr": 1e-3}, {"lr": torch.tensor(2e-3)}])
+
+    player = SimpleNamespace(optimizer=factory)
+    groups = trainer_module.make_optimizer(player, [OnCuda()]).param_groups
+    assert [type(group["lr"]) for group in groups] == [torch.Tensor] * 2
+    assert [group["lr"].item() for group in groups] == pytest.approx([1e-3, 2e-3])
+    assert {group["lr"].dtype for group in groups} == {torch.float32}
+    player = SimpleNamespace(optimizer=partial(torch.optim.SGD, lr=0.1))
+    weight = nn.Parameter(torch.ones(1))
+    assert trainer_module.make_optimizer(player, [weight]).param_groups[0]["lr"] == 0.1

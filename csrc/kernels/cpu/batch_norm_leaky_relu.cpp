@@ -88,6 +88,16 @@ struct BackwardElement {
   }
 };
 
+// With the statistics given: what `map` then is, see term().
+template <bool kFirst>
+struct EvaluationBackwardElement : BackwardElement<kFirst> {
+  template <typename V, typename P, typename A>
+  GK_INLINE static void map(const V* in, const P* k, A slope, V* out) {
+    const auto e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
+    out[0] = e.times_du_dx(e.times_dy_dz(in[1]) * k[3]);
+  }
+};
+
 template <bool kFirst>
 struct DoubleBackwardElement {
   static constexpr int kInputs = 3, kSums = 5, kOutputs = 2, kCoefficients = 10;
@@ -107,6 +117,17 @@ struct DoubleBackwardElement {
     const V g = e.times_dy_dz(in[1]), v = e.times_du_dx(in[2]);
     out[0] = e.times_dy_dz(v * k[3] + (e.centred * k[4] + k[5]));
     out[1] = e.times_du_dx(g * k[6] + (v * k[7] + (e.centred * k[8] + k[9])));
+  }
+};
+
+template <bool kFirst>
+struct EvaluationDoubleBackwardElement : DoubleBackwardElement<kFirst> {
+  template <typename V, typename P, typename A>
+  GK_INLINE static void map(const V* in, const P* k, A slope, V* out) {
+    const auto e = chain(in[0], k[0], k[1], k[2], slope, kFirst);
+    const V g = e.times_dy_dz(in[1]), v = e.times_du_dx(in[2]);
+    out[0] = e.times_dy_dz(v * k[3] + (term(e.centred, k[4]) + k[5]));
+    out[1] = e.times_du_dx(term(g, k[6]));
   }
 };
 
@@ -342,6 +363,7 @@ template <typename T, bool kFirst>
 struct ForwardPass : PassBase<T, kFirst> {
   using A = Accumulate<T>;
   using Element = ForwardElement<kFirst>;
+  using Evaluation = Element;
   static constexpr int kPartials = 3;  // count, mean, sum of squared deviations
   const BatchNormLeakyReLUForward& p;
   const T* in[1];
@@ -443,10 +465,11 @@ struct ForwardPass : PassBase<T, kFirst> {
 };
 
 // What backward and double backward share: plain sums of an Element over each channel.
-template <typename T, bool kFirst, typename Element_, typename Parameters>
+template <typename T, bool kFirst, typename Element_, typename Evaluation_, typename Parameters>
 struct SumPass : PassBase<T, kFirst> {
   using A = Accumulate<T>;
   using Element = Element_;
+  using Evaluation = Evaluation_;
   static constexpr int kPartials = Element::kSums;
   const Parameters& p;
   const T* in[Element::kInputs];
@@ -501,7 +524,8 @@ struct SumPass : PassBase<T, kFirst> {
 };
 
 template <typename T, bool kFirst>
-struct BackwardPass : SumPass<T, kFirst, BackwardElement<kFirst>, BatchNormLeakyReLUBackward> {
+struct BackwardPass : SumPass<T, kFirst, BackwardElement<kFirst>, EvaluationBackwardElement<kFirst>,
+                              BatchNormLeakyReLUBackward> {
   using A = Accumulate<T>;
   explicit BackwardPass(const BatchNormLeakyReLUBackward& parameters)
       : BackwardPass::SumPass(parameters) {
@@ -528,7 +552,8 @@ struct BackwardPass : SumPass<T, kFirst, BackwardElement<kFirst>, BatchNormLeaky
 
 template <typename T, bool kFirst>
 struct DoubleBackwardPass
-    : SumPass<T, kFirst, DoubleBackwardElement<kFirst>, BatchNormLeakyReLUDoubleBackward> {
+    : SumPass<T, kFirst, DoubleBackwardElement<kFirst>, EvaluationDoubleBackwardElement<kFirst>,
+              BatchNormLeakyReLUDoubleBackward> {
   using A = Accumulate<T>;
   explicit DoubleBackwardPass(const BatchNormLeakyReLUDoubleBackward& parameters)
       : DoubleBackwardPass::SumPass(parameters) {
@@ -561,8 +586,20 @@ struct DoubleBackwardPass
 
 // ---- who does which part -----------------------------------------------------------------------
 
+template <typename Pass, bool kStream, typename T>
+auto map_run_of(const BatchNormLeakyReLU& p) {
+  return p.training ? map_run<typename Pass::Element, kStream, T>
+                    : map_run<typename Pass::Evaluation, kStream, T>;
+}
+
+template <typename Pass, bool kStream, typename T>
+auto map_columns_of(const BatchNormLeakyReLU& p) {
+  return p.training ? map_columns<typename Pass::Element, kStream, T>
+                    : map_columns<typename Pass::Evaluation, kStream, T>;
+}
+
 template <typename T, typename Pass>
-void run_channels_first(const Pass& pass, CpuThreads threads) {
+void run_channels_first(const Pass& pass, Scratch scratch, CpuThreads threads) {
   using A = Accumulate<T>;
   using Element = typename Pass::Element;
   constexpr int K = Pass::kPartials;
@@ -572,11 +609,11 @@ void run_channels_first(const Pass& pass, CpuThreads threads) {
   // A line that is partly stored past the caches and partly not costs several times as much as
   // either, so vectors shorter than a line need runs of whole ones.
   const bool whole_lines = VectorOf<A>::width * sizeof(T) == 64 || p.s * sizeof(T) % 64 == 0;
-  const auto map = streams<T, Element>(p) && whole_lines ? map_run<Element, true, T>
-                                                         : map_run<Element, false, T>;
+  const auto map = streams<T, Element>(p) && whole_lines ? map_run_of<Pass, true, T>(p)
+                                                         : map_run_of<Pass, false, T>(p);
   const A slope = A(p.negative_slope);
-  Buffer<A> coefficients(p.c * kMaxCoefficients);
-  auto of_channel = [&](int64_t c) { return coefficients.data + c * kMaxCoefficients; };
+  A* const coefficients = scratch.take<A>(p.c * kMaxCoefficients);
+  auto of_channel = [&](int64_t c) { return coefficients + c * kMaxCoefficients; };
 
   // Whole runs at a time where they are short.
   const int64_t step = p.s < kChunk ? kChunk / maximum<int64_t>(1, p.s) * p.s : kChunk;
@@ -604,8 +641,8 @@ void run_channels_first(const Pass& pass, CpuThreads threads) {
   }
 
   const int64_t parts = threads.count;
-  Buffer<double> partials(parts * p.c * K);
-  for (int64_t i = 0; i < parts * p.c * K; ++i) partials.data[i] = 0;
+  double* const partials = scratch.take<double>(parts * p.c * K);
+  for (int64_t i = 0; i < parts * p.c * K; ++i) partials[i] = 0;
   if (pass.reduces()) {
     for (int64_t c = 0; c < p.c; ++c) pass.prepare(c, of_channel(c), 1);
     const int64_t grain = p.n < parts ? 1 : p.s;
@@ -615,21 +652,21 @@ void run_channels_first(const Pass& pass, CpuThreads threads) {
         for (int64_t i = size / grain * part / parts * grain; i < last; i += step) {
           for (int64_t c = 0; c < p.c; ++c) {
             pass.reduce(c, i, minimum(i + step, last), of_channel(c),
-                        partials.data + (part * p.c + c) * K);
+                        partials + (part * p.c + c) * K);
           }
         }
       }
     });
   }
   for (int64_t c = 0; c < p.c; ++c) {
-    double* total = partials.data + c * K;
+    double* total = partials + c * K;
     for (int64_t part = 1; part < parts; ++part) Pass::merge(total, total + part * p.c * K);
     pass.finish(c, total, of_channel(c), 1);
   }
   if (!pass.maps()) return;
   // Rows (n, c), in parts of them where there are few.
   const int64_t pieces = p.n * p.c >= 8 * threads.count ? 1 : threads.count;
-  const int64_t block = divide_up(kBlockBytes, p.s * int64_t(sizeof(T)));
+  const int64_t block = divide_up(kBlockBytes, maximum<int64_t>(1, p.s) * int64_t(sizeof(T)));
   parallel(threads, p.n * p.c * pieces, [&](int64_t begin, int64_t end) {
     // The latest blocks first: they are still in a cache from the reduction.
     for (int64_t last = end; last > begin; last -= block) {
@@ -642,16 +679,21 @@ void run_channels_first(const Pass& pass, CpuThreads threads) {
   });
 }
 
+// Columns are given out in whole lines, and so that no two threads share one.
+template <typename T>
+constexpr int64_t line_of() {
+  return 64 / int64_t(sizeof(T)) > 16 ? 64 / int64_t(sizeof(T)) : 16;
+}
+
 template <typename T, typename Pass>
-void run_channels_last(const Pass& pass, CpuThreads threads) {
+void run_channels_last(const Pass& pass, Scratch scratch, CpuThreads threads) {
   using A = Accumulate<T>;
   using Element = typename Pass::Element;
   constexpr int K = Pass::kPartials;
   const auto& p = pass.p;
   const int64_t rows = p.n * p.s;
   if (rows * p.c < kSerial) threads.count = 1;
-  // Columns are given out in whole lines, and so that no two threads share one.
-  constexpr int64_t kLine = 64 / int64_t(sizeof(T)) > 16 ? 64 / int64_t(sizeof(T)) : 16;
+  constexpr int64_t kLine = line_of<T>();
   const int64_t pitch = divide_up(p.c, kLine) * kLine;
   const int64_t lines = pitch / kLine;
   // Work space for the partial sums in progress, then the coefficients of all channels.
@@ -661,8 +703,8 @@ void run_channels_last(const Pass& pass, CpuThreads threads) {
   const bool aligned =
       p.c % VectorOf<A>::width == 0 && misalignment<Element::kOutputs>(pass.out, 0) == 0;
   auto map = [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const A* coefficients) {
-    const auto run = streams<T, Element>(p) && aligned ? map_columns<Element, true, T>
-                                                       : map_columns<Element, false, T>;
+    const auto run = streams<T, Element>(p) && aligned ? map_columns_of<Pass, true, T>(p)
+                                                       : map_columns_of<Pass, false, T>(p);
     run(p, pass.in, pass.out, r0, r1, c0, c1, coefficients, pitch);
   };
 
@@ -670,8 +712,8 @@ void run_channels_last(const Pass& pass, CpuThreads threads) {
   const bool cached =
       rows * share * int64_t(sizeof(T)) * Element::kInputs <= kCacheBytes && lines >= threads.count;
   if (cached || threads.count == 1) {
-    Buffer<A> work(work_size);
-    Buffer<double> partials(K * p.c);
+    A* const work = scratch.take<A>(work_size);
+    double* const partials = scratch.take<double>(K * p.c);
     // Threads take columns; one thread takes blocks of them that stay in its cache.
     const int64_t row_bytes = maximum<int64_t>(1, rows * int64_t(sizeof(T)) * Element::kInputs);
     const int64_t fit = kCacheBytes / row_bytes / kLine * kLine;
@@ -680,15 +722,15 @@ void run_channels_last(const Pass& pass, CpuThreads threads) {
       const int64_t last = minimum(end * kLine, p.c);
       for (int64_t c0 = begin * kLine; c0 < last; c0 += block) {
         const int64_t c1 = minimum(c0 + block, last);
-        A* coefficients = work.data + kMaxPartials * pitch;
+        A* coefficients = work + kMaxPartials * pitch;
         if (pass.reduces()) {
           for (int64_t c = c0; c < c1; ++c) pass.prepare(c, coefficients + c, pitch);
-          pass.reduce_rows(0, rows, c0, c1, work.data, pitch, partials.data);
+          pass.reduce_rows(0, rows, c0, c1, work, pitch, partials);
         }
         for (int64_t c = c0; c < c1; ++c) {
           double partial[K] = {};
           if (pass.reduces()) {
-            for (int k = 0; k < K; ++k) partial[k] = partials.data[k * p.c + c];
+            for (int k = 0; k < K; ++k) partial[k] = partials[k * p.c + c];
           }
           pass.finish(c, partial, coefficients + c, pitch);
         }
@@ -700,19 +742,19 @@ void run_channels_last(const Pass& pass, CpuThreads threads) {
   }
 
   const int64_t parts = threads.count;
-  Buffer<A> work(work_size * parts);
-  Buffer<double> partials(parts * K * p.c);
-  A* coefficients = work.data + kMaxPartials * pitch;
+  A* const work = scratch.take<A>(work_size * parts);
+  double* const partials = scratch.take<double>(parts * K * p.c);
+  A* coefficients = work + kMaxPartials * pitch;
   if (pass.reduces()) {
     for (int64_t c = 0; c < p.c; ++c) pass.prepare(c, coefficients + c, pitch);
     parallel(threads, parts, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        A* own = work.data + part * work_size;
+        A* own = work + part * work_size;
         if (part > 0) {
           memcpy(own + kMaxPartials * pitch, coefficients, kMaxCoefficients * pitch * sizeof(A));
         }
         pass.reduce_rows(rows * part / parts, rows * (part + 1) / parts, 0, p.c, own, pitch,
-                         partials.data + part * K * p.c);
+                         partials + part * K * p.c);
       }
     });
   }
@@ -720,7 +762,7 @@ void run_channels_last(const Pass& pass, CpuThreads threads) {
     double total[K] = {};
     for (int64_t part = 0; part < parts && pass.reduces(); ++part) {
       double partial[K];
-      for (int k = 0; k < K; ++k) partial[k] = partials.data[(part * K + k) * p.c + c];
+      for (int k = 0; k < K; ++k) partial[k] = partials[(part * K + k) * p.c + c];
       Pass::merge(total, partial);
     }
     pass.finish(c, total, coefficients + c, pitch);
@@ -739,34 +781,52 @@ void run_channels_last(const Pass& pass, CpuThreads threads) {
 }
 
 template <template <typename, bool> class Pass, typename T, typename Parameters>
-void run(const Parameters& p, const CpuThreads& threads) {
+void run(const Parameters& p, void* memory, const CpuThreads& threads) {
+  const Scratch scratch(memory);
   auto run_pass = [&](const auto& pass) {
-    p.channels_last ? run_channels_last<T>(pass, threads) : run_channels_first<T>(pass, threads);
+    p.channels_last ? run_channels_last<T>(pass, scratch, threads)
+                    : run_channels_first<T>(pass, scratch, threads);
   };
   p.activation_first ? run_pass(Pass<T, true>{p}) : run_pass(Pass<T, false>{p});
 }
 
 template <template <typename, bool> class Pass, typename Parameters>
-void run(const Parameters& p, const CpuThreads& threads) {
+void run(const Parameters& p, void* scratch, const CpuThreads& threads) {
   if (p.c == 0) return;
-  with_storage(p.dtype,
-               [&](auto storage) { run<Pass, typename decltype(storage)::type>(p, threads); });
+  with_storage(p.dtype, [&](auto storage) {
+    run<Pass, typename decltype(storage)::type>(p, scratch, threads);
+  });
 }
 
 }  // namespace
 
-void batch_norm_leaky_relu_forward(const BatchNormLeakyReLUForward& p, const CpuThreads& threads) {
-  run<ForwardPass>(p, threads);
+// What the hungriest pass takes of it, in either layout.
+int64_t batch_norm_leaky_relu_scratch_bytes(const BatchNormLeakyReLU& p,
+                                            const CpuThreads& threads) {
+  int64_t bytes = 0;
+  with_storage(p.dtype, [&](auto storage) {
+    using T = typename decltype(storage)::type;
+    const int64_t parts = p.n * p.s * p.c < kSerial ? 1 : threads.count;
+    const int64_t pitch = divide_up(p.c, line_of<T>()) * line_of<T>();
+    bytes = Scratch::bytes<Accumulate<T>>(parts * (kMaxPartials + kMaxCoefficients) * pitch) +
+            Scratch::bytes<double>(parts * kMaxPartials * p.c);
+  });
+  return bytes;
 }
 
-void batch_norm_leaky_relu_backward(const BatchNormLeakyReLUBackward& p,
+void batch_norm_leaky_relu_forward(const BatchNormLeakyReLUForward& p, void* scratch,
+                                   const CpuThreads& threads) {
+  run<ForwardPass>(p, scratch, threads);
+}
+
+void batch_norm_leaky_relu_backward(const BatchNormLeakyReLUBackward& p, void* scratch,
                                     const CpuThreads& threads) {
-  run<BackwardPass>(p, threads);
+  run<BackwardPass>(p, scratch, threads);
 }
 
-void batch_norm_leaky_relu_double_backward(const BatchNormLeakyReLUDoubleBackward& p,
+void batch_norm_leaky_relu_double_backward(const BatchNormLeakyReLUDoubleBackward& p, void* scratch,
                                            const CpuThreads& threads) {
-  run<DoubleBackwardPass>(p, threads);
+  run<DoubleBackwardPass>(p, scratch, threads);
 }
 
 void update_running_statistics(const UpdateRunningStatistics& p, const CpuThreads&) {

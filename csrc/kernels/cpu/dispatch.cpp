@@ -47,43 +47,51 @@ const char* capability_name() {
 
 }  // namespace gankernels::cpu
 
-// cpu::NAME(parameters, threads) runs the best of baseline::, avx2:: and avx512::NAME.
-#define GK_DISPATCH(NAME, PARAMETERS) GK_DISPATCH_RETURNING(void, NAME, PARAMETERS)
-#define GK_DISPATCH_RETURNING(RESULT, NAME, PARAMETERS)                       \
-  namespace gankernels {                                                      \
-  namespace baseline {                                                        \
-  RESULT NAME(const PARAMETERS&, const CpuThreads&);                          \
-  }                                                                           \
-  namespace avx2 {                                                            \
-  RESULT NAME(const PARAMETERS&, const CpuThreads&);                          \
-  }                                                                           \
-  namespace avx512 {                                                          \
-  RESULT NAME(const PARAMETERS&, const CpuThreads&);                          \
-  }                                                                           \
-  RESULT cpu::NAME(const PARAMETERS& parameters, const CpuThreads& threads) { \
-    switch (capability()) {                                                   \
-      case Capability::kAvx512:                                               \
-        return avx512::NAME(parameters, threads);                             \
-      case Capability::kAvx2:                                                 \
-        return avx2::NAME(parameters, threads);                               \
-      default:                                                                \
-        return baseline::NAME(parameters, threads);                           \
-    }                                                                         \
-  }                                                                           \
+// cpu::NAME runs the best of baseline::, avx2:: and avx512::NAME.
+#define GK_DISPATCH(RESULT, NAME, PARAMETERS, ARGUMENTS) \
+  namespace gankernels {                                 \
+  namespace baseline {                                   \
+  RESULT NAME PARAMETERS;                                \
+  }                                                      \
+  namespace avx2 {                                       \
+  RESULT NAME PARAMETERS;                                \
+  }                                                      \
+  namespace avx512 {                                     \
+  RESULT NAME PARAMETERS;                                \
+  }                                                      \
+  RESULT cpu::NAME PARAMETERS {                          \
+    switch (capability()) {                              \
+      case Capability::kAvx512:                          \
+        return avx512::NAME ARGUMENTS;                   \
+      case Capability::kAvx2:                            \
+        return avx2::NAME ARGUMENTS;                     \
+      default:                                           \
+        return baseline::NAME ARGUMENTS;                 \
+    }                                                    \
+  }                                                      \
   }
+#define GK_DISPATCH_PLAIN(RESULT, NAME, P) \
+  GK_DISPATCH(RESULT, NAME, (const P& p, const CpuThreads& threads), (p, threads))
+#define GK_DISPATCH_PASS(NAME, P)                                                 \
+  GK_DISPATCH(void, NAME, (const P& p, void* scratch, const CpuThreads& threads), \
+              (p, scratch, threads))
 
-GK_DISPATCH(adam, Adam)
-GK_DISPATCH(batch_norm_leaky_relu_forward, BatchNormLeakyReLUForward)
-GK_DISPATCH(batch_norm_leaky_relu_backward, BatchNormLeakyReLUBackward)
-GK_DISPATCH(batch_norm_leaky_relu_double_backward, BatchNormLeakyReLUDoubleBackward)
-GK_DISPATCH(update_running_statistics, UpdateRunningStatistics)
-GK_DISPATCH(gradient_norm_penalty_forward, GradientNormPenaltyForward)
-GK_DISPATCH(gradient_norm_penalty_backward, GradientNormPenaltyBackward)
-GK_DISPATCH(gradient_norm_penalty_double_backward, GradientNormPenaltyDoubleBackward)
-GK_DISPATCH_RETURNING(int64_t, minibatch_discrimination_scratch_bytes, MinibatchDiscrimination)
-GK_DISPATCH(minibatch_discrimination_forward, MinibatchDiscriminationForward)
-GK_DISPATCH(minibatch_discrimination_backward, MinibatchDiscriminationBackward)
-GK_DISPATCH(minibatch_discrimination_double_backward, MinibatchDiscriminationDoubleBackward)
-GK_DISPATCH(minibatch_stddev_forward, MinibatchStddevForward)
-GK_DISPATCH(minibatch_stddev_backward, MinibatchStddevBackward)
-GK_DISPATCH(minibatch_stddev_double_backward, MinibatchStddevDoubleBackward)
+GK_DISPATCH_PLAIN(void, adam, Adam)
+GK_DISPATCH_PLAIN(int64_t, batch_norm_leaky_relu_scratch_bytes, BatchNormLeakyReLU)
+GK_DISPATCH_PASS(batch_norm_leaky_relu_forward, BatchNormLeakyReLUForward)
+GK_DISPATCH_PASS(batch_norm_leaky_relu_backward, BatchNormLeakyReLUBackward)
+GK_DISPATCH_PASS(batch_norm_leaky_relu_double_backward, BatchNormLeakyReLUDoubleBackward)
+GK_DISPATCH_PLAIN(void, update_running_statistics, UpdateRunningStatistics)
+GK_DISPATCH_PLAIN(int64_t, gradient_norm_penalty_scratch_bytes, GradientNormPenalty)
+GK_DISPATCH_PASS(gradient_norm_penalty_forward, GradientNormPenaltyForward)
+GK_DISPATCH_PASS(gradient_norm_penalty_backward, GradientNormPenaltyBackward)
+GK_DISPATCH_PASS(gradient_norm_penalty_double_backward, GradientNormPenaltyDoubleBackward)
+GK_DISPATCH_PLAIN(int64_t, minibatch_discrimination_scratch_bytes, MinibatchDiscrimination)
+GK_DISPATCH_PLAIN(void, minibatch_discrimination_forward, MinibatchDiscriminationForward)
+GK_DISPATCH_PLAIN(void, minibatch_discrimination_backward, MinibatchDiscriminationBackward)
+GK_DISPATCH_PLAIN(void, minibatch_discrimination_double_backward,
+                  MinibatchDiscriminationDoubleBackward)
+GK_DISPATCH_PLAIN(int64_t, minibatch_stddev_scratch_bytes, MinibatchStddev)
+GK_DISPATCH_PASS(minibatch_stddev_forward, MinibatchStddevForward)
+GK_DISPATCH_PASS(minibatch_stddev_backward, MinibatchStddevBackward)
+GK_DISPATCH_PASS(minibatch_stddev_double_backward, MinibatchStddevDoubleBackward)

@@ -93,16 +93,16 @@ struct Kernel {
     return penalty_of<double>(s, __builtin_sqrt(s), p.center, p.kind);
   }
 
-  void forward(const GradientNormPenaltyForward& q) const {
+  void forward(const GradientNormPenaltyForward& q, Scratch scratch) const {
     const T* grad = static_cast<const T*>(q.grad);
-    Buffer<double> partial(p.n * parts);
+    double* const partial = scratch.take<double>(p.n * parts);
     for_each_part([&](int64_t, int64_t offset, int64_t length, int64_t task) {
-      partial.data[task] = dot(grad + offset, grad + offset, length);
+      partial[task] = dot(grad + offset, grad + offset, length);
     });
     double total = 0;
     for (int64_t n = 0; n < p.n; ++n) {
       double s = 0;
-      for (int64_t part = 0; part < parts; ++part) s += partial.data[n * parts + part];
+      for (int64_t part = 0; part < parts; ++part) s += partial[n * parts + part];
       static_cast<A*>(q.squared_norms)[n] = A(s);
       total += penalty(n).value;
     }
@@ -128,22 +128,24 @@ struct Kernel {
 
   // With tangent t: L = outer * sum_n phi'(s_n) (t . grad)_n, outer = 2 grad_penalty / N, and so
   // dL/dgrad = outer * (phi'(s) t + 2 phi''(s) (t . grad) grad).
-  void double_backward(const GradientNormPenaltyDoubleBackward& q) const {
+  void double_backward(const GradientNormPenaltyDoubleBackward& q, Scratch scratch) const {
     const T *grad = static_cast<const T*>(q.grad), *t = static_cast<const T*>(q.tangent);
     const double outer = *static_cast<const A*>(q.grad_penalty) * 2 / double(p.n);
-    Buffer<double> products(p.n * parts);
+    double* const products = scratch.take<double>(p.n * parts);
     auto product = [&](int64_t n) {
       double sum = 0;
-      for (int64_t part = 0; part < parts; ++part) sum += products.data[n * parts + part];
+      for (int64_t part = 0; part < parts; ++part) sum += products[n * parts + part];
       return sum;
     };
     auto reduce = [&](int64_t, int64_t offset, int64_t length, int64_t task) {
-      products.data[task] = dot(grad + offset, t + offset, length);
+      products[task] = dot(grad + offset, t + offset, length);
     };
     auto map = [&](int64_t n, int64_t offset, int64_t length, int64_t) {
       const PenaltyValue<double> phi = penalty(n);
-      combine_part(t, outer * phi.first, grad, outer * 2 * phi.second * product(n),
-                   static_cast<T*>(q.grad_grad), offset, length);
+      // A second derivative of zero leaves no term, whatever it would be multiplied with.
+      combine_part(t, outer * phi.first, phi.second == 0 ? nullptr : grad,
+                   outer * 2 * phi.second * product(n), static_cast<T*>(q.grad_grad), offset,
+                   length);
     };
     if (parts == 1) {
       for_each_part([&](auto... part) {
@@ -168,18 +170,24 @@ void with_kernel(const Parameters& p, const CpuThreads& threads, const Body& bod
 
 }  // namespace
 
-void gradient_norm_penalty_forward(const GradientNormPenaltyForward& p, const CpuThreads& threads) {
-  with_kernel(p, threads, [&](const auto& kernel) { kernel.forward(p); });
+int64_t gradient_norm_penalty_scratch_bytes(const GradientNormPenalty& p,
+                                            const CpuThreads& threads) {
+  return Scratch::bytes<double>(p.n * Kernel<float>(p, threads).parts);
 }
 
-void gradient_norm_penalty_backward(const GradientNormPenaltyBackward& p,
+void gradient_norm_penalty_forward(const GradientNormPenaltyForward& p, void* scratch,
+                                   const CpuThreads& threads) {
+  with_kernel(p, threads, [&](const auto& kernel) { kernel.forward(p, Scratch(scratch)); });
+}
+
+void gradient_norm_penalty_backward(const GradientNormPenaltyBackward& p, void*,
                                     const CpuThreads& threads) {
   with_kernel(p, threads, [&](const auto& kernel) { kernel.backward(p); });
 }
 
 void gradient_norm_penalty_double_backward(const GradientNormPenaltyDoubleBackward& p,
-                                           const CpuThreads& threads) {
-  with_kernel(p, threads, [&](const auto& kernel) { kernel.double_backward(p); });
+                                           void* scratch, const CpuThreads& threads) {
+  with_kernel(p, threads, [&](const auto& kernel) { kernel.double_backward(p, Scratch(scratch)); });
 }
 
 }  // namespace gankernels::GK_ISA

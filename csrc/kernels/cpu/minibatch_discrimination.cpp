@@ -286,7 +286,7 @@ struct Problem {
   Problem(const MinibatchDiscrimination& p, int64_t thread_count)
       : n(p.n), b(p.b), c(p.c), threads(thread_count) {
     m = {p.m, p.m_strides[0], p.m_strides[1], p.m_strides[2]};
-    if (n * (n - 1) / 2 * b * c < kSerial) threads = 1;
+    if (double(n) * double(n - 1) / 2 * double(b) * double(c) < kSerial) threads = 1;
     panels = divide_up(b, W);
     // At most twice m's bytes, unless a single panel takes more already.
     constexpr int64_t kTensors = D + 1;
@@ -475,6 +475,7 @@ struct Problem {
   // ---- all of it
 
   void run(CpuThreads pool) const {
+    if (n == 1 || c == 0) return without_distances();
     pool.count = threads;
     // Most panels are taken through all steps by one thread, in memory that stays in its cache.
     const int64_t takers = minimum(whole, threads);
@@ -494,6 +495,13 @@ struct Problem {
     for (int64_t first = whole; first < panels; first += group) {
       share(pool, first, minimum(group, panels - first));
     }
+  }
+
+  // Where there are no pairs, or no dimensions to differ in, all distances are zero.
+  void without_distances() const {
+    const V sum = V{} + (D == 0 ? A(n - 1) : A(0));
+    for (int64_t i = 0; out_sums && i < n * b; ++i) store(out_sums + i, sum, 1);
+    for (int64_t i = 0; out_grads && i < n * b * c; ++i) store(out_grads + i, V{}, 1);
   }
 
   // All threads work on the same panels.

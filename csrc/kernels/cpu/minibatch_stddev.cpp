@@ -123,12 +123,16 @@ struct Kernel {
 
   // The result of a pass that has one per group and feature goes to `result`.
   template <Pass kPass>
-  void run(const void* tangent, const void* grad_stddev, void* grad_x, void* result) const {
-    const int64_t cells = p.groups * p.features;
-    Buffer<double> partials(cells * parts);
-    // Features in turn, since in channels-last order they are neighbours.
-    parallel(threads, cells * parts, [&](int64_t first, int64_t last) {
-      Buffer<V> scratch(2 * members_of(p, 0));
+  void run(const void* tangent, const void* grad_stddev, void* grad_x, void* result,
+           Scratch scratch) const {
+    const int64_t cells = p.groups * p.features, tasks = cells * parts;
+    double* const partials = scratch.take<double>(tasks);
+    V* const of_members = scratch.take<V>(threads.count * 2 * members_of(p, 0));
+    auto share = [&](int64_t thread) {
+      V* const own = of_members + thread * 2 * members_of(p, 0);
+      const int64_t first = tasks * thread / threads.count;
+      const int64_t last = tasks * (thread + 1) / threads.count;
+      // Features in turn, since in channels-last order they are neighbours.
       for (int64_t task = first; task < last; ++task) {
         const int64_t feature = task % p.features, part = task / p.features % parts;
         const int64_t group = task / p.features / parts, cell = group * p.features + feature;
@@ -144,14 +148,16 @@ struct Kernel {
         const int64_t begin = part * kPart, end = minimum(begin + kPart, positions);
         // Four is what everyone uses.
         const auto of_part = count == 4 ? &Kernel::sum<kPass, 4> : &Kernel::sum<kPass, 0>;
-        partials.data[cell * parts + part] =
-            (this->*of_part)(members, begin, end, feature, u, scratch.data);
+        partials[cell * parts + part] = (this->*of_part)(members, begin, end, feature, u, own);
       }
+    };
+    parallel(threads, threads.count, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) share(thread);
     });
     if (!result) return;
     for (int64_t cell = 0; cell < cells; ++cell) {
       double total = 0;
-      for (int64_t part = 0; part < parts; ++part) total += partials.data[cell * parts + part];
+      for (int64_t part = 0; part < parts; ++part) total += partials[cell * parts + part];
       const int64_t count = kPass == Pass::kForward ? 1 : members_of(p, cell / p.features);
       static_cast<A*>(result)[cell] = A(total / (double(positions) * double(count)));
     }
@@ -159,27 +165,36 @@ struct Kernel {
 };
 
 template <Pass kPass>
-void run(const MinibatchStddev& p, const CpuThreads& threads, const void* tangent,
+void run(const MinibatchStddev& p, void* scratch, const CpuThreads& threads, const void* tangent,
          const void* grad_stddev, void* grad_x, void* result) {
   with_storage(p.dtype, [&](auto storage) {
     const Kernel<typename decltype(storage)::type> kernel(p, threads);
-    kernel.template run<kPass>(tangent, grad_stddev, grad_x, result);
+    kernel.template run<kPass>(tangent, grad_stddev, grad_x, result, Scratch(scratch));
   });
 }
 
 }  // namespace
 
-void minibatch_stddev_forward(const MinibatchStddevForward& p, const CpuThreads& threads) {
-  run<Pass::kForward>(p, threads, nullptr, nullptr, nullptr, p.stddev);
+int64_t minibatch_stddev_scratch_bytes(const MinibatchStddev& p, const CpuThreads& threads) {
+  const Kernel<float> kernel(p, threads);  // of which only the numbers matter
+  return Scratch::bytes<double>(p.groups * p.features * kernel.parts) +
+         Scratch::bytes<Vector<float>>(kernel.threads.count * 2 * members_of(p, 0));
 }
 
-void minibatch_stddev_backward(const MinibatchStddevBackward& p, const CpuThreads& threads) {
-  run<Pass::kBackward>(p, threads, nullptr, p.grad_stddev, p.grad_x, nullptr);
+void minibatch_stddev_forward(const MinibatchStddevForward& p, void* scratch,
+                              const CpuThreads& threads) {
+  run<Pass::kForward>(p, scratch, threads, nullptr, nullptr, nullptr, p.stddev);
 }
 
-void minibatch_stddev_double_backward(const MinibatchStddevDoubleBackward& p,
+void minibatch_stddev_backward(const MinibatchStddevBackward& p, void* scratch,
+                               const CpuThreads& threads) {
+  run<Pass::kBackward>(p, scratch, threads, nullptr, p.grad_stddev, p.grad_x, nullptr);
+}
+
+void minibatch_stddev_double_backward(const MinibatchStddevDoubleBackward& p, void* scratch,
                                       const CpuThreads& threads) {
-  run<Pass::kDoubleBackward>(p, threads, p.tangent, p.grad_stddev, p.grad_x, p.grad_grad_stddev);
+  run<Pass::kDoubleBackward>(p, scratch, threads, p.tangent, p.grad_stddev, p.grad_x,
+                             p.grad_grad_stddev);
 }
 
 }  // namespace gankernels::GK_ISA

@@ -1,22 +1,30 @@
-// Threads and scratch memory for the CPU kernels, in an anonymous namespace like simd.h.
+// Threads and scratch memory of the CPU kernels, in an anonymous namespace like simd.h.
 #pragma once
-
-#include <cstdlib>
 
 #include "../common.h"
 
 namespace {
 
-// Memory that is freed at the end of its scope. Not std::vector: see the note on symbols in
-// batch_norm_leaky_relu_math.h.
-template <typename E>
-struct Buffer {
-  E* data;
-  explicit Buffer(int64_t size)
-      : data(static_cast<E*>(aligned_alloc(64, (size * sizeof(E) + 64) & ~int64_t(63)))) {}
-  ~Buffer() { free(data); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
+// Kernels allocate nothing, since they could not say that there is no memory: their callers do, as
+// many bytes as *_scratch_bytes() asks for. What is taken of it, in turn, is aligned to a line.
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
+
+  template <typename E>
+  E* take(int64_t size) {
+    E* const taken = reinterpret_cast<E*>(next_);
+    next_ += bytes<E>(size);
+    return taken;
+  }
+
+  template <typename E>
+  static constexpr int64_t bytes(int64_t size) {
+    return (size * int64_t(sizeof(E)) + 63) / 64 * 64;
+  }
+
+ private:
+  char* next_;
 };
 
 // Calls body(begin, end) on `threads.count` disjoint ranges that cover [0, tasks).

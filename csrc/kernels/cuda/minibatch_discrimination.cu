@@ -186,9 +186,20 @@ __device__ inline void merge_warps(A (&values)[kCount], int row_warps, A* shared
   }
 }
 
+// Left alone (0), ptxas makes room for one more block on a multiprocessor and spills a few
+// registers for it, of these kernels.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860 && __CUDA_ARCH__ < 900
+constexpr bool kSpillsAt24 = true;
+#else
+constexpr bool kSpillsAt24 = false;
+#endif
+template <typename A, int D, int kC>
+constexpr int kFewestBlocks =
+    D == 0 && (sizeof(A) == 8 ? kC == 4 : kC == 24 && kSpillsAt24) ? 1 : 0;
+
 // The first `row_warps` warps of a block, and after them every as many, own the same rows i.
 template <typename A, int D, int kC>
-__global__ void __launch_bounds__(kSmallThreads)
+__global__ void __launch_bounds__(kSmallThreads, (kFewestBlocks<A, D, kC>))
     small_kernel(const Problem p, const int row_warps) {
   constexpr int I = kRowsPerThread<D>, V = kVector<A>;
   constexpr int kStride = (kC + V - 1) / V * V;
@@ -299,6 +310,15 @@ __global__ void __launch_bounds__(kSmallThreads)
 
 // ---- large C ---------------------------------------------------------------------------------
 
+// Dimensions at a time. Four of the double backward were seen to spill on sm_120, all of them not.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+template <int D>
+constexpr int kUnroll = D == 2 ? kChunk : 4;
+#else
+template <int D>
+constexpr int kUnroll = 4;
+#endif
+
 // __launch_bounds__: without the 2, the derivatives were seen to spill at 48 registers.
 template <typename A, int D>
 __global__ void __launch_bounds__(kLargeThreads, 2) large_kernel(const Problem p) {
@@ -336,7 +356,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_kernel(const Problem p
         stage_chunk(v_j, p.v, p.v_strides, first_j, b, c0);
       }
       __syncthreads();
-#pragma unroll 4
+#pragma unroll kUnroll < D>
       for (int c = 0; c < kChunk; ++c) {
         const auto a = load<V>(x_i + c * kStride + i0), o = load<V>(x_j + c * kStride + j0);
         Vector<A, V> of_a = {}, of_o = {};

@@ -44,6 +44,16 @@ constexpr int64_t kLeast = kThreads * 4 * kVector<float>;
 // Blocks find further work by themselves, so no more are started than are worth it.
 constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
+// Left alone (0), ptxas makes room for one more block on a multiprocessor and spills a few
+// registers for it: of these, which are not the kernels that most tensors take, on Blackwell.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <int V>
+constexpr int kFewestBlocks = V == 1 ? 1 : 0;
+#else
+template <int V>
+constexpr int kFewestBlocks = 0;
+#endif
+
 enum class Pass { kForward, kBackward, kDoubleBackward };
 
 // The passes' parameters in one: a pass ignores what it does not have.
@@ -209,7 +219,7 @@ __device__ inline double divisor(const MinibatchStddev& p, const Tiling& tiling,
 }
 
 template <Pass kPass, typename T, int V, int kMembers>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kFewestBlocks<V>)
     cell_kernel(const MinibatchStddev p, const Tensors tensors, const Tiling tiling,
                 double* partials) {
   using A = typename AccumulatorOf<T>::type;
