@@ -197,6 +197,10 @@ __device__ inline A visit(const T* from_x, const T* from_tangent, T* grad_x, int
       sum += q[v];
       q[v] *= inverse[v] / static_cast<A>(count);
     }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    // Computes addresses anew: kept from the loads to the stores they were seen to spill.
+    asm volatile("" : "+l"(stride));
+#endif
     x.for_each([&](int64_t m) {
       Vector<T, V> row = x[m];
       const Vector<T, V> t = tangent[m];
