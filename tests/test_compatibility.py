@@ -407,7 +407,12 @@ def test_checkpoint():
     assert fused[3].num_batches_tracked > 2
 
 
-@shows("`torch.no_grad`, `torch.inference_mode`", "yes", "running statistics are updated in both")
+@shows(
+    "`torch.no_grad`, `torch.inference_mode`",
+    "yes",
+    "running statistics are updated in both; penalties take tensors that were made there",
+    "tests/test_penalty.py::test_inference_mode",
+)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(mode):
     fused, plain = twins()
@@ -470,11 +475,40 @@ row(
     "tests/test_fuse.py::test_parametrised_batch_norm",
 )
 row(
+    "Code that looks for norms: `isinstance(m, nn.BatchNorm2d)`, `swa_utils.update_bn`, freezing, "
+    "standing statistics",
+    "yes",
+    "the layers are BatchNorms, and a pair's activation stays a LeakyReLU or ReLU, whose slope may "
+    "be set",
+    "tests/test_drop_in.py::test_same_as_before",
+    "tests/nn/test_batch_norm_leaky_relu.py::test_is_a_batch_norm_to_those_who_look_for_them",
+)
+row(
+    "Code that replaces, copies or folds norms: `convert_sync_batchnorm`, `fuse_conv_bn_eval`, "
+    "`setattr(m, name, nn.GroupNorm(...))`",
+    "yes, by two layers again",
+    "a warning says so; to synchronize, set `sync`. A layer that `gk.fuse` has not made has no "
+    "activation beside it: what copies or folds it raises. Not seen: a layer put in between, code "
+    "that calls one of the two by itself",
+    "tests/test_drop_in.py::test_same_as_before",
+    "tests/test_drop_in.py::test_a_pair_that_comes_apart_says_so",
+    "tests/test_drop_in.py::test_a_layer_of_its_own_is_not_taken_for_a_norm",
+)
+row(
     "Hooks on the pair's layers",
     "left alone, the report says so",
-    "hooks on modules around them are fine",
+    "registered later, they make a pair two layers again, with a warning; hooks on modules around "
+    "them are fine",
     "tests/test_fuse.py::test_hooks",
     "tests/test_fuse.py::test_hooks_on_the_network_do_not_matter",
+    "tests/test_drop_in.py::test_a_pair_that_comes_apart_says_so",
+)
+row(
+    "`torch.fx.symbolic_trace` of fused networks",
+    "yes",
+    "every layer is one node, as before",
+    "tests/test_drop_in.py::test_same_as_before",
+    "tests/test_drop_in.py::test_layers_of_ours_in_a_trace",
 )
 row(
     "`nn.DataParallel`, `AveragedModel`, `torch.fx.GraphModule`",

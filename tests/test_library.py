@@ -77,6 +77,40 @@ def test_use_backend():
     gk.use_backend("auto")
 
 
+def test_use_backend_entered_again():
+    context = gk.use_backend("reference")
+    for _ in range(2):
+        with context:
+            assert gk.build_info()["backend"] == "reference"
+            with gk.use_backend("auto"), context:
+                assert gk.build_info()["backend"] == "reference"
+            with context:
+                pass
+            assert gk.build_info()["backend"] == "reference"
+        assert gk.build_info()["backend"] == "auto"
+
+
+def test_use_backend_that_ends_in_another_order():
+    """As in generators, and in threads."""
+
+    def choosing(name):
+        with gk.use_backend(name):
+            yield gk.build_info()["backend"]
+
+    first, second = choosing("reference"), choosing("auto")
+    assert [next(first), next(second)] == ["reference", "auto"]
+    first.close()
+    assert gk.build_info()["backend"] == "auto"
+    second.close()
+    assert gk.build_info()["backend"] == "auto"
+    with gk.use_backend("reference"):
+        first, second = choosing("auto"), choosing("reference")
+        next(first), next(second)
+        first.close(), second.close()
+        assert gk.build_info()["backend"] == "reference"
+    assert gk.build_info()["backend"] == "auto"
+
+
 def test_use_backend_is_undone_by_an_exception():
     with pytest.raises(KeyError), gk.use_backend("reference"):
         raise KeyError

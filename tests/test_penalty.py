@@ -808,6 +808,138 @@ def test_the_layer_without_second_derivative_is_named(layer, last):
     assert not any(m._forward_hooks for m in critic.modules())
 
 
+NEIGHBORS = {
+    "spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(6, 6)),
+    "weight_norm": lambda: nn.utils.weight_norm(nn.Linear(6, 6)),
+    "parametrizations.spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(
+        nn.Linear(6, 6)
+    ),
+    "parametrizations.weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
+    "in place": lambda: nn.LeakyReLU(0.2, inplace=True),
+    "fused": lambda: gk.fuse(nn.Sequential(nn.BatchNorm1d(6), nn.ReLU())),
+    "dropout": lambda: nn.Dropout(0.5),
+    "GRU": lambda: InDict(nn.GRU(6, 6, batch_first=True), None),
+    "keywords": lambda: InDict(nn.Bilinear(6, 6, 6), "input1", "input2"),
+    "no tensors": lambda: InDict(NoTensors(), None),
+}
+
+
+class InDict(nn.Module):
+    """Calls a layer by names, or for results that are no tensor."""
+
+    def __init__(self, layer, *names):
+        super().__init__()
+        self.layer, self.names = layer, names
+
+    def forward(self, x):
+        if self.names == (None,):
+            out = self.layer(x if isinstance(self.layer, NoTensors) else x[:, None])
+            return out["y"] if isinstance(out, dict) else out[0][:, 0]
+        return self.layer(**dict.fromkeys(self.names, x))
+
+
+class NoTensors(nn.Module):
+    def forward(self, x):
+        return {"y": x.sin(), "name": "y", "none": None, "more": [x.cos()]}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm", "error:.*by themselves again")
+@pytest.mark.parametrize("kind", NEIGHBORS)
+def test_the_search_for_the_layer_to_blame_passes_by_all_others(kind):
+    """It neither fails in them nor blames them, and leaves them as they are."""
+    critic = nn.Sequential(nn.Linear(4, 6), NEIGHBORS[kind](), Once(), nn.Linear(6, 1))
+    x = torch.randn(8, 4)
+    critic(x)
+    buffers = [(b, b._version) for b in critic[1].buffers()]
+    seen = []
+    critic[3].register_forward_hook(lambda *_: seen.append(1))
+    with pytest.raises(RuntimeError, match=r"differentiated twice: layer '2', Once\(\)\. "):
+        gradient_penalty(critic, x, x + 1)
+    assert all(b is old for b, (old, _) in zip(critic[1].buffers(), buffers, strict=True))
+    assert len(seen) == 2  # the penalty and the search, which calls no hook when it tries a layer
+    assert sum(len(m._forward_hooks) for m in critic.modules()) == 1
+    assert all(p.grad is None for p in critic.parameters())
+
+
+def test_the_search_for_the_layer_to_blame_never_takes_the_place_of_the_error():
+    class Moody(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 1:
+                raise OSError("not today")
+            return x * 2
+
+    critic = nn.Sequential(Moody(), nn.Linear(4, 4), Once(), nn.Linear(4, 1))
+    x = torch.randn(8, 4)
+    with pytest.raises(RuntimeError, match=r"twice: which of its layers .*PyTorch says: trying to"):
+        gradient_penalty(critic, x, x + 1)
+
+
+@pytest.mark.parametrize("memory", [torch.OutOfMemoryError("full"), "can't allocate memory: 8 GB"])
+def test_no_layer_is_blamed_for_a_lack_of_memory(memory):
+    class Hungry(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x * 1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return Greedy.apply(grad)
+
+    class Greedy(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x * 1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise memory if isinstance(memory, Exception) else RuntimeError(memory)
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return Hungry.apply(x)
+
+    critic, x = nn.Sequential(nn.Linear(4, 4), Layer(), nn.Linear(4, 1)), torch.randn(8, 4)
+    with pytest.raises(RuntimeError, match=r"^(full|can't allocate)"):
+        gradient_penalty(critic, x, x + 1)
+
+
+@pytest.mark.parametrize("method", ["exact", "finite-difference"])
+@pytest.mark.parametrize("kind", ["wgan-gp", "wgan-lp", "dragan", "r1", "r2"])
+def test_inference_mode(kind, method):
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layers = nn.Embedding(3, 4), dense()
+
+        def forward(self, x, labels):
+            return self.layers(x.flatten(1)) * self.embed(labels["of"][0]).sum(1, keepdim=True)
+
+    def penalty(real, fake, labels):
+        options = {"kind": kind, "method": method, "critic_args": ({"of": [labels]},)}
+        return gradient_penalty(
+            critic, real, fake, generator=torch.Generator().manual_seed(0), **options
+        )
+
+    _, real, fake, _ = problem("(N, 1)", torch.float32)
+    critic, labels = Critic(), torch.arange(len(real)) % 3
+    expected = penalty(real, fake, labels)
+    with torch.inference_mode():
+        made = real * 1, fake * 1, labels * 1
+        for tensors in ((real, fake, labels), made):
+            value = penalty(*tensors)
+            torch.testing.assert_close(value, expected)
+            assert not value.requires_grad
+        assert torch.is_inference_mode_enabled()
+    loss = penalty(*made)
+    torch.testing.assert_close(loss, expected)
+    gradients = [
+        torch.autograd.grad(p, critic.layers.parameters(), allow_unused=True)
+        for p in (loss, expected)
+    ]
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        assert not penalty(*made).requires_grad
+
+
 def test_what_lies_outside_all_layers_is_said_to():
     class Critic(nn.Module):
         def __init__(self):

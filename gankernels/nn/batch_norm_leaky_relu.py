@@ -43,12 +43,16 @@ class _BatchNormActivation(Half, _BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        bias: bool = True,
         sync: bool = False,
         process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        given = {} if bias else {"bias": False}  # which not every PyTorch takes
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **given
+        )
         if not isinstance(sync, bool):
             raise TypeError(f"sync is a {type(sync).__name__}; a bool is needed")
         check_group(process_group)
@@ -120,8 +124,8 @@ class _BatchNormActivation(Half, _BatchNorm):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.num_features}, negative_slope={self.negative_slope}, eps={self.eps}, "
-            f"momentum={self.momentum}, affine={self.affine}, "
+            f"{self.num_features}, negative_slope={self.negative_slope}, "
+            f"eps={self.__dict__['eps']}, momentum={self.momentum}, affine={self.affine}, "
             f"{'bias=False, ' if self.affine and self.bias is None else ''}"
             f"track_running_stats={self.track_running_stats}"
             f"{', sync=True' if self.sync else ''}"
@@ -141,6 +145,7 @@ _DOC = """{title} over a {shapes} input, as one layer.
         momentum: the share of a batch in the running statistics; None for a cumulative average.
         affine: whether there are a weight and a bias per channel.
         track_running_stats: whether running statistics are kept, and used in evaluation.
+        bias: whether there is a bias beside the weight.
         sync: whether the batch, in training, is that of all processes of ``process_group``; may
             also be set later, as an attribute. See below.
         process_group: of ``torch.distributed``; None for all processes.

@@ -1,6 +1,7 @@
 """The layers look, print, serialise and behave as torch.nn's do."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -28,9 +29,8 @@ def pair(name, slope=0.2, **options):
     """Our layer and PyTorch's modules, with the same parameters away from their first values."""
     layer = getattr(gk.nn, name)(3, negative_slope=slope, **options)
     norm = LAYERS[name][0](3, **options)
-    if norm.affine:
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
     if norm.track_running_stats:
         nn.init.normal_(norm.running_mean)
     layer.load_state_dict(norm.state_dict(), strict=True)
@@ -64,6 +64,19 @@ def test_as_pytorchs_modules(name, affine, track_running_stats, momentum, backen
             y = layer.train(training)(x)
             torch.testing.assert_close(y, theirs.train(training)(x))
             torch.testing.assert_close(layer.state_dict(), norm.state_dict())
+
+
+@every_layer
+def test_without_bias(name):
+    if "bias" not in inspect.signature(nn.BatchNorm2d).parameters:
+        pytest.skip("PyTorch's layer has no such option")
+    layer, theirs, _ = pair(name, bias=False)
+    assert "bias=False" in repr(layer)
+    x = batch(name)
+    for network in (layer, theirs):
+        network(x).square().sum().backward()
+    torch.testing.assert_close(layer(x), theirs(x))
+    torch.testing.assert_close(*(next(m.parameters()).grad for m in (layer, theirs)))
 
 
 @every_layer
