@@ -63,7 +63,7 @@ def start(model: str | Path, *, resume: bool = False, **settings: Any) -> Traine
     config, options = configure(game_class, settings)
 
     found = checkpoints(run)
-    if found and config.data != "digits" and not Path(config.data).exists():
+    if found and config.data != "digits" and not expand(config.data).exists():
         raise ValueError(
             f"data {config.data!r}, on which the run in {run} was trained, is not there: "
             "--data says where it is now"

@@ -7,6 +7,7 @@ import threading
 import warnings
 from functools import partial
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -68,12 +69,15 @@ class Generator(nn.Module):
 
 @pytest.fixture
 def make(digits, tmp_path):
-    def trainer(game=None, callbacks=(), **settings):
+    def trainer(game=None, callbacks=(), own=False, **settings):
         torch.manual_seed(0)
         game = game or Mine(DataSpec(1, 8, 10))
         settings = {"steps": 4, "batch_size": 8, "log_every": 2, "sample_every": 2} | settings
         config = Config(out=str(tmp_path / str(random.random())), device="cpu", **settings)
-        return Trainer(game, digits, config, callbacks)
+        made = Trainer(game, digits, config, callbacks)
+        if not own:
+            made.callbacks = list(callbacks)
+        return made
 
     return trainer
 
@@ -193,13 +197,14 @@ def state_of_the_process():
         "folder": os.getcwd(),
         "warnings": list(warnings.filters),
         "casts": bool(cpu._casts_in_use),
+        "matplotlib": dict(matplotlib.rcParams),
     }
 
 
 def test_the_process_is_as_it_was(make, monkeypatch):
     monkeypatch.setattr(cpus, "available", lambda: 1)
     torch.set_num_threads(2)
-    trainer = make(precision="bf16")
+    trainer = make(own=True, precision="bf16")
     inside = []
     trainer.callbacks.append(type("Look", (Callback,), {})())
     trainer.callbacks[-1].on_step = lambda trainer: inside.append(torch.get_num_threads())
@@ -216,13 +221,13 @@ def test_trainers_in_threads_leave_no_flag_and_do_not_mix(make, capsys):
     """Each computes what it computes alone, and nothing of the process is left changed."""
     torch.set_num_threads(1)
 
-    def trainer(seed):
+    def trainer(seed, own):
         torch.manual_seed(seed)
         game = get("gan")(DataSpec(1, 8, 10))
         settings = {"precision": "bf16", "steps": 30, "sample_every": 0, "seed": seed}
-        return make(game, **settings)
+        return make(game, own=own, **settings)
 
-    alone, together = [[trainer(seed) for seed in range(3)] for _ in range(2)]
+    alone, together = [[trainer(seed, own) for seed in range(3)] for own in (False, True)]
     for one in alone:
         one.fit()
     before = state_of_the_process()
