@@ -60,7 +60,7 @@ wheel:
 	  build/wheel/*.whl
 
 lint:
-	@python=$(call ready,test) && \
+	@python=$(call ready,--no-kernels test) && \
 	$$python -m ruff check . && $$python -m ruff format --check . && \
 	find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' | \
 	xargs $$python -c "import clang_format; clang_format.clang_format()" --dry-run --Werror
@@ -73,7 +73,7 @@ ptx-lint:
 
 # --strict makes a broken link or reference an error. The variable hides an advertisement.
 docs:
-	@python=$(call ready,docs) && NO_MKDOCS_2_WARNING=1 $$python -m mkdocs build --strict --quiet && \
+	@python=$(call ready,--no-kernels docs) && NO_MKDOCS_2_WARNING=1 $$python -m mkdocs build --strict --quiet && \
 	echo "documentation: site/index.html"
 
 clean:

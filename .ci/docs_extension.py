@@ -62,12 +62,9 @@ class Docstrings(griffe.Extension):
             if not isinstance(value, griffe.ExprCall) or not name[0].isupper():
                 continue
             made = getattr(importlib.import_module(mod.path), name)
-            layer = griffe.Class(
-                name,
-                docstring=griffe.Docstring(inspect.getdoc(made)),
-                bases=[made.__base__.__name__],
-            )
-            layer.docstring.parent = layer
+            docstring = griffe.Docstring(inspect.getdoc(made))
+            layer = griffe.Class(name, docstring=docstring, bases=[made.__base__.__name__])
+            docstring.parent = layer
             mod.set_member(name, layer)
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:

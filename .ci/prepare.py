@@ -2,8 +2,8 @@
 
 Where the running Python has a suitable torch, it is used as it is and only packages that it lacks
 are installed. Otherwise a virtual environment is made in .venv, with the torch that was asked for.
-Then the kernels are built in place, CUDA ones for this machine's GPU only, to save time; a second
-call finds everything done.
+Then the kernels are built in place, CUDA ones for this machine's GPU only, to save time, unless
+``--no-kernels`` is given; a second call finds everything done.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("extras", nargs="*", help="of pyproject.toml, to be installed as well")
     parser.add_argument("--torch", default="torch", help="what pip installs where there is none")
+    parser.add_argument("--no-kernels", action="store_true", help="do not build the kernels")
     arguments = parser.parse_args()
 
     inside = Path(sys.prefix) == ROOT / ".venv"
@@ -76,8 +77,7 @@ def main() -> None:
         if not python.exists():
             print("make: creating .venv", file=sys.stderr)
             call(sys.executable, "-m", "venv", str(ROOT / ".venv"))
-        again = [str(python), __file__, *arguments.extras, "--torch", arguments.torch]
-        sys.exit(subprocess.run(again).returncode)
+        sys.exit(subprocess.run([str(python), *sys.argv]).returncode)
 
     def install(*requirements: str) -> None:
         print(f"make: installing {' '.join(requirements)}", file=sys.stderr)
@@ -87,8 +87,9 @@ def main() -> None:
         install(arguments.torch)
     if lacking := missing(arguments.extras):
         install(*lacking)
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", this_gpu())
-    call(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
+    if not arguments.no_kernels:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", this_gpu())
+        call(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
     print(sys.executable)
 
 

@@ -1,6 +1,8 @@
-"""What the README and docs/ tell people to type has to work, and links lead somewhere."""
+"""Tests that the commands, code, links and figures of the README and docs/ are right."""
 
 import ast
+import itertools
+import json
 import re
 from pathlib import Path
 
@@ -8,14 +10,29 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in
-         (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
+         (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md")),
+          ROOT / "benchmarks" / "ROOFLINE.md")}  # fmt: skip
 TEXTS = {name: path.read_text() for name, path in PAGES.items()}
 BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for name, text in TEXTS.items()}
+DIFF = re.search(r"```diff\n(.*?)```", TEXTS["README.md"], re.DOTALL)[1]
 
 
 def test_there_are_blocks():
-    assert BLOCKS["README.md"]
     assert sum(map(bool, BLOCKS.values())) > 5
+
+
+def test_readme_is_short():
+    assert TEXTS["README.md"].count("\n") <= 120
+
+
+def test_readme_diff_runs_before_and_after(capsys):
+    lines = DIFF.splitlines()
+    assert {line[:1] for line in lines} <= {"+", "-", " ", ""}
+    for sign in "-+":
+        code = "\n".join(line[1:] for line in lines if line[:1] in (sign, " ", ""))
+        exec(compile(code, "README.md", "exec"), {})
+    (promised,) = re.findall(r"print\)  # (.*) \.\.\.", DIFF)
+    assert capsys.readouterr().out.startswith(promised)
 
 
 @pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if blocks])
@@ -40,7 +57,7 @@ def test_commands_exist():
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     text = "\n".join(TEXTS.values())
-    targets = set(re.findall(r"^make (\w+)|`make (\w[\w-]*)`", text, re.MULTILINE))
+    targets = set(re.findall(r"^make (\w[\w-]*)|`make (\w[\w-]*)", text, re.MULTILINE))
     assert targets
     for target in map("".join, targets):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
@@ -54,7 +71,8 @@ def anchors(text):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)", TEXTS[page]):
+    for target in re.findall(r"\]\(([^)]+)\)|<img src=\"([^\"]+)\"", TEXTS[page]):
+        target = "".join(target)
         assert not target.startswith("/"), target
         if target.startswith("http"):
             continue
@@ -77,7 +95,99 @@ def test_named_files_exist(page):
 def test_every_page_is_listed():
     for name in PAGES:
         if name.startswith("docs/") and name != "docs/README.md":
-            assert f"({Path(name).name})" in TEXTS["docs/README.md"], name
+            assert f"({name.removeprefix('docs/')})" in TEXTS["docs/README.md"], name
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def rows(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+
+
+def rounded(value):
+    """As the pages do it: 1.0, 6.6, 19."""
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def cells(page, first):
+    """The rows of a page's first table whose head has `first`, each a list of cells."""
+    lines = TEXTS[page].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|") and first in line)
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+
+
+def test_figures_of_batch_norm():
+    page = "docs/benchmarks.md"
+    results = {row["case"]: row for row in rows("batch_norm_leaky_relu")}
+    shape = None
+    for what, layout, *figures in cells(page, "| x | layout |"):
+        shape = what or shape
+        size, dtype = re.fullmatch(r"\(([\d,]+)\) (\w+)", shape).groups()
+        for of, figure in zip(("forward", "backward", "penalty"), figures, strict=True):
+            case = f"{size.replace(',', 'x')} {dtype} {layout or 'contiguous'} {of}"
+            row = results.pop(case)
+            expected = f"{rounded(row['times_eager'])}x"
+            if layout:
+                clones = row["seconds"]["ours"] / row["seconds"]["clone"]
+                expected += f" ({rounded(clones)})"
+            assert figure == expected, case
+    assert not results
+
+
+def test_figures_of_minibatch_stddev():
+    results = {row["case"]: row for row in rows("minibatch_stddev")}
+    size = None
+    for what, dtype, *figures in cells("docs/benchmarks.md", "| x | | forward"):
+        size = what.strip("()").replace(",", "x") or size
+        passes = ("forward", "forward + backward", "penalty step")
+        for of, figure in zip(passes, figures, strict=True):
+            case = f"{size} {dtype} {of}"
+            assert figure == f"{rounded(results.pop(case)['times_eager'])}x", case
+    assert not results
+
+
+def test_figures_of_minibatch_discrimination():
+    results = {tuple(row["case"]): row["seconds"] for row in rows("minibatch_discrimination")}
+    for size, *figures, _ in cells("docs/benchmarks.md", "| m | against broadcasting"):
+        seconds = results.pop(ast.literal_eval(size))
+        for slow, figure in zip(("broadcasting", "cdist"), figures, strict=True):
+            if slow in seconds:
+                assert figure == f"{rounded(seconds[slow] / seconds['ours'])}x", size
+    assert not results
+
+
+@pytest.mark.parametrize(
+    ("page", "first", "baselines"),
+    [
+        ("docs/benchmarks.md", "| | script, float32", ("script", "memory", "memory_malloc")),
+        ("README.md", "| | ours, float32", ("memory_malloc",)),
+    ],
+)
+def test_figures_of_training(page, first, baselines):
+    results = {(row["model"], row["contender"]): row for row in rows("training")}
+    for model, *figures in cells(page, first):
+        expected = [
+            f"{rounded(results[model, ours][f'times_{baseline}'])}x"
+            for baseline in baselines
+            for ours in ("fp32", "bf16")
+        ]
+        assert figures == expected, model
+
+
+def test_figures_of_the_readme():
+    batch_norm = {row["case"]: row["times_eager"] for row in rows("batch_norm_leaky_relu")}
+    contiguous, channels_last = (
+        rounded(batch_norm[f"64x128x32x32 float32 {layout} penalty"])
+        for layout in ("contiguous", "channels_last")
+    )
+    (resnet,) = (
+        r["times_faster"]["penalty step"] for r in rows("fuse") if r["network"] == "ResNet"
+    )
+    text = " ".join(TEXTS["README.md"].split())
+    assert f"{contiguous}x as fast as eager PyTorch, and {channels_last}x in channels_last" in text
+    assert f"A whole ResNet critic becomes {resnet:.2f}x as fast" in text
 
 
 # ---- docs/building.md ----------------------------------------------------------------------------
