@@ -42,11 +42,11 @@ def user_errors(*more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        expected = isinstance(error, (ValueError, OSError, CheckpointError, *more))
-        message = str(error) if expected else too_large(error)
-        if message is None:
+        ours = isinstance(error, (ValueError, OSError, CheckpointError))
+        message = None if ours else too_large(error)
+        if message is None and not ours and not isinstance(error, more):
             raise
-        raise UserError(message) from error
+        raise UserError(message or str(error)) from error
 
 
 class Parser(argparse.ArgumentParser):

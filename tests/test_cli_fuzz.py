@@ -239,15 +239,13 @@ class Maker:
         tensors = [
             torch.empty(0), torch.zeros(()), torch.zeros(3, 5), torch.zeros(7).double(),
             torch.full((2,), torch.nan), torch.zeros(2, 2).to_sparse(),
-            torch.zeros(9, device="meta"),
-            torch.zeros(1).expand(10**9),
+            torch.zeros(9, device="meta"), torch.zeros(1).expand(10**9),
             torch.zeros(3, dtype=torch.complex64), torch.zeros(4).bool(),
         ]  # fmt: skip
         if isinstance(value, torch.Tensor):
             tensors += [
-                value[..., :0] if value.dim() else value.reshape(1),
-                value.double(), value.bfloat16(),
-                torch.full_like(value, torch.nan) if value.is_floating_point() else ~value,
+                value[..., :0] if value.dim() else value.reshape(1), value.double(), value.half(),
+                torch.full_like(value, torch.nan) if value.is_floating_point() else value + 1,
                 value.new_zeros(()).expand(value.shape), value.new_zeros(()), value.unsqueeze(0),
                 value.new_zeros(value.numel()), torch.full_like(value, -1),
             ]  # fmt: skip

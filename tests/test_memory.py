@@ -11,7 +11,7 @@ from gankernels.train.blueprint import activation_bytes, blueprint, weight_bytes
 
 
 def test_available():
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    meminfo = dict(x.split(":") for x in Path("/proc/meminfo").read_text().splitlines())
     total = int(meminfo["MemTotal"].split()[0]) * 1024
     assert 0 < _memory.available() <= total
     assert _memory.available("meta") is None

@@ -96,7 +96,7 @@ def load(
     else:
         path = expand(source)
         packed = _packed(path, source)
-        name = path.resolve().name
+        name = os.path.basename(os.path.realpath(path))  # resolve() fails where links go round
         if packed is None:
             try:
                 if stream:

@@ -156,7 +156,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
             "use the one that wrote it"
         )
     for name, kinds in FIELDS.items():
-        if type(content.get(name)) not in kinds:
+        if name not in content or type(content[name]) not in kinds:
             found = reprlib.repr(content[name]) if name in content else "nothing"
             raise CheckpointError(f"{path}: {name} must be a {kinds[0].__name__}, got {found}")
     with checking(path):
