@@ -307,7 +307,7 @@ def test_a_damaged_score_of_the_best_checkpoint(tmp_path, content):
 BROKEN = {
     "tensorboard": ("torch.utils.tensorboard", "TensorBoard's log"),
     "matplotlib": ("matplotlib", "report.html"),
-    "pillow": ("PIL.Image", "grid of samples"),
+    "pillow": ("PIL.Image", "samples"),
 }
 
 

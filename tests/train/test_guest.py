@@ -130,7 +130,7 @@ def test_also_after_an_exception(make):
     with pytest.raises(KeyError), trainer.sampling():
         raise KeyError
     assert (modes(game), flags(game)) == before
-    assert game.generator is not trainer.average
+    assert game.generator is not trainer.ema["generator"]
 
 
 def test_what_a_callback_freezes_stays_frozen(make):
