@@ -1,6 +1,7 @@
 # make demo       train a conditional GAN on real handwritten digits and leave a picture
 # make test       set everything up and run all tests
 # make bench      the kernels against eager PyTorch and torch.compile
+# make fuzz       a hundred thousand random calls of all ops, which must not end a process
 # make gpu-check  all that takes an NVIDIA GPU: tests, compute-sanitizer, CUDA graphs, benchmarks;
 #                 WHEEL=path checks a wheel, OUT=folder takes the results; installs nothing
 # make wheel      a wheel that can be published, for every Python and all GPUs, in DIST
@@ -16,7 +17,7 @@ DIST ?= dist
 
 ready = $$($(PYTHON) .ci/prepare.py --torch "$(TORCH)" $(1))
 
-.PHONY: demo test bench gpu-check wheel lint clean
+.PHONY: demo test bench fuzz gpu-check wheel lint clean
 
 demo:
 	@python=$(call ready,train) && \
@@ -36,6 +37,9 @@ bench:
 	$$python benchmarks/gradient_penalty.py && \
 	$$python benchmarks/adam.py && \
 	$$python benchmarks/memory.py
+
+fuzz:
+	@python=$(call ready,test) && $$python tests/ops/fuzz.py --calls 100000 --public 20000
 
 # Not by way of `ready`: the machine with the GPU may have no network to install anything from.
 gpu-check:
