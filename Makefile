@@ -2,6 +2,7 @@
 # make test       set everything up and run all tests
 # make oldest     run the tests of data, training and the command line with the oldest dependencies
 # make bench      compare the kernels with eager PyTorch and torch.compile
+# make fuzz       make a hundred thousand random calls of all ops, none of which may end a process
 # make gpu-check  run everything that needs an NVIDIA GPU: tests, compute-sanitizer, CUDA graphs,
 #                 benchmarks; WHEEL=path tests a wheel, OUT=folder sets where results go; installs
 #                 nothing
@@ -20,7 +21,7 @@ DIST ?= dist
 
 ready = $$($(PYTHON) .ci/prepare.py --torch "$(TORCH)" $(1))
 
-.PHONY: demo test oldest bench gpu-check wheel lint ptx-lint docs clean
+.PHONY: demo test oldest bench fuzz gpu-check wheel lint ptx-lint docs clean
 
 demo:
 	@python=$(call ready,train) && \
@@ -46,6 +47,9 @@ bench:
 	$$python benchmarks/gradient_penalty.py && \
 	$$python benchmarks/adam.py && \
 	$$python benchmarks/memory.py
+
+fuzz:
+	@python=$(call ready,test) && $$python tests/ops/fuzz.py --calls 100000 --public 20000
 
 # Not by way of `ready`: the machine with the GPU may have no network to install anything from.
 gpu-check:

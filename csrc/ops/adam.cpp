@@ -26,44 +26,43 @@ void adam(Tensors parameters, Tensors gradients, Tensors exp_avgs, Tensors exp_a
   check_length("casts", casts);
   // Everything is checked, and what must be copied is, before anything is changed.
   for (size_t i = 0; i < count; ++i) {
-    const Tensor& parameter = parameters[i];
-    check.memory({"parameters", i}, parameter);
-    check.dtype({"parameters", i}, parameter, ScalarType::Float);
-    if (parameter.numel() && dense_block(parameter, 0) != parameter.numel()) {
-      check.refuse({"parameters", i}, "must have no gaps between its elements");
+    const Seen parameter = check.memory({"parameters", i}, parameters[i]);
+    check.dtype(parameter, ScalarType::Float);
+    if (!is_dense(parameter)) {
+      check.refuse(parameter.name, "must have no gaps between its elements");
     }
-    check.written({"parameters", i}, parameter);
+    check.written(parameter, parameters[i]);
 
-    auto check_companion = [&](Name name, const Tensor& tensor, ScalarType dtype) {
-      check.memory(name, tensor);
-      check.dtype(name, tensor, dtype);
-      check.shape_of(name, tensor, "its parameter", parameter);
-      if (!same_strides(tensor, parameter)) {
-        check.refuse(name, "must lie in memory as its parameter does, got other strides");
+    auto check_companion = [&](const Seen& seen, const Tensor& tensor, ScalarType dtype) {
+      check.dtype(seen, dtype);
+      check.shape_of(seen, parameter, "its parameter");
+      if (!same_strides(seen, parameter)) {
+        check.refuse(seen.name, "must lie in memory as its parameter does, got other strides");
       }
-      check.written(name, tensor);
+      check.written(seen, tensor);
     };
-    check_companion({"exp_avgs", i}, exp_avgs[i], ScalarType::Float);
-    check_companion({"exp_avg_sqs", i}, exp_avg_sqs[i], ScalarType::Float);
-    check.memory({"casts", i}, casts[i]);
-    if (casts[i].numel()) check_companion({"casts", i}, casts[i], ScalarType::BFloat16);
+    check_companion(check.memory({"exp_avgs", i}, exp_avgs[i]), exp_avgs[i], ScalarType::Float);
+    check_companion(check.memory({"exp_avg_sqs", i}, exp_avg_sqs[i]), exp_avg_sqs[i],
+                    ScalarType::Float);
+    const Seen cast = check.memory({"casts", i}, casts[i]);
+    if (cast.elements) check_companion(cast, casts[i], ScalarType::BFloat16);
 
-    check.memory({"steps", i}, steps[i]);
-    check.dtype({"steps", i}, steps[i], ScalarType::Float);
-    check.one_element({"steps", i}, steps[i]);
-    check.written({"steps", i}, steps[i]);
+    const Seen steps_seen = check.memory({"steps", i}, steps[i]);
+    check.dtype(steps_seen, ScalarType::Float);
+    check.one_element(steps_seen);
+    check.written(steps_seen, steps[i]);
     const float step = *static_cast<const float*>(data(steps[i]));
     if (!(step >= 0 && step < 0x1p62f)) {  // as an integer it fits, with one more
-      check.refuse({"steps", i}, "must be a number of steps, got ", step);
+      check.refuse(steps_seen.name, "must be a number of steps, got ", step);
     }
 
-    Tensor& gradient = gradients[i];
-    check.memory({"gradients", i}, gradient);
-    check.floating({"gradients", i}, gradient);
-    check.shape_of({"gradients", i}, gradient, "its parameter", parameter);
-    const bool known =
-        has_dtype(gradient, ScalarType::Float) || has_dtype(gradient, ScalarType::BFloat16);
-    if (!known || !same_strides(gradient, parameter)) gradient = in_layout_of(gradient, parameter);
+    const Seen gradient = check.memory({"gradients", i}, gradients[i]);
+    check.floating(gradient);
+    check.shape_of(gradient, parameter, "its parameter");
+    const bool known = gradient.has(ScalarType::Float) || gradient.has(ScalarType::BFloat16);
+    if (!known || !same_strides(gradient, parameter)) {
+      gradients[i] = in_layout_of(gradients[i], parameters[i]);
+    }
   }
   check.no_overlap();
   std::vector<AdamTensor> tensors(count);

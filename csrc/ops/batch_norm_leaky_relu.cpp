@@ -10,18 +10,24 @@ namespace gankernels::ops {
 namespace {
 
 // Parameters have x's dtype, or float32 beside an x of half precision, and both the same.
-Check checked(const char* op, const Tensor& x, const OptionalTensor& weight,
-              const OptionalTensor& bias) {
-  Check check(op);
-  check.memory("x", x);
-  check.floating("x", x);
-  check.dimensions("x", x, 2, 5);
-  ScalarType dtype = x.scalar_type();
-  const bool half = size_of(dtype_of(x)) == 2;
-  const OptionalTensor& first = weight ? weight : bias;
-  if (half && first && has_dtype(*first, ScalarType::Float)) dtype = ScalarType::Float;
-  check.tensor("weight", weight, {x.size(1)}, dtype);
-  check.tensor("bias", bias, {x.size(1)}, dtype);
+CheckOf checked(const char* op, const Tensor& x, const OptionalTensor& weight,
+                const OptionalTensor& bias) {
+  CheckOf check(op, "x", x);
+  check.dimensions(check.main, 2, 5);
+  const int64_t c = check.main.sizes[1];
+  ScalarType dtype = ScalarType(check.main.dtype);
+  if (weight) {
+    const Seen seen = check.memory("weight", *weight);
+    if (check.main.bytes == 2 && seen.has(ScalarType::Float)) dtype = ScalarType::Float;
+    check.shape(seen, {c});
+    check.dtype(seen, dtype);
+  }
+  if (bias) {
+    const Seen seen = check.memory("bias", *bias);
+    if (check.main.bytes == 2 && !weight && seen.has(ScalarType::Float)) dtype = ScalarType::Float;
+    check.shape(seen, {c});
+    check.dtype(seen, dtype);
+  }
   return check;
 }
 
@@ -50,7 +56,7 @@ std::tuple<Tensor, Tensor> batch_norm_leaky_relu(Tensor x, OptionalTensor weight
                                                  OptionalTensor bias, OptionalTensor statistics,
                                                  double eps, double negative_slope,
                                                  bool activation_first) {
-  Check check = checked("batch_norm_leaky_relu", x, weight, bias);
+  CheckOf check = checked("batch_norm_leaky_relu", x, weight, bias);
   check.tensor("statistics", statistics, {2, x.size(1)}, accumulation_type(x));
   x = dense(x);
   BatchNormLeakyReLUForward p;
@@ -83,8 +89,8 @@ std::tuple<Tensor, Tensor> backward(const char* op, const Tensor& grad_y, Tensor
                                     OptionalTensor sums, double count, bool training, double eps,
                                     double negative_slope, bool activation_first, bool want_sums,
                                     bool want_grad_x) {
-  Check check = checked(op, x, weight, bias);
-  check.like("grad_y", grad_y, "x", x);
+  CheckOf check = checked(op, x, weight, bias);
+  check.like("grad_y", grad_y, check.main);
   check.tensor("statistics", statistics, {2, x.size(1)}, accumulation_type(x));
   check.tensor("sums", sums, {2, x.size(1)}, accumulation_type(x));
   check.count("count", count);
@@ -132,11 +138,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(
     OptionalTensor bias, Tensor statistics, OptionalTensor sums, double count, bool training,
     double eps, double negative_slope, bool activation_first, bool want_grad_grad_y,
     bool want_grad_x, bool want_grad_weight) {
-  Check check = checked(op, x, weight, bias);
-  check.like("grad_grad_x", grad_grad_x, "x", x);
+  CheckOf check = checked(op, x, weight, bias);
+  check.like("grad_grad_x", grad_grad_x, check.main);
   check.tensor("grad_grad_weight", grad_grad_weight, {x.size(1)}, accumulation_type(x));
   check.tensor("grad_grad_bias", grad_grad_bias, {x.size(1)}, accumulation_type(x));
-  check.like("grad_y", grad_y, "x", x);
+  check.like("grad_y", grad_y, check.main);
   check.tensor("statistics", statistics, {2, x.size(1)}, accumulation_type(x));
   check.tensor("sums", sums, {5, x.size(1)}, accumulation_type(x));
   check.count("count", count);
@@ -194,24 +200,19 @@ Tensor batch_norm_leaky_relu_double_backward_sums(Tensor grad_grad_x, Tensor gra
 void update_running_statistics(Tensor running_mean, Tensor running_var,
                                OptionalTensor num_batches_tracked, Tensor statistics,
                                std::optional<double> momentum, double count) {
-  Check check("update_running_statistics");
-  check.memory("running_mean", running_mean);
-  check.floating("running_mean", running_mean);
-  check.dimensions("running_mean", running_mean, 1, 1);
-  check.written("running_mean", running_mean);
-  check.like("running_var", running_var, "running_mean", running_mean);
-  check.written("running_var", running_var);
+  CheckOf check("update_running_statistics", "running_mean", running_mean);
+  check.dimensions(check.main, 1, 1);
+  check.written(check.main, running_mean);
+  check.written(check.like("running_var", running_var, check.main), running_var);
   if (num_batches_tracked) {
-    const Tensor& counter = *num_batches_tracked;
-    check.memory("num_batches_tracked", counter);
-    check.dtype("num_batches_tracked", counter, ScalarType::Long);
-    check.one_element("num_batches_tracked", counter);
-    check.written("num_batches_tracked", counter);
+    const Seen counter = check.memory("num_batches_tracked", *num_batches_tracked);
+    check.dtype(counter, ScalarType::Long);
+    check.one_element(counter);
+    check.written(counter, *num_batches_tracked);
   } else if (!momentum) {
     check.refuse("momentum", "must be a number where there is no num_batches_tracked, got None");
   }
-  check.tensor("statistics", statistics, {2, running_mean.numel()},
-               accumulation_type(running_mean));
+  check.tensor("statistics", statistics, {2, check.main.elements}, accumulation_type(running_mean));
   check.count("count", count);
   check.no_overlap();
   // The kernel indexes neighbours, so running statistics that lie apart are updated in copies.

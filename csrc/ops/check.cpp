@@ -10,12 +10,6 @@ namespace {
 // enough that no size computed from it overflows.
 constexpr int64_t kMostElements = int64_t(1) << 40;
 
-int32_t raw_dtype(const Tensor& tensor) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
 // What Python calls it.
 std::string text(int32_t dtype) {
   switch (ScalarType(dtype)) {
@@ -58,24 +52,43 @@ std::string range_text(int64_t least, int64_t most) {
   return std::to_string(least) + " to " + std::to_string(most);
 }
 
-template <typename Sizes>
-std::string shape_text(const Sizes& sizes) {
+std::string shape_text(const int64_t* sizes, int64_t dims) {
   std::string result = "(";
-  int64_t dims = 0;
-  for (const int64_t size : sizes) result += (dims++ ? ", " : "") + std::to_string(size);
+  for (int64_t d = 0; d < dims; ++d) result += (d ? ", " : "") + std::to_string(sizes[d]);
   return result + (dims == 1 ? ",)" : ")");
+}
+
+bool has_sizes(const Seen& seen, const int64_t* sizes, int64_t dims) {
+  return std::equal(seen.sizes, seen.sizes + seen.dims, sizes, sizes + dims);
 }
 
 }  // namespace
 
-bool has_dtype(const Tensor& tensor, ScalarType dtype) {
-  return raw_dtype(tensor) == int32_t(dtype);
+std::string shape_text(const Seen& seen) { return shape_text(seen.sizes, seen.dims); }
+
+bool is_dense(const Seen& seen) {
+  int64_t block = 1;  // the elements that are known to be dense so far
+  for (bool found = true; found && block < seen.elements;) {
+    found = false;
+    for (int64_t d = 0; d < seen.dims; ++d) {
+      if (seen.sizes[d] != 1 && seen.strides[d] == block) {
+        block *= seen.sizes[d];
+        found = true;
+      }
+    }
+  }
+  return block >= seen.elements;
 }
 
-std::string shape_text(const Tensor& tensor) { return shape_text(tensor.sizes()); }
-std::string dtype_text(const Tensor& tensor) { return text(raw_dtype(tensor)); }
+bool same_strides(const Seen& seen, const Seen& model) {
+  bool same = true;
+  for (int64_t d = 0; d < seen.dims; ++d) {
+    same &= seen.sizes[d] <= 1 || seen.strides[d] == model.strides[d];
+  }
+  return same;
+}
 
-void Check::memory(Name name, const Tensor& tensor) {
+Seen Check::memory(Name name, const Tensor& tensor) {
   const AtenTensorHandle handle = tensor.get();
   if (!tensor.defined()) refuse(name, "must be a tensor, got None");
   int32_t layout, type, index;
@@ -90,77 +103,77 @@ void Check::memory(Name name, const Tensor& tensor) {
   if (type != device_type_ || index != device_index_) {
     refuse(name, "must be on ", text(device_type_, device_index_), ", got ", text(type, index));
   }
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  int64_t elements = 1;
-  bool empty = false;
+  int64_t *sizes, *strides, offset, storage;
+  Seen seen = {name, 0, 0, nullptr, nullptr, 1, 0};
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &seen.dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &seen.dims));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+  seen.sizes = sizes;
+  seen.strides = strides;
+  seen.bytes = int64_t(aoti_torch_dtype_element_size(seen.dtype));
+  int64_t product = 1;  // without sizes of zero
   __int128 last = 0;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    const int64_t size = sizes[d];
-    if (size >= kMostElements || (size > 0 && (elements *= size) >= kMostElements)) {
-      refuse(name, "must have fewer than 2^40 elements, got shape ", ops::shape_text(tensor));
+  for (int64_t d = 0; d < seen.dims; ++d) {
+    if (sizes[d] >= kMostElements || (product *= sizes[d] ? sizes[d] : 1) >= kMostElements) {
+      refuse(name, "must have fewer than 2^40 elements, got shape ", shape_text(seen));
     }
-    empty |= size == 0;
-    last += __int128(size - 1) * strides[d];
+    seen.elements *= sizes[d];
+    last += __int128(sizes[d] - 1) * strides[d];
   }
-  if (empty) return;
-  int64_t offset, bytes;
+  if (seen.elements == 0) return seen;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handle, &offset));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
-  if ((last + offset + 1) * int64_t(tensor.element_size()) > bytes) {
-    refuse(name, "must lie within its storage, got shape ", ops::shape_text(tensor), " in ", bytes,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &storage));
+  if ((last + offset + 1) * seen.bytes > storage) {
+    refuse(name, "must lie within its storage, got shape ", shape_text(seen), " in ", storage,
            " bytes");
   }
+  return seen;
 }
 
-void Check::floating(Name name, const Tensor& tensor) const {
-  switch (ScalarType(raw_dtype(tensor))) {
-    case ScalarType::Float:
-    case ScalarType::Double:
-    case ScalarType::BFloat16:
-    case ScalarType::Half:
-      return;
-    default:
-      refuse(name, "must have dtype float32, float64, bfloat16 or float16, got ",
-             dtype_text(tensor));
+void Check::floating(const Seen& seen) const {
+  for (ScalarType type :
+       {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
+    if (seen.has(type)) return;
   }
+  refuse(seen.name, "must have dtype float32, float64, bfloat16 or float16, got ",
+         text(seen.dtype));
 }
 
-void Check::dtype(Name name, const Tensor& tensor, ScalarType wanted) const {
-  if (has_dtype(tensor, wanted)) return;
-  refuse(name, "must have dtype ", text(int32_t(wanted)), ", got ", dtype_text(tensor));
+void Check::dtype(const Seen& seen, ScalarType wanted) const {
+  if (seen.has(wanted)) return;
+  refuse(seen.name, "must have dtype ", text(int32_t(wanted)), ", got ", text(seen.dtype));
 }
 
-void Check::dimensions(Name name, const Tensor& tensor, int64_t least, int64_t most) const {
-  const int64_t dims = tensor.dim();
-  if (dims >= least && dims <= most) return;
-  refuse(name, "must have ", range_text(least, most), most == 1 ? " dimension" : " dimensions",
-         ", got shape ", ops::shape_text(tensor));
+void Check::dimensions(const Seen& seen, int64_t least, int64_t most) const {
+  if (seen.dims >= least && seen.dims <= most) return;
+  refuse(seen.name, "must have ", range_text(least, most), most == 1 ? " dimension" : " dimensions",
+         ", got shape ", shape_text(seen));
 }
 
-void Check::shape(Name name, const Tensor& tensor, std::initializer_list<int64_t> wanted) const {
-  const auto sizes = tensor.sizes();
-  if (std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end())) return;
-  refuse(name, "must have shape ", shape_text(wanted), ", got ", ops::shape_text(tensor));
+void Check::shape(const Seen& seen, std::initializer_list<int64_t> wanted) const {
+  const int64_t dims = int64_t(wanted.size());
+  if (has_sizes(seen, wanted.begin(), dims)) return;
+  refuse(seen.name, "must have shape ", shape_text(wanted.begin(), dims), ", got ",
+         shape_text(seen));
 }
 
-void Check::shape_of(Name name, const Tensor& tensor, Name model_name, const Tensor& model) const {
-  const auto sizes = tensor.sizes(), wanted = model.sizes();
-  if (std::equal(sizes.begin(), sizes.end(), wanted.begin(), wanted.end())) return;
-  refuse(name, "must have shape ", ops::shape_text(model), " as ", model_name.name, ", got ",
-         ops::shape_text(tensor));
+void Check::shape_of(const Seen& seen, const Seen& model, const char* model_name) const {
+  if (has_sizes(seen, model.sizes, model.dims)) return;
+  refuse(seen.name, "must have shape ", shape_text(model), " as ", model_name, ", got ",
+         shape_text(seen));
 }
 
-void Check::one_element(Name name, const Tensor& tensor) const {
-  if (tensor.numel() == 1) return;
-  refuse(name, "must have one element, got shape ", ops::shape_text(tensor));
+void Check::one_element(const Seen& seen) const {
+  if (seen.elements == 1) return;
+  refuse(seen.name, "must have one element, got shape ", shape_text(seen));
 }
 
 void Check::tensor(Name name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
                    ScalarType wanted) {
-  memory(name, tensor);
-  shape(name, tensor, sizes);
-  dtype(name, tensor, wanted);
+  const Seen seen = memory(name, tensor);
+  shape(seen, sizes);
+  dtype(seen, wanted);
 }
 
 void Check::tensor(Name name, const OptionalTensor& tensor, std::initializer_list<int64_t> sizes,
@@ -168,10 +181,11 @@ void Check::tensor(Name name, const OptionalTensor& tensor, std::initializer_lis
   if (tensor) this->tensor(name, *tensor, sizes, wanted);
 }
 
-void Check::like(Name name, const Tensor& tensor, Name model_name, const Tensor& model) {
-  memory(name, tensor);
-  shape_of(name, tensor, model_name, model);
-  dtype(name, tensor, ScalarType(raw_dtype(model)));
+Seen Check::like(Name name, const Tensor& tensor, const Seen& model) {
+  const Seen seen = memory(name, tensor);
+  shape_of(seen, model, model.name.name);
+  dtype(seen, ScalarType(model.dtype));
+  return seen;
 }
 
 void Check::range(Name name, int64_t value, int64_t least, int64_t most) const {
@@ -186,17 +200,15 @@ void Check::count(Name name, double value) const {
   }
 }
 
-void Check::written(Name name, const Tensor& tensor) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] > 1 && strides[d] == 0) {
-      refuse(name, "must have an element of its own at every index, got an expanded tensor");
+void Check::written(const Seen& seen, const Tensor& tensor) {
+  for (int64_t d = 0; d < seen.dims; ++d) {
+    if (seen.sizes[d] > 1 && seen.strides[d] == 0) {
+      refuse(seen.name, "must have an element of its own at every index, got an expanded tensor");
     }
   }
-  const int64_t elements = tensor.numel();
-  if (elements == 0 || dense_block(tensor, 0) != elements) return;
+  if (seen.elements == 0 || !is_dense(seen)) return;
   const char* const begin = static_cast<const char*>(tensor.data_ptr());
-  written_.push_back({begin, begin + elements * int64_t(tensor.element_size()), name});
+  written_.push_back({begin, begin + seen.elements * seen.bytes, seen.name});
 }
 
 void Check::no_overlap() {

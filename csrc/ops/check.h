@@ -22,35 +22,44 @@ struct Name {
   Name(const char* list, size_t element) : name(list), index(int64_t(element)) {}
 };
 
-// The checks of one call. The first tensor to be checked says where all others must be.
+// What is known of a tensor, asked for once: every question costs a call of PyTorch.
+struct Seen {
+  Name name;
+  int32_t dtype;
+  int64_t dims;
+  const int64_t *sizes, *strides;
+  int64_t elements, bytes;  // in all; of one
+
+  bool has(ScalarType type) const { return dtype == int32_t(type); }
+};
+
+// The checks of one call. The first tensor says where all others must be.
 class Check {
  public:
   explicit Check(const char* op) : op_(op) {}
 
   // Defined, strided, on the device of all, and within its storage (which may have been resized).
-  // All methods below need this one to have been called, and the shapes to be right where they look
-  // at elements.
-  void memory(Name, const Tensor&);
+  Seen memory(Name, const Tensor&);
 
-  void floating(Name, const Tensor&) const;  // float32, float64, bfloat16 or float16
-  void dtype(Name, const Tensor&, ScalarType) const;
-  void dimensions(Name, const Tensor&, int64_t least, int64_t most) const;
-  void shape(Name, const Tensor&, std::initializer_list<int64_t>) const;
-  void shape_of(Name, const Tensor&, Name model_name, const Tensor& model) const;
-  void one_element(Name, const Tensor&) const;
+  void floating(const Seen&) const;  // float32, float64, bfloat16 or float16
+  void dtype(const Seen&, ScalarType) const;
+  void dimensions(const Seen&, int64_t least, int64_t most) const;
+  void shape(const Seen&, std::initializer_list<int64_t>) const;
+  void shape_of(const Seen&, const Seen& model, const char* model_name) const;
+  void one_element(const Seen&) const;
 
   // Memory, shape and dtype at once; of no tensor, nothing.
   void tensor(Name, const Tensor&, std::initializer_list<int64_t> sizes, ScalarType);
   void tensor(Name, const OptionalTensor&, std::initializer_list<int64_t> sizes, ScalarType);
   // Memory, and the shape and dtype of a model.
-  void like(Name, const Tensor&, Name model_name, const Tensor& model);
+  Seen like(Name, const Tensor&, const Seen& model);
 
   void range(Name, int64_t value, int64_t least, int64_t most) const;
   void count(Name, double value) const;  // finite and not negative
 
   // What is written must not overlap itself, nor anything else that is written: between dense
   // tensors, since of others PyTorch does not know either.
-  void written(Name, const Tensor&);
+  void written(const Seen&, const Tensor&);
   void no_overlap();
 
   template <typename... Words>
@@ -74,8 +83,17 @@ class Check {
   std::vector<Span> written_;
 };
 
-bool has_dtype(const Tensor&, ScalarType);
-std::string shape_text(const Tensor&);
-std::string dtype_text(const Tensor&);
+// With what was seen of an op's main tensor.
+struct CheckOf : Check {
+  Seen main;
+  CheckOf(const char* op, Name name, const Tensor& tensor) : Check(op), main(memory(name, tensor)) {
+    floating(main);
+  }
+};
+
+std::string shape_text(const Seen&);
+
+bool is_dense(const Seen&);
+bool same_strides(const Seen&, const Seen& model);  // of the same sizes
 
 }  // namespace gankernels::ops

@@ -18,11 +18,9 @@ Tensor with_dense_samples(const Tensor& tensor) {
   return dense ? tensor : contiguous_copy(tensor);
 }
 
-Check checked(const char* op, const Tensor& grad, int64_t kind) {
-  Check check(op);
-  check.memory("grad", grad);
-  check.floating("grad", grad);
-  check.dimensions("grad", grad, 1, INT64_MAX);
+CheckOf checked(const char* op, const Tensor& grad, int64_t kind) {
+  CheckOf check(op, "grad", grad);
+  check.dimensions(check.main, 1, INT64_MAX);
   check.range("kind", kind, 0, int64_t(Penalty::kSquared));
   return check;
 }
@@ -52,7 +50,7 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty(Tensor grad, int64_t kind, doub
 
 Tensor gradient_norm_penalty_backward(Tensor grad_penalty, Tensor grad, Tensor squared_norms,
                                       int64_t kind, double center) {
-  Check check = checked("gradient_norm_penalty_backward", grad, kind);
+  CheckOf check = checked("gradient_norm_penalty_backward", grad, kind);
   const ScalarType accumulation = accumulation_type(grad);
   check.tensor("grad_penalty", grad_penalty, {}, accumulation);
   check.tensor("squared_norms", squared_norms, {grad.size(0)}, accumulation);
@@ -71,9 +69,9 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_double_backward(Tensor tangent,
                                                                  Tensor grad_penalty, Tensor grad,
                                                                  Tensor squared_norms, int64_t kind,
                                                                  double center) {
-  Check check = checked("gradient_norm_penalty_double_backward", grad, kind);
+  CheckOf check = checked("gradient_norm_penalty_double_backward", grad, kind);
   const ScalarType accumulation = accumulation_type(grad);
-  check.like("tangent", tangent, "grad", grad);
+  check.like("tangent", tangent, check.main);
   check.tensor("grad_penalty", grad_penalty, {}, accumulation);
   check.tensor("squared_norms", squared_norms, {grad.size(0)}, accumulation);
   squared_norms = packed(squared_norms);

@@ -9,12 +9,12 @@
 namespace gankernels::ops {
 namespace {
 
-Check checked(const char* op, const Tensor& x, int64_t group_size, int64_t num_channels) {
-  Check check(op);
-  check.memory("x", x);
-  check.floating("x", x);
-  check.dimensions("x", x, 2, INT64_MAX);
-  if (x.numel() == 0) check.refuse("x", "must not be empty, got shape ", shape_text(x));
+CheckOf checked(const char* op, const Tensor& x, int64_t group_size, int64_t num_channels) {
+  CheckOf check(op, "x", x);
+  check.dimensions(check.main, 2, INT64_MAX);
+  if (check.main.elements == 0) {
+    check.refuse("x", "must not be empty, got shape ", shape_text(check.main));
+  }
   check.range("group_size", group_size, 1, INT64_MAX);
   check.range("num_channels", num_channels, 1, INT64_MAX);
   if (x.size(1) % num_channels) {
@@ -55,7 +55,7 @@ Tensor minibatch_stddev(Tensor x, int64_t group_size, int64_t num_channels, doub
 
 Tensor minibatch_stddev_backward(Tensor grad_stddev, Tensor x, int64_t group_size,
                                  int64_t num_channels, double eps) {
-  Check check = checked("minibatch_stddev_backward", x, group_size, num_channels);
+  CheckOf check = checked("minibatch_stddev_backward", x, group_size, num_channels);
   check.tensor("grad_stddev", grad_stddev, {groups_of(x, group_size), num_channels},
                accumulation_type(x));
   x = dense(x);
@@ -72,8 +72,8 @@ Tensor minibatch_stddev_backward(Tensor grad_stddev, Tensor x, int64_t group_siz
 std::tuple<Tensor, Tensor> minibatch_stddev_double_backward(Tensor tangent, Tensor grad_stddev,
                                                             Tensor x, int64_t group_size,
                                                             int64_t num_channels, double eps) {
-  Check check = checked("minibatch_stddev_double_backward", x, group_size, num_channels);
-  check.like("tangent", tangent, "x", x);
+  CheckOf check = checked("minibatch_stddev_double_backward", x, group_size, num_channels);
+  check.like("tangent", tangent, check.main);
   check.tensor("grad_stddev", grad_stddev, {groups_of(x, group_size), num_channels},
                accumulation_type(x));
   x = dense(x);

@@ -4,12 +4,12 @@ import json
 import os
 from pathlib import Path
 
-CALLS = int(os.environ.get("GANKERNELS_FUZZ_CALLS", "3000"))
+CALLS = int(os.environ.get("GANKERNELS_FUZZ_CALLS", "2400"))
 
 
 def test_no_call_ends_the_process(python):
     fuzz = Path(__file__).parent / "fuzz.py"
-    result = python(fuzz, "--calls", CALLS, "--public", CALLS // 3, check=False)
+    result = python(fuzz, "--calls", CALLS, "--public", CALLS // 4, check=False)
     report = json.loads(result.stdout)
     for part in report.values():
         assert part["signals"] == []
