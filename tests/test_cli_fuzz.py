@@ -242,7 +242,7 @@ class Maker:
             torch.zeros(9, device="meta"), torch.zeros(1).expand(10**9),
             torch.zeros(3, dtype=torch.complex64), torch.zeros(4).bool(),
         ]  # fmt: skip
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and value.numel() < 10**6:
             tensors += [
                 value[..., :0] if value.dim() else value.reshape(1), value.double(), value.half(),
                 torch.full_like(value, torch.nan) if value.is_floating_point() else value + 1,
@@ -261,7 +261,7 @@ def test_every_case_ends_in_one_line(tmp_path, trained, places):
     kinds += [maker.content_of] * 2
     cases = [rng.choice(kinds)() for _ in range(CASES)]
     results = tmp_path / "results"
-    arguments = cases, str(tmp_path / "log"), str(results), 4 * 1024**3, 60
+    arguments = cases, str(tmp_path / "log"), str(results), 4 * 1024**3, 300
     children.serve()
     process = children.CONTEXT.Process(target=children.run_many, args=arguments)
     process.start()

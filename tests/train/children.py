@@ -74,6 +74,7 @@ def run_many(cases, log, results, memory, seconds):
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.close(0)
+    os.chdir(Path(results).parent)  # some name places by less than a path
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + memory, size + memory))
     from gankernels.cli import main
