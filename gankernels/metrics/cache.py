@@ -36,7 +36,7 @@ def load_or_train_classifier(
     """
     key = hashlib.sha256(f"{_RECIPE} {seed} {data.digest()}".encode()).hexdigest()[:16]
     path = expand(cache_dir) / f"classifier-{key}.pt"
-    if path.exists():
+    if path.is_file():
         try:
             classifier = _load(path, data)
             return classifier.to(device), classifier.held_out_accuracy.item()
@@ -44,7 +44,8 @@ def load_or_train_classifier(
             _logger.warning("%s cannot be read (%s); training the classifier anew", path, error)
     classifier, accuracy = train_classifier(data, seed=seed, device=device, progress=progress)
     try:
-        _save(classifier, path)
+        if path.is_file() or not path.exists():  # nothing but a file is ours to write to
+            _save(classifier, path)
     except OSError as error:
         _logger.warning("the classifier could not be kept: %s", error)
     return classifier, accuracy

@@ -203,7 +203,9 @@ def test_full_disk(train, tmp_path, monkeypatch):
 
     def full(path, fill):
         with monkeypatch.context() as patch:
-            device = path.parent / "temporary", os.open("/dev/full", os.O_WRONLY)
+            temporary = path.parent / "temporary"
+            temporary.touch()
+            device = temporary, os.open("/dev/full", os.O_WRONLY)
             patch.setattr(files, "create_temporary", lambda folder: device)
             write(path, fill)
 
