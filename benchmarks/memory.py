@@ -52,13 +52,10 @@ class Saved:
         self.held: Counter[int] = Counter()
         self.bytes = self.bytes_of_inputs = 0
         self.peak = self.peak_without_inputs = 0
-        for m in networks:
-            for layer in m.modules():
-                if isinstance(layer, _BatchNormActivation):
-                    layer.register_forward_pre_hook(self.sees_input)
 
-    def sees_input(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
-        self.inputs.add(_storage(inputs[0]))
+    def sees_input(self, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        if isinstance(layer, _BatchNormActivation):
+            self.inputs.add(_storage(inputs[0]))
 
     def pack(self, tensor: Tensor) -> _Held:
         held, key = _Held(tensor), _storage(tensor)
@@ -97,7 +94,10 @@ def measure(step: Callable[[], object], *networks: nn.Module) -> dict[str, int]:
     """Of the second of two steps: by then the optimisers have what they keep."""
     step()
     saved = Saved(networks)
+    # For all modules, since a pair that gets a hook of its own is two layers again.
+    hook = nn.modules.module.register_module_forward_pre_hook(saved.sees_input)
     with (
+        hook,
         torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile,
         torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor),
     ):

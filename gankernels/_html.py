@@ -21,6 +21,7 @@ import itertools
 import os
 import re
 import struct
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -284,6 +285,9 @@ def import_matplotlib() -> Any:
     except ImportError as error:
         raise ImportError("reports need matplotlib: pip install gankernels[train]") from error
     except Exception:  # MPLBACKEND is no backend, or matplotlibrc no text
+        # What was imported of it until then would be taken for the whole.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            del sys.modules[name]
         with _without_settings():
             import matplotlib
     return matplotlib

@@ -135,7 +135,7 @@ class _Snapshot:
         elif isinstance(thing, (tuple, frozenset)):
             inside += thing
         elif isinstance(thing, np.ndarray):
-            if thing.nbytes <= _SMALL:
+            if thing.nbytes <= _SMALL and thing.flags.writeable:
                 old = thing.copy()
                 self.undo.append(lambda: thing.__setitem__(..., old))
         elif isinstance(thing, random.Random):

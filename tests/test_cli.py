@@ -178,7 +178,7 @@ def test_build_info_is_readable():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "cgann"], "unknown model 'cgann'; did you mean 'cgan'?"),
+        (["train", "cgann"], "unknown game 'cgann'; did you mean 'cgan'?"),
         (["train", "cgan", "--data", "nowhere"], "nowhere"),
         (["train", "cgan", "--steps", "many"], "steps must be a whole number, got 'many'"),
         (["train", "cgan", "--set", "batchsize=3"], "did you mean 'batch_size'?"),
@@ -186,7 +186,10 @@ def test_build_info_is_readable():
         (["train", "cgan", "--device", "warp"], "device 'warp' cannot be used"),
         (["train", "cgan", "--precision", "fp1"], "precision must be"),
         (["train", "dcgan", "--set", "size=30"], "size must be divisible by 4, got 30"),
-        (["train", "wgan", "--set", "n_critic=0"], "player 'critic' must make at least 1 step"),
+        (
+            ["train", "wgan", "--set", "n_critic=0"],
+            "steps of player 'critic' must be",
+        ),
         (["train", "cgan", "--device", "meta"], "device 'meta' cannot be used: "),
         (["train", "cgan", "--device", "privateuseone"], "device 'privateuseone' cannot be used: "),
         (["train", "cgan", "--set", "latent_dim=1000000000000"], "the networks of these settings"),
@@ -199,9 +202,9 @@ def test_build_info_is_readable():
         (["train", "cgan", "--set", "lr=1e400"], "lr must be a finite number, got '1e400'"),
         (["train", "cgan", "--set", "lr=nan"], "lr must be a finite number, got 'nan'"),
         (["train", "wgan", "--set", f"n_critic={10**12}"], "an iteration of 1000000000001 steps"),
-        (["train", "cgan", "--set", "size=100000"], "size=100000 for 1797 images needs "),
+        (["train", "cgan", "--set", "size=100000"], "1797 images of size 100000: needs "),
         (["train", "cgan", "--out", ""], "out must name something, got ''"),
-        (["train", "x\ny"], r"unknown model 'x\ny'"),
+        (["train", "x\ny"], r"unknown game 'x\ny'"),
         (["evaluate", "nowhere", "--count", f"{10**15}"], f"--count {10**15} needs "),
         (["bench", "--seconds", "inf"], "seconds must be finite, got inf"),
         (["train", "missing.json"], "missing.json"),

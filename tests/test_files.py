@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from gankernels import _files as files
-from gankernels import sample
 from gankernels._files import (
     append,
     copy_atomically,
@@ -22,6 +21,7 @@ from gankernels._files import (
     temporary_name,
     write_atomically,
 )
+from gankernels.train import sample
 
 
 def write(path, content=b"new"):

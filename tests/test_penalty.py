@@ -915,9 +915,7 @@ def test_inference_mode(kind, method):
 
     def penalty(real, fake, labels):
         options = {"kind": kind, "method": method, "critic_args": ({"of": [labels]},)}
-        return gradient_penalty(
-            critic, real, fake, generator=torch.Generator().manual_seed(0), **options
-        )
+        return gradient_penalty(critic, real, fake, generator=seeded(0), **options)
 
     _, real, fake, _ = problem("(N, 1)", torch.float32)
     critic, labels = Critic(), torch.arange(len(real)) % 3

@@ -172,8 +172,6 @@ class Game(nn.Module):
         super().__init__()
         self.spec = spec
         self.options = self.Options() if options is None else options
-        #: What classes are called, by their labels: numbers where nobody has said.
-        self.classes: tuple[str, ...] = tuple(map(str, range(spec.num_classes)))
 
     def players(self) -> list[Player]:
         """The players in the order in which they move."""

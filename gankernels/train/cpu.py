@@ -83,9 +83,10 @@ class Sequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         modules = list(self)
+        faster = _on_cpu(input) and _onednn_computes(input.dtype)
         i = 0
         while i < len(modules):
-            if i + 1 < len(modules) and _on_cpu(input) and _upsampled(*modules[i : i + 2]):
+            if i + 1 < len(modules) and faster and _upsampled(*modules[i : i + 2]):
                 input = _upsampled_conv(input, modules[i + 1])
                 i += 2
             else:
@@ -125,6 +126,17 @@ def _on_cpu(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return x.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
+
+
+def _onednn_computes(dtype: torch.dtype) -> bool:
+    """Whether convolutions are oneDNN's. PyTorch's own transposed ones add up in half precision."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return True
 
 
 @cache
@@ -318,7 +330,11 @@ class _BiasGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        return grad, grad.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[1]:
+            return grad, None
+        # In half precision PyTorch adds up what it has rounded, on some processors.
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return grad, grad.sum((0, 2, 3), dtype=wide)
 
 
 # ---- upsampling ----------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ def start(model: str | Path, *, resume: bool = False, **settings: Any) -> Traine
     game_class = games.get(str(model))
     for name in {"data", "out"} & settings.keys():  # paths are looked at before the rest
         settings[name] = coerce(name, settings[name], str)
+        if not settings[name]:
+            raise ValueError(f"{name} must name something, got ''")
     settings["out"] = run = expand(settings.get("out", f"runs/{model}"))
     if "data" in settings:
         settings["data"] = data.absolute(settings["data"])  # config.json works from any folder

@@ -203,5 +203,5 @@ def test_resume_on_data_with_other_classes(train, tmp_path):
     pictures(data, "c/3.png")
     status, text = train(data, "--resume")
     assert status == 2
-    assert "was trained on 2 images of {" in text
+    assert "was trained on other classes: a, b there, a, b, c in the data" in text
     assert text.count("\n") == 1

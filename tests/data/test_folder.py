@@ -179,7 +179,7 @@ def test_upper_eight_bits_of_every_container(tmp_path, name):
     data = load(tmp_path)
     assert data.channels == 1
     assert data.images[0, 0].tolist() == UPPER.tolist()
-    assert load(tmp_path, stream=True).read(torch.tensor([0])).equal(data.images)
+    assert load(tmp_path, stream=True).read(torch.tensor([0]))["images"].equal(data.images)
 
 
 def test_transparent_values_of_deep_grey(tmp_path):

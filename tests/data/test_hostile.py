@@ -156,7 +156,7 @@ def test_images_that_change_after_they_are_listed():
         with pytest.raises(ValueError, match=f"d/a/{row}.png: not a readable image: ") as caught:
             listed.read(np.array([row]))
         assert reason in str(caught.value)
-    assert listed.read(np.array([3])).shape == (1, 1, 8, 8)
+    assert listed.read(np.array([3]))["images"].shape == (1, 1, 8, 8)
 
 
 # ---- what is no regular file --------------------------------------------------------------------

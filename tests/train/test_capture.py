@@ -19,13 +19,19 @@ WAITS = {
 }  # fmt: skip
 
 
+#: What does so if one of its indices is a mask.
+INDEXING = {aten.index, aten.index_put, aten.index_put_}
+
+
 class WaitedError(AssertionError):
     pass
 
 
 class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in WAITS:
+        masks = args[1] if function.overloadpacket in INDEXING else ()
+        masked = any(mask is not None and mask.dtype is torch.bool for mask in masks)
+        if function.overloadpacket in WAITS or masked:
             raise WaitedError(f"{function} waits for the device")
         return function(*args, **(kwargs or {}))
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from gankernels import _threads as cpus
 from gankernels._shard import per_sample, shard
 from gankernels.games import DataSpec, Game, Player, get
-from gankernels.train import Callback, Config, Trainer, cpu, cpus
+from gankernels.train import Callback, Config, Trainer, cpu
 
 
 class Mine(Game):

@@ -360,7 +360,8 @@ def test_a_checkpoint_is_saved_before_anybody_is_told(trainer, tmp_path):
 
 def test_measurements_are_written_before_they_are_told(tmp_path, monkeypatch):
     """`bench 2>&1 | tee` and Ctrl-C."""
-    from gankernels.bench import Results, run
+    from gankernels import bench
+    from gankernels.bench import run
 
     reader, writer = os.pipe()
     os.close(reader)
@@ -373,7 +374,7 @@ def test_measurements_are_written_before_they_are_told(tmp_path, monkeypatch):
         return real(case, plan)
 
     monkeypatch.setattr(run, "measure", measure)
-    monkeypatch.setattr(Results, "write", lambda self, folder: rows.extend(self.rows))
+    monkeypatch.setattr(bench, "write", lambda results, folder: rows.extend(results.rows))
     rows = []
     with os.fdopen(writer, "w") as file:
         monkeypatch.setattr(sys, "stdout", file)

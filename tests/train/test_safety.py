@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from gankernels import _files as files
 from gankernels.cli import main
-from gankernels.train import CheckpointError, files, load_game
+from gankernels.train import CheckpointError, load_game
 from gankernels.train import checkpoint as checkpoint_module
 
 #: A model of 200 kB, which makes a hundred steps a second.

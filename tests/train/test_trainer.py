@@ -531,7 +531,8 @@ def test_each_process_on_a_machine_has_a_gpu_of_its_own(monkeypatch, name):
     asked = []
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "empty", lambda *size, device: asked.append(device))
+    zero = torch.zeros(())
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: asked.append(device) or zero)
     assert choose_device(name) == asked[0] == torch.device("cuda:3")
     assert choose_device("cuda:1") == torch.device("cuda:1")
     assert choose_device("cpu") == torch.device("cpu")
