@@ -121,7 +121,7 @@ def assert_same_weights(trainer: training.Trainer, script: pytorch_gan.Script) -
 
     Adam makes a whole step of any gradient, and a bias before batch norm has none but rounding. How
     much that is depends on the processor, so that all gradients (by their running mean) are
-    compared as well, to a ten-thousandth of the largest.
+    compared as well, to a thousandth of the largest.
     """
     for ours, theirs, optimizer in (
         (trainer.game.generator, script.generator, script.optimizer_g),
@@ -131,18 +131,20 @@ def assert_same_weights(trainer: training.Trainer, script: pytorch_gan.Script) -
         sizes = {p: state["exp_avg_sq"].sqrt() for p, state in optimizer.state.items()}
         largest = max(size.max() for size in sizes.values())
         mine_by = {p: s for o in trainer.optimizers.values() for p, s in o.state.items()}
+        # From a first gradient of 3 eps on: below, rounding changes what part of a step Adam makes.
+        least = 3e-8 * (1 - pytorch_gan.BETAS[1]) ** 0.5
         compared = 0
         for name, weight in theirs.named_parameters():
             means = (
                 by[p]["exp_avg"] for by, p in ((mine_by, mine[name]), (optimizer.state, weight))
             )
             error = torch.sub(*means).abs().max()
-            assert error < 1e-4 * largest / (1 - pytorch_gan.BETAS[1]) ** 0.5, name
-            moved = sizes[weight] > 1e-4 * largest
+            assert error < 1e-3 * largest / (1 - pytorch_gan.BETAS[1]) ** 0.5, name
+            moved = sizes[weight] > max(1e-5 * largest, least)
             compared += int(moved.sum())
             difference = (mine[name] - weight)[moved].abs()
             assert difference.numel() == 0 or difference.max() < pytorch_gan.LR / 20, name
-        assert compared > 0.5 * count(theirs)
+        assert compared > count(theirs) / 3
         for name, statistics in theirs.named_buffers():
             torch.testing.assert_close(dict(ours.named_buffers())[name], statistics)
 
