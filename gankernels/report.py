@@ -221,6 +221,8 @@ class Page:
         write_atomically(expand(path), lambda file: file.write(content))
 
 
+#: Held while matplotlib's settings are others: they are the process's, and of two threads the
+#: second would put back those of the first.
 _STYLING = threading.RLock()
 
 
@@ -263,7 +265,6 @@ def style() -> Iterator[None]:
         "ytick.color": rule,
         "ytick.labelcolor": muted,
     }
-    # The settings are the process's: of two threads the second would put the first one's back.
     with _STYLING, matplotlib.rc_context(settings):
         yield
 
@@ -337,7 +338,7 @@ def _svg(figure: Any, alt: str, prefix: str) -> str:
     _check_alt(alt)
     file = io.StringIO()
     # Text stays text, in the page's font; ids repeat from run to run.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gankernels"}):
+    with _STYLING, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gankernels"}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].strip()
