@@ -227,6 +227,8 @@ class Page:
         write_atomically(expand(path), lambda file: file.write(content))
 
 
+#: Held while matplotlib's settings are others: they are the process's, and of two threads the
+#: second would put back those of the first.
 _STYLING = threading.RLock()
 
 
@@ -268,7 +270,6 @@ def style() -> Iterator[None]:
         "ytick.color": rule,
         "ytick.labelcolor": muted,
     }
-    # The settings are the process's: of two threads the second would put the first one's back.
     with _STYLING, matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(settings)
