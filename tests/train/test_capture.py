@@ -19,14 +19,14 @@ WAITS = {
 }  # fmt: skip
 
 
-class Waited(AssertionError):
+class WaitedError(AssertionError):
     pass
 
 
 class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in WAITS:
-            raise Waited(f"{function} waits for the device")
+            raise WaitedError(f"{function} waits for the device")
         return function(*args, **(kwargs or {}))
 
 
@@ -97,5 +97,5 @@ def test_a_game_that_waits_is_found(captured, wait, monkeypatch):
         return loss
 
     monkeypatch.setattr(games.Player, "loss_of", loss_of)
-    with pytest.raises(Waited):
+    with pytest.raises(WaitedError):
         captured("gan")
