@@ -18,6 +18,9 @@ WAITS = {
     aten.repeat_interleave,
 }  # fmt: skip
 
+#: The same, where an index is a mask.
+BY_INDEX = {aten.index, aten.index_put, aten.index_put_}
+
 
 class WaitedError(AssertionError):
     pass
@@ -25,7 +28,10 @@ class WaitedError(AssertionError):
 
 class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in WAITS:
+        masked = function.overloadpacket in BY_INDEX and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if masked or function.overloadpacket in WAITS:
             raise WaitedError(f"{function} waits for the device")
         return function(*args, **(kwargs or {}))
 
