@@ -18,9 +18,8 @@ WAITS = {
     aten.repeat_interleave,
 }  # fmt: skip
 
-
-#: What does so if one of its indices is a mask.
-INDEXING = {aten.index, aten.index_put, aten.index_put_}
+#: The same, where an index is a mask.
+BY_INDEX = {aten.index, aten.index_put, aten.index_put_}
 
 
 class WaitedError(AssertionError):
@@ -29,9 +28,10 @@ class WaitedError(AssertionError):
 
 class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        masks = args[1] if function.overloadpacket in INDEXING else ()
-        masked = any(mask is not None and mask.dtype is torch.bool for mask in masks)
-        if function.overloadpacket in WAITS or masked:
+        masked = function.overloadpacket in BY_INDEX and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if masked or function.overloadpacket in WAITS:
             raise WaitedError(f"{function} waits for the device")
         return function(*args, **(kwargs or {}))
 

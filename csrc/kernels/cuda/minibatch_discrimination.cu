@@ -310,8 +310,8 @@ __global__ void __launch_bounds__(kSmallThreads, (kFewestBlocks<A, D, kC>))
 
 // ---- large C ---------------------------------------------------------------------------------
 
-// Dimensions at a time. Four of the double backward were seen to spill on sm_120, all of them not.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+// Dimensions at a time. Four of the double backward spill on Blackwell, all of them do not.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <int D>
 constexpr int kUnroll = D == 2 ? kChunk : 4;
 #else
