@@ -31,7 +31,8 @@ demo:
 	echo "samples: $(RUN)/samples.png"
 
 test:
-	@python=$(call ready,train test) && $$python -m pytest
+	@python=$(call ready,train test) && \
+	OMP_NUM_THREADS=1 $$python -m pytest -n auto --dist worksteal
 
 # The library fits every Python and every torch; so does the one built in place.
 oldest:

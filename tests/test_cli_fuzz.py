@@ -22,7 +22,7 @@ from gankernels.train import start
 sys.path.insert(0, str(Path(__file__).parent / "train"))
 import children
 
-CASES = int(os.environ.get("GANKERNELS_FUZZ", "240"))
+CASES = int(os.environ.get("GANKERNELS_FUZZ", "160"))
 SEED = random.SystemRandom().randrange(2**32) if "GANKERNELS_FUZZ" in os.environ else 0
 
 NUMBERS = ["0", "-1", "-0", "1", "2", "7", "1e12", "1e400", "1e-320", "1e39", "1e300", "nan", "inf"]
