@@ -28,9 +28,8 @@ _SMALL = 1 << 20  # bytes of an array that is a counter or the like, not data
 
 
 @contextlib.contextmanager
-def as_it_was(root: nn.Module) -> Iterator[Callable[[], None]]:
+def as_it_was(root: nn.Module) -> Iterator[None]:
     """Inside, ``root`` may run with arguments that are none; afterwards all is as it was before.
-    Yields a function that puts attributes and contents back in between.
 
     That is: all attributes of its modules; the contents of containers and objects that they, its
     classes or the functions it calls hold or have as globals, closures and defaults; tensors that
@@ -53,7 +52,7 @@ def as_it_was(root: nn.Module) -> Iterator[Callable[[], None]]:
         ):
             warnings.simplefilter("ignore")
             logging.disable()
-            yield undo.restore
+            yield
     finally:
         logging.disable(level)
         random.setstate(python)
@@ -69,7 +68,6 @@ class _TensorsAsTheyWere(TorchDispatchMode):
         super().__init__()
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
-        self.made: list[Tensor] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -98,8 +98,8 @@ def fuse(
     norms = [m for m in names if isinstance(m, _BatchNorm) and not isinstance(m, _FUSED)]
     calls = None
     if any(type(m) in _NORMS for m in norms):
-        with as_it_was(module) as restore:
-            calls = _Calls(names, restore)
+        with as_it_was(module):
+            calls = _Calls(names)
     lines = [] if norms else ["no BatchNorm to fuse"]
     partners: dict[nn.Module, nn.Module] = {}
     for norm in norms:
@@ -182,7 +182,7 @@ def _unfit(layer: nn.Module) -> str | None:
 class _Calls:
     """All calls of the layers of a network, as nodes of traces."""
 
-    def __init__(self, names: dict[nn.Module, str], restore: Callable[[], None]) -> None:
+    def __init__(self, names: dict[nn.Module, str]) -> None:
         self.names = names
         self.nodes: dict[nn.Module, list[fx.Node]] = {}
         self.hidden: dict[nn.Module, str] = {}  # layers that may have calls not known here
@@ -191,13 +191,15 @@ class _Calls:
                 continue
             if not any(type(m) in _NORMS for m in owner.modules()):
                 continue
+            before = dict(vars(owner))
             try:
                 graphs = _traces(owner)
             except _UntraceableError as error:
                 self._hide(owner, str(error))
                 continue
-            finally:
-                restore()
+            finally:  # the rest is taken back when all have been traced
+                vars(owner).clear()
+                vars(owner).update(before)
             for node in itertools.chain(*(graph.nodes for graph in graphs)):
                 if node.op == "call_module":
                     node.meta["module"] = owner.get_submodule(node.target)

@@ -118,7 +118,9 @@ def test_use_backend_is_undone_by_an_exception():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"must be one of \('auto', 'reference'\), got 'cuda'"):
+    with pytest.raises(
+        ValueError, match=r"name must be one of \('auto', 'reference'\), got 'cuda'"
+    ):
         gk.use_backend("cuda")
     assert gk.build_info()["backend"] == "auto"
 
