@@ -21,6 +21,7 @@ import itertools
 import os
 import re
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -273,6 +274,8 @@ def import_matplotlib() -> Any:
     except ImportError as error:
         raise ImportError("reports need matplotlib: pip install gankernels[train]") from error
     except Exception:  # MPLBACKEND is no backend, or matplotlibrc no text
+        for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+            del sys.modules[name]  # they are parts of a module that is gone
         with _without_settings():
             import matplotlib
     return matplotlib
