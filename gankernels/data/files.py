@@ -7,9 +7,10 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import BinaryIO
+
+from gankernels._memory import available
 
 #: What file systems, archivers and NAS put beside data, besides names that start with a dot.
 _JUNK = frozenset(
@@ -121,32 +122,9 @@ def check_promise(promised: int, stored: int) -> None:
 
 def check_memory(needed: int) -> None:
     """Raise ValueError for more bytes than there are."""
-    if needed > (free := _free_memory()):
+    free = available()
+    if free is not None and needed > free:
         raise ValueError(f"needs {needed:,} bytes of memory, {free:,} are free")
-
-
-def _free_memory() -> int:
-    limits = [1 << 62]
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":") for line in file)
-        limits.append(int(lines["MemAvailable"].split()[0]) << 10)
-    except (OSError, KeyError, ValueError):  # another system
-        if hasattr(os, "sysconf"):
-            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
-        with suppress(OSError, ValueError):
-            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
-    try:
-        import resource
-
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if limit != resource.RLIM_INFINITY:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limits.append(max(limit - pages * resource.getpagesize(), 0))
-    except (ImportError, OSError):
-        pass
-    return min(limits)
 
 
 def one_line(error: BaseException) -> str:

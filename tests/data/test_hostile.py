@@ -345,7 +345,7 @@ def test_npz_header_is_read_in_part():
 
 def test_npz_larger_than_memory(monkeypatch):
     write_npz()
-    monkeypatch.setattr(files, "_free_memory", lambda: 383)
+    monkeypatch.setattr(files, "available", lambda: 383)
     refused("x.npz", "x.npz: not a readable .npz of plain arrays: needs 384 bytes of memory, 383")
 
 
@@ -524,4 +524,4 @@ def test_sizes_that_do_not_fit(size):
 
 
 def test_free_memory_follows_the_limit_of_the_process():
-    assert 0 < files._free_memory() <= GIB
+    assert 0 < files.available() <= GIB
