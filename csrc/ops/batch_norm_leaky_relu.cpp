@@ -217,6 +217,10 @@ void update_running_statistics(Tensor running_mean, Tensor running_var,
   check.no_overlap();
   // The kernel indexes neighbours, so running statistics that lie apart are updated in copies.
   const Tensor mean = packed(running_mean), var = packed(running_var);
+  // PyTorch may refuse to write to them, to leaves that require gradients, say. It is asked with
+  // the values that they have, so that a refusal leaves everything as it was.
+  if (!running_mean.is_contiguous()) torch::stable::copy_(running_mean, mean);
+  if (!running_var.is_contiguous()) torch::stable::copy_(running_var, var);
   statistics = packed(statistics);
   UpdateRunningStatistics p;
   p.c = running_mean.numel();
