@@ -16,6 +16,10 @@ namespace gankernels {
 struct BatchNormLeakyReLU {
   // x is (N, C, S), S being the product of the spatial sizes.
   int64_t n = 0, c = 0, s = 0;
+  // The size of weight, bias and their tangents: statistics group i takes element i % affine. Equals
+  // c for batch norm. Instance norm of a contiguous (N, C, S) is this problem with n = 1, c = N * C
+  // and affine = C; the caller then sums the gradients of weight and bias over N.
+  int64_t affine = 0;
   bool channels_last = false;               // element order [n][s][c] instead of [n][c][s]
   DType dtype = DType::kFloat32;            // of x and everything of its shape
   DType parameter_dtype = DType::kFloat32;  // of weight and bias

@@ -37,7 +37,7 @@ void describe(BatchNormLeakyReLU& p, const Tensor& x, OptionalTensor& weight, Op
   weight = packed(weight);
   bias = packed(bias);
   p.n = x.size(0);
-  p.c = x.size(1);
+  p.c = p.affine = x.size(1);
   p.s = 1;
   for (int64_t d = 2; d < x.dim(); ++d) p.s *= x.size(d);
   p.channels_last = layout_of(x) == Layout::kChannelsLast;
