@@ -16,9 +16,9 @@ namespace gankernels {
 struct BatchNormLeakyReLU {
   // x is (N, C, S), S being the product of the spatial sizes.
   int64_t n = 0, c = 0, s = 0;
-  // The size of weight, bias and their tangents: statistics group i takes element i % affine. Equals
-  // c for batch norm. Instance norm of a contiguous (N, C, S) is this problem with n = 1, c = N * C
-  // and affine = C; the caller then sums the gradients of weight and bias over N.
+  // The size of weight, bias and their tangents: statistics group i takes element i % affine.
+  // Equals c for batch norm. Instance norm of a contiguous (N, C, S) is this problem with n = 1, c
+  // = N * C and affine = C; the caller then sums the gradients of weight and bias over N.
   int64_t affine = 0;
   bool channels_last = false;               // element order [n][s][c] instead of [n][c][s]
   DType dtype = DType::kFloat32;            // of x and everything of its shape
@@ -76,9 +76,8 @@ struct UpdateRunningStatistics {
   double count = 0;
 };
 
-// `scratch`, aligned to 64, holds at least the bytes that *_scratch_bytes() asks for.
 namespace cpu {
-int64_t batch_norm_leaky_relu_scratch_bytes(const BatchNormLeakyReLU&, const CpuThreads&);
+int64_t scratch_bytes(const BatchNormLeakyReLU&, const CpuThreads&);
 void batch_norm_leaky_relu_forward(const BatchNormLeakyReLUForward&, void* scratch,
                                    const CpuThreads&);
 void batch_norm_leaky_relu_backward(const BatchNormLeakyReLUBackward&, void* scratch,
@@ -88,10 +87,8 @@ void batch_norm_leaky_relu_double_backward(const BatchNormLeakyReLUDoubleBackwar
 void update_running_statistics(const UpdateRunningStatistics&, const CpuThreads&);
 }  // namespace cpu
 
-// CUDA entry points launch on `stream` (a cudaStream_t) of `device` and return a message that says
-// what failed, or null.
 namespace cuda {
-int64_t batch_norm_leaky_relu_scratch_bytes(const BatchNormLeakyReLU&, int device);
+int64_t scratch_bytes(const BatchNormLeakyReLU&, int device);
 const char* batch_norm_leaky_relu_forward(const BatchNormLeakyReLUForward&, void* scratch,
                                           int device, void* stream);
 const char* batch_norm_leaky_relu_backward(const BatchNormLeakyReLUBackward&, void* scratch,

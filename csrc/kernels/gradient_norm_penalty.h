@@ -58,7 +58,7 @@ GK_HOST_DEVICE static inline PenaltyValue<A> penalty_of(A s, A norm, A center, P
 }
 
 namespace cpu {
-int64_t gradient_norm_penalty_scratch_bytes(const GradientNormPenalty&, const CpuThreads&);
+int64_t scratch_bytes(const GradientNormPenalty&, const CpuThreads&);
 void gradient_norm_penalty_forward(const GradientNormPenaltyForward&, void* scratch,
                                    const CpuThreads&);
 void gradient_norm_penalty_backward(const GradientNormPenaltyBackward&, void* scratch,
@@ -68,7 +68,7 @@ void gradient_norm_penalty_double_backward(const GradientNormPenaltyDoubleBackwa
 }  // namespace cpu
 
 namespace cuda {
-int64_t gradient_norm_penalty_scratch_bytes(const GradientNormPenalty&, int device);
+int64_t scratch_bytes(const GradientNormPenalty&, int device);
 const char* gradient_norm_penalty_forward(const GradientNormPenaltyForward&, void* scratch,
                                           int device, void* stream);
 const char* gradient_norm_penalty_backward(const GradientNormPenaltyBackward&, void* scratch,

@@ -25,7 +25,6 @@ struct MinibatchDiscrimination {
   DType dtype = DType::kFloat32;  // of all tensors
   const void* m = nullptr;        // (N, B, C)
   int64_t m_strides[3] = {};      // in elements, as all strides
-  void* scratch = nullptr;        // see *_scratch_bytes()
   const int derivative;           // 0: forward, 1: backward, 2: double backward
 
  protected:
@@ -54,26 +53,24 @@ struct MinibatchDiscriminationDoubleBackward : MinibatchDiscrimination {
   MinibatchDiscriminationDoubleBackward() : MinibatchDiscrimination(2) {}
 };
 
-// `scratch` must hold, aligned to 64, the bytes that these ask for given all else in the
-// parameters.
 namespace cpu {
-int64_t minibatch_discrimination_scratch_bytes(const MinibatchDiscrimination&, const CpuThreads&);
-void minibatch_discrimination_forward(const MinibatchDiscriminationForward&, const CpuThreads&);
-void minibatch_discrimination_backward(const MinibatchDiscriminationBackward&, const CpuThreads&);
+int64_t scratch_bytes(const MinibatchDiscrimination&, const CpuThreads&);
+void minibatch_discrimination_forward(const MinibatchDiscriminationForward&, void* scratch,
+                                      const CpuThreads&);
+void minibatch_discrimination_backward(const MinibatchDiscriminationBackward&, void* scratch,
+                                       const CpuThreads&);
 void minibatch_discrimination_double_backward(const MinibatchDiscriminationDoubleBackward&,
-                                              const CpuThreads&);
+                                              void* scratch, const CpuThreads&);
 }  // namespace cpu
 
-// CUDA entry points launch on `stream` (a cudaStream_t) of `device` and return a message that says
-// what failed, or null.
 namespace cuda {
-int64_t minibatch_discrimination_scratch_bytes(const MinibatchDiscrimination&, int device);
-const char* minibatch_discrimination_forward(const MinibatchDiscriminationForward&, int device,
-                                             void* stream);
-const char* minibatch_discrimination_backward(const MinibatchDiscriminationBackward&, int device,
-                                              void* stream);
+int64_t scratch_bytes(const MinibatchDiscrimination&, int device);
+const char* minibatch_discrimination_forward(const MinibatchDiscriminationForward&, void* scratch,
+                                             int device, void* stream);
+const char* minibatch_discrimination_backward(const MinibatchDiscriminationBackward&, void* scratch,
+                                              int device, void* stream);
 const char* minibatch_discrimination_double_backward(const MinibatchDiscriminationDoubleBackward&,
-                                                     int device, void* stream);
+                                                     void* scratch, int device, void* stream);
 }  // namespace cuda
 
 }  // namespace gankernels

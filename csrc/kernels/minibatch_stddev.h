@@ -61,7 +61,7 @@ GK_HOST_DEVICE static inline int64_t members_of(const MinibatchStddev& p, int64_
 }
 
 namespace cpu {
-int64_t minibatch_stddev_scratch_bytes(const MinibatchStddev&, const CpuThreads&);
+int64_t scratch_bytes(const MinibatchStddev&, const CpuThreads&);
 void minibatch_stddev_forward(const MinibatchStddevForward&, void* scratch, const CpuThreads&);
 void minibatch_stddev_backward(const MinibatchStddevBackward&, void* scratch, const CpuThreads&);
 void minibatch_stddev_double_backward(const MinibatchStddevDoubleBackward&, void* scratch,
@@ -69,7 +69,7 @@ void minibatch_stddev_double_backward(const MinibatchStddevDoubleBackward&, void
 }  // namespace cpu
 
 namespace cuda {
-int64_t minibatch_stddev_scratch_bytes(const MinibatchStddev&, int device);
+int64_t scratch_bytes(const MinibatchStddev&, int device);
 const char* minibatch_stddev_forward(const MinibatchStddevForward&, void* scratch, int device,
                                      void* stream);
 const char* minibatch_stddev_backward(const MinibatchStddevBackward&, void* scratch, int device,

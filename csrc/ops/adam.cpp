@@ -2,6 +2,7 @@
 #include "../kernels/adam.h"
 
 #include "check.h"
+#include "register.h"
 #include "tensor.h"
 
 namespace gankernels::ops {
@@ -89,17 +90,17 @@ void adam(Tensors parameters, Tensors gradients, Tensors exp_avgs, Tensors exp_a
   cpu::adam(p, cpu_threads());
 }
 
-}  // namespace
-
 // Parameters, moments and steps are float32; gradients float32 or bfloat16; casts bfloat16, or
 // empty where none is wanted. Lists of one length; moments and casts lie in memory as parameters.
-STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) {
-  m.def(
-      "adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, "
-      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] casts, float lr, float beta1, "
-      "float beta2, float eps, float weight_decay) -> ()");
-}
+constexpr Op kOps[] = {
+    {"adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, "
+     "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] casts, float lr, float beta1, "
+     "float beta2, float eps, float weight_decay) -> ()",
+     TORCH_BOX(&adam)},
+};
 
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m) { m.impl("adam_", TORCH_BOX(&adam)); }
+}  // namespace
+
+GK_REGISTER_ON_CPU(kOps)
 
 }  // namespace gankernels::ops

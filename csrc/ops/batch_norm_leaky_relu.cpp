@@ -4,7 +4,8 @@
 #include <tuple>
 
 #include "check.h"
-#include "tensor.h"
+#include "register.h"
+#include "run.h"
 
 namespace gankernels::ops {
 namespace {
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor> batch_norm_leaky_relu(Tensor x, OptionalTensor weight
   const Tensor used = statistics ? packed(*statistics) : empty({2, p.c}, accumulation_type(x), x);
   p.y = mutable_data(y);
   p.statistics = mutable_data(used);
-  GK_RUN(batch_norm_leaky_relu, batch_norm_leaky_relu_forward, p, x);
+  run<cpu::batch_norm_leaky_relu_forward, cuda::batch_norm_leaky_relu_forward>(p, x);
   // An op's outputs must not be its inputs, so given statistics are answered with an empty tensor.
   return {y, statistics ? empty({0}, accumulation_type(x), x) : used};
 }
@@ -80,7 +81,7 @@ Tensor batch_norm_leaky_relu_statistics(Tensor x, double negative_slope, bool ac
   const Tensor statistics = empty({2, p.c}, accumulation_type(x), x);
   p.compute_statistics = true;
   p.statistics = mutable_data(statistics);
-  GK_RUN(batch_norm_leaky_relu, batch_norm_leaky_relu_forward, p, x);
+  run<cpu::batch_norm_leaky_relu_forward, cuda::batch_norm_leaky_relu_forward>(p, x);
   return statistics;
 }
 
@@ -112,7 +113,7 @@ std::tuple<Tensor, Tensor> backward(const char* op, const Tensor& grad_y, Tensor
     grad_x = empty_with_strides_of(x);
     p.grad_x = mutable_data(grad_x);
   }
-  GK_RUN(batch_norm_leaky_relu, batch_norm_leaky_relu_backward, p, x);
+  run<cpu::batch_norm_leaky_relu_backward, cuda::batch_norm_leaky_relu_backward>(p, x);
   return {grad_x, own_sums};
 }
 
@@ -172,7 +173,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(
   if (want_grad_grad_y) p.grad_grad_y = mutable_data(grad_grad_y);
   if (want_grad_x) p.grad_x = mutable_data(grad_x);
   if (want_grad_weight) p.grad_weight = mutable_data(grad_weight);
-  GK_RUN(batch_norm_leaky_relu, batch_norm_leaky_relu_double_backward, p, x);
+  run<cpu::batch_norm_leaky_relu_double_backward, cuda::batch_norm_leaky_relu_double_backward>(p,
+                                                                                               x);
   return {grad_grad_y, grad_x, grad_weight, own_sums};
 }
 
@@ -235,68 +237,44 @@ void update_running_statistics(Tensor running_mean, Tensor running_var,
   p.cumulative = !momentum;
   p.momentum = momentum.value_or(0);
   p.count = count;
-#ifdef GK_WITH_CUDA
-  if (running_mean.is_cuda()) {
-    check_cuda(
-        cuda::update_running_statistics(p, running_mean.get_device(), cuda_stream(running_mean)));
-  } else
-#endif
-  {
-    cpu::update_running_statistics(p, cpu_threads());
-  }
+  run<cpu::update_running_statistics, cuda::update_running_statistics>(p, running_mean);
   if (!running_mean.is_contiguous()) torch::stable::copy_(running_mean, mean);
   if (!running_var.is_contiguous()) torch::stable::copy_(running_var, var);
 }
 
+// Statistics are (2, C): mean, biased variance. Sums are as in kernels/batch_norm_leaky_relu.h.
+constexpr Op kOps[] = {
+    {"batch_norm_leaky_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? statistics, "
+     "float eps, float negative_slope, bool activation_first) -> (Tensor y, Tensor statistics)",
+     TORCH_BOX(&batch_norm_leaky_relu)},
+    {"batch_norm_leaky_relu_statistics(Tensor x, float negative_slope, bool activation_first) "
+     "-> Tensor",
+     TORCH_BOX(&batch_norm_leaky_relu_statistics)},
+    {"batch_norm_leaky_relu_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, "
+     "Tensor statistics, Tensor? sums, float count, bool training, float eps, "
+     "float negative_slope, bool activation_first, bool want_sums) "
+     "-> (Tensor grad_x, Tensor sums)",
+     TORCH_BOX(&batch_norm_leaky_relu_backward)},
+    {"batch_norm_leaky_relu_backward_sums(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, "
+     "Tensor statistics, float eps, float negative_slope, bool activation_first) -> Tensor",
+     TORCH_BOX(&batch_norm_leaky_relu_backward_sums)},
+    {"batch_norm_leaky_relu_double_backward(Tensor grad_grad_x, Tensor? grad_grad_weight, "
+     "Tensor? grad_grad_bias, Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, "
+     "Tensor statistics, Tensor? sums, float count, bool training, float eps, "
+     "float negative_slope, bool activation_first, bool want_grad_grad_y, bool want_grad_x) "
+     "-> (Tensor grad_grad_y, Tensor grad_x, Tensor grad_weight)",
+     TORCH_BOX(&batch_norm_leaky_relu_double_backward)},
+    {"batch_norm_leaky_relu_double_backward_sums(Tensor grad_grad_x, Tensor grad_y, Tensor x, "
+     "Tensor? weight, Tensor? bias, Tensor statistics, float eps, float negative_slope, "
+     "bool activation_first) -> Tensor",
+     TORCH_BOX(&batch_norm_leaky_relu_double_backward_sums)},
+    {"update_running_statistics(Tensor(a!) running_mean, Tensor(b!) running_var, "
+     "Tensor(c!)? num_batches_tracked, Tensor statistics, float? momentum, float count) -> ()",
+     TORCH_BOX(&update_running_statistics)},
+};
+
 }  // namespace
 
-// Statistics are (2, C): mean, biased variance. Sums are as in kernels/batch_norm_leaky_relu.h.
-STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) {
-  m.def(
-      "batch_norm_leaky_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? statistics, "
-      "float eps, float negative_slope, bool activation_first) -> (Tensor y, Tensor statistics)");
-  m.def(
-      "batch_norm_leaky_relu_statistics(Tensor x, float negative_slope, bool activation_first) "
-      "-> Tensor");
-  m.def(
-      "batch_norm_leaky_relu_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, "
-      "Tensor statistics, Tensor? sums, float count, bool training, float eps, "
-      "float negative_slope, bool activation_first, bool want_sums) "
-      "-> (Tensor grad_x, Tensor sums)");
-  m.def(
-      "batch_norm_leaky_relu_backward_sums(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, "
-      "Tensor statistics, float eps, float negative_slope, bool activation_first) -> Tensor");
-  m.def(
-      "batch_norm_leaky_relu_double_backward(Tensor grad_grad_x, Tensor? grad_grad_weight, "
-      "Tensor? grad_grad_bias, Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, "
-      "Tensor statistics, Tensor? sums, float count, bool training, float eps, "
-      "float negative_slope, bool activation_first, bool want_grad_grad_y, bool want_grad_x) "
-      "-> (Tensor grad_grad_y, Tensor grad_x, Tensor grad_weight)");
-  m.def(
-      "batch_norm_leaky_relu_double_backward_sums(Tensor grad_grad_x, Tensor grad_y, Tensor x, "
-      "Tensor? weight, Tensor? bias, Tensor statistics, float eps, float negative_slope, "
-      "bool activation_first) -> Tensor");
-  m.def(
-      "update_running_statistics(Tensor(a!) running_mean, Tensor(b!) running_var, "
-      "Tensor(c!)? num_batches_tracked, Tensor statistics, float? momentum, float count) -> ()");
-}
-
-#define GK_REGISTER(m)                                                                            \
-  m.impl("batch_norm_leaky_relu", TORCH_BOX(&batch_norm_leaky_relu));                             \
-  m.impl("batch_norm_leaky_relu_statistics", TORCH_BOX(&batch_norm_leaky_relu_statistics));       \
-  m.impl("batch_norm_leaky_relu_backward", TORCH_BOX(&batch_norm_leaky_relu_backward));           \
-  m.impl("batch_norm_leaky_relu_backward_sums", TORCH_BOX(&batch_norm_leaky_relu_backward_sums)); \
-  m.impl("batch_norm_leaky_relu_double_backward",                                                 \
-         TORCH_BOX(&batch_norm_leaky_relu_double_backward));                                      \
-  m.impl("batch_norm_leaky_relu_double_backward_sums",                                            \
-         TORCH_BOX(&batch_norm_leaky_relu_double_backward_sums));                                 \
-  m.impl("update_running_statistics", TORCH_BOX(&update_running_statistics));
-
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m){GK_REGISTER(m)}
-#ifdef GK_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CUDA, m) {
-  GK_REGISTER(m)
-}
-#endif
+GK_REGISTER(kOps)
 
 }  // namespace gankernels::ops

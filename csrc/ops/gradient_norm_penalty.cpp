@@ -4,7 +4,8 @@
 #include <tuple>
 
 #include "check.h"
-#include "tensor.h"
+#include "register.h"
+#include "run.h"
 
 namespace gankernels::ops {
 namespace {
@@ -44,7 +45,7 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty(Tensor grad, int64_t kind, doub
   GradientNormPenaltyForward p;
   describe(p, grad, kind, center, squared_norms);
   p.penalty = mutable_data(penalty);
-  GK_RUN(gradient_norm_penalty, gradient_norm_penalty_forward, p, grad);
+  run<cpu::gradient_norm_penalty_forward, cuda::gradient_norm_penalty_forward>(p, grad);
   return {penalty, squared_norms};
 }
 
@@ -61,7 +62,7 @@ Tensor gradient_norm_penalty_backward(Tensor grad_penalty, Tensor grad, Tensor s
   describe(p, grad, kind, center, squared_norms);
   p.grad_penalty = data(grad_penalty);
   p.grad_grad = mutable_data(grad_grad);
-  GK_RUN(gradient_norm_penalty, gradient_norm_penalty_backward, p, grad);
+  run<cpu::gradient_norm_penalty_backward, cuda::gradient_norm_penalty_backward>(p, grad);
   return grad_grad;
 }
 
@@ -85,37 +86,27 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_double_backward(Tensor tangent,
   p.tangent = data(tangent);
   p.grad_grad_penalty = mutable_data(grad_grad_penalty);
   p.grad_grad = mutable_data(grad_grad);
-  GK_RUN(gradient_norm_penalty, gradient_norm_penalty_double_backward, p, grad);
+  run<cpu::gradient_norm_penalty_double_backward, cuda::gradient_norm_penalty_double_backward>(
+      p, grad);
   return {grad_grad_penalty, grad_grad};
 }
 
+// kind: 0 two-sided, 1 one-sided, 2 squared; see kernels/gradient_norm_penalty.h.
+constexpr Op kOps[] = {
+    {"gradient_norm_penalty(Tensor grad, int kind, float center) "
+     "-> (Tensor penalty, Tensor squared_norms)",
+     TORCH_BOX(&gradient_norm_penalty)},
+    {"gradient_norm_penalty_backward(Tensor grad_penalty, Tensor grad, Tensor squared_norms, "
+     "int kind, float center) -> Tensor",
+     TORCH_BOX(&gradient_norm_penalty_backward)},
+    {"gradient_norm_penalty_double_backward(Tensor tangent, Tensor grad_penalty, Tensor grad, "
+     "Tensor squared_norms, int kind, float center) "
+     "-> (Tensor grad_grad_penalty, Tensor grad_grad)",
+     TORCH_BOX(&gradient_norm_penalty_double_backward)},
+};
+
 }  // namespace
 
-// kind: 0 two-sided, 1 one-sided, 2 squared; see kernels/gradient_norm_penalty.h.
-STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) {
-  m.def(
-      "gradient_norm_penalty(Tensor grad, int kind, float center) "
-      "-> (Tensor penalty, Tensor squared_norms)");
-  m.def(
-      "gradient_norm_penalty_backward(Tensor grad_penalty, Tensor grad, Tensor squared_norms, "
-      "int kind, float center) -> Tensor");
-  m.def(
-      "gradient_norm_penalty_double_backward(Tensor tangent, Tensor grad_penalty, Tensor grad, "
-      "Tensor squared_norms, int kind, float center) "
-      "-> (Tensor grad_grad_penalty, Tensor grad_grad)");
-}
-
-#define GK_REGISTER(m)                                                                  \
-  m.impl("gradient_norm_penalty", TORCH_BOX(&gradient_norm_penalty));                   \
-  m.impl("gradient_norm_penalty_backward", TORCH_BOX(&gradient_norm_penalty_backward)); \
-  m.impl("gradient_norm_penalty_double_backward",                                       \
-         TORCH_BOX(&gradient_norm_penalty_double_backward));
-
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m){GK_REGISTER(m)}
-#ifdef GK_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CUDA, m) {
-  GK_REGISTER(m)
-}
-#endif
+GK_REGISTER(kOps)
 
 }  // namespace gankernels::ops

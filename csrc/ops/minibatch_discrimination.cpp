@@ -4,7 +4,8 @@
 #include <tuple>
 
 #include "check.h"
-#include "tensor.h"
+#include "register.h"
+#include "run.h"
 
 namespace gankernels::ops {
 namespace {
@@ -28,38 +29,13 @@ void describe(MinibatchDiscrimination& p, const Tensor& m) {
   set_strides(m, p.m_strides);
 }
 
-#ifdef GK_WITH_CUDA
-#define GK_RUN_HERE(NAME, p, x)                                                                \
-  if (x.is_cuda()) {                                                                           \
-    const int device = x.get_device();                                                         \
-    const Tensor scratch =                                                                     \
-        empty({cuda::minibatch_discrimination_scratch_bytes(p, device)}, ScalarType::Byte, x); \
-    p.scratch = mutable_data(scratch);                                                         \
-    check_cuda(cuda::NAME(p, device, cuda_stream(x)));                                         \
-  } else {                                                                                     \
-    run_on_cpu(cpu::NAME, p, x);                                                               \
-  }
-#else
-#define GK_RUN_HERE(NAME, p, x) run_on_cpu(cpu::NAME, p, x);
-#endif
-
-template <typename Parameters>
-void run_on_cpu(void (*kernel)(const Parameters&, const CpuThreads&), Parameters& p,
-                const Tensor& m) {
-  const CpuThreads threads = cpu_threads();
-  const Tensor scratch =
-      empty({cpu::minibatch_discrimination_scratch_bytes(p, threads)}, ScalarType::Byte, m);
-  p.scratch = mutable_data(scratch);
-  kernel(p, threads);
-}
-
 Tensor minibatch_discrimination(Tensor m) {
   checked("minibatch_discrimination", m);
   MinibatchDiscriminationForward p;
   describe(p, m);
   const Tensor o = empty({p.n, p.b}, m.scalar_type(), m);
   p.o = mutable_data(o);
-  GK_RUN_HERE(minibatch_discrimination_forward, p, m);
+  run<cpu::minibatch_discrimination_forward, cuda::minibatch_discrimination_forward>(p, m);
   return o;
 }
 
@@ -72,7 +48,7 @@ Tensor minibatch_discrimination_backward(Tensor grad_o, Tensor m) {
   set_strides(grad_o, p.grad_o_strides);
   const Tensor grad_m = empty({p.n, p.b, p.c}, m.scalar_type(), m);
   p.grad_m = mutable_data(grad_m);
-  GK_RUN_HERE(minibatch_discrimination_backward, p, m);
+  run<cpu::minibatch_discrimination_backward, cuda::minibatch_discrimination_backward>(p, m);
   return grad_m;
 }
 
@@ -93,31 +69,22 @@ std::tuple<Tensor, Tensor> minibatch_discrimination_double_backward(Tensor grad_
       want_grad_m ? empty({p.n, p.b, p.c}, m.scalar_type(), m) : empty({0}, m.scalar_type(), m);
   p.grad_grad_o = mutable_data(grad_grad_o);
   if (want_grad_m) p.grad_m = mutable_data(grad_m);
-  GK_RUN_HERE(minibatch_discrimination_double_backward, p, m);
+  run<cpu::minibatch_discrimination_double_backward,
+      cuda::minibatch_discrimination_double_backward>(p, m);
   return {grad_grad_o, grad_m};
 }
 
+constexpr Op kOps[] = {
+    {"minibatch_discrimination(Tensor m) -> Tensor", TORCH_BOX(&minibatch_discrimination)},
+    {"minibatch_discrimination_backward(Tensor grad_o, Tensor m) -> Tensor",
+     TORCH_BOX(&minibatch_discrimination_backward)},
+    {"minibatch_discrimination_double_backward(Tensor grad_grad_m, Tensor grad_o, Tensor m, "
+     "bool want_grad_m) -> (Tensor grad_grad_o, Tensor grad_m)",
+     TORCH_BOX(&minibatch_discrimination_double_backward)},
+};
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) {
-  m.def("minibatch_discrimination(Tensor m) -> Tensor");
-  m.def("minibatch_discrimination_backward(Tensor grad_o, Tensor m) -> Tensor");
-  m.def(
-      "minibatch_discrimination_double_backward(Tensor grad_grad_m, Tensor grad_o, Tensor m, "
-      "bool want_grad_m) -> (Tensor grad_grad_o, Tensor grad_m)");
-}
-
-#define GK_REGISTER(m)                                                                        \
-  m.impl("minibatch_discrimination", TORCH_BOX(&minibatch_discrimination));                   \
-  m.impl("minibatch_discrimination_backward", TORCH_BOX(&minibatch_discrimination_backward)); \
-  m.impl("minibatch_discrimination_double_backward",                                          \
-         TORCH_BOX(&minibatch_discrimination_double_backward));
-
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m){GK_REGISTER(m)}
-#ifdef GK_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CUDA, m) {
-  GK_REGISTER(m)
-}
-#endif
+GK_REGISTER(kOps)
 
 }  // namespace gankernels::ops

@@ -4,7 +4,8 @@
 #include <tuple>
 
 #include "check.h"
-#include "tensor.h"
+#include "register.h"
+#include "run.h"
 
 namespace gankernels::ops {
 namespace {
@@ -49,7 +50,7 @@ Tensor minibatch_stddev(Tensor x, int64_t group_size, int64_t num_channels, doub
   const int64_t groups = describe(p, x, group_size, num_channels, eps);
   const Tensor stddev = empty({groups, num_channels}, accumulation_type(x), x);
   p.stddev = mutable_data(stddev);
-  GK_RUN(minibatch_stddev, minibatch_stddev_forward, p, x);
+  run<cpu::minibatch_stddev_forward, cuda::minibatch_stddev_forward>(p, x);
   return stddev;
 }
 
@@ -65,7 +66,7 @@ Tensor minibatch_stddev_backward(Tensor grad_stddev, Tensor x, int64_t group_siz
   describe(p, x, group_size, num_channels, eps);
   p.grad_stddev = data(grad_stddev);
   p.grad_x = mutable_data(grad_x);
-  GK_RUN(minibatch_stddev, minibatch_stddev_backward, p, x);
+  run<cpu::minibatch_stddev_backward, cuda::minibatch_stddev_backward>(p, x);
   return grad_x;
 }
 
@@ -87,33 +88,24 @@ std::tuple<Tensor, Tensor> minibatch_stddev_double_backward(Tensor tangent, Tens
   p.tangent = data(tangent);
   p.grad_grad_stddev = mutable_data(grad_grad_stddev);
   p.grad_x = mutable_data(grad_x);
-  GK_RUN(minibatch_stddev, minibatch_stddev_double_backward, p, x);
+  run<cpu::minibatch_stddev_double_backward, cuda::minibatch_stddev_double_backward>(p, x);
   return {grad_grad_stddev, grad_x};
 }
 
+// stddev is (groups, num_channels), of the accumulation type.
+constexpr Op kOps[] = {
+    {"minibatch_stddev(Tensor x, int group_size, int num_channels, float eps) -> Tensor",
+     TORCH_BOX(&minibatch_stddev)},
+    {"minibatch_stddev_backward(Tensor grad_stddev, Tensor x, int group_size, int num_channels, "
+     "float eps) -> Tensor",
+     TORCH_BOX(&minibatch_stddev_backward)},
+    {"minibatch_stddev_double_backward(Tensor tangent, Tensor grad_stddev, Tensor x, "
+     "int group_size, int num_channels, float eps) -> (Tensor grad_grad_stddev, Tensor grad_x)",
+     TORCH_BOX(&minibatch_stddev_double_backward)},
+};
+
 }  // namespace
 
-// stddev is (groups, num_channels), of the accumulation type.
-STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) {
-  m.def("minibatch_stddev(Tensor x, int group_size, int num_channels, float eps) -> Tensor");
-  m.def(
-      "minibatch_stddev_backward(Tensor grad_stddev, Tensor x, int group_size, int num_channels, "
-      "float eps) -> Tensor");
-  m.def(
-      "minibatch_stddev_double_backward(Tensor tangent, Tensor grad_stddev, Tensor x, "
-      "int group_size, int num_channels, float eps) -> (Tensor grad_grad_stddev, Tensor grad_x)");
-}
-
-#define GK_REGISTER(m)                                                        \
-  m.impl("minibatch_stddev", TORCH_BOX(&minibatch_stddev));                   \
-  m.impl("minibatch_stddev_backward", TORCH_BOX(&minibatch_stddev_backward)); \
-  m.impl("minibatch_stddev_double_backward", TORCH_BOX(&minibatch_stddev_double_backward));
-
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CPU, m){GK_REGISTER(m)}
-#ifdef GK_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(gankernels, CUDA, m) {
-  GK_REGISTER(m)
-}
-#endif
+GK_REGISTER(kOps)
 
 }  // namespace gankernels::ops

@@ -69,30 +69,7 @@ class CudaStream {
   void* stream_ = nullptr;
 };
 
-// Of `tensor`'s device.
-inline CudaStream cuda_stream(const Tensor& tensor) { return CudaStream(tensor.get_device()); }
-
 // Throws what a CUDA kernel returned, if anything.
 void check_cuda(const char* error);
-
-// Runs kernel NAME of op OP on the device of x, with the scratch memory that OP asks for: allocated
-// here, by PyTorch, since a kernel has no way to say that there is none.
-#define GK_RUN_ON_CPU(OP, NAME, p, x)                                                         \
-  {                                                                                           \
-    const CpuThreads threads = cpu_threads();                                                 \
-    const Tensor scratch = empty({cpu::OP##_scratch_bytes(p, threads)}, ScalarType::Byte, x); \
-    cpu::NAME(p, mutable_data(scratch), threads);                                             \
-  }
-#ifdef GK_WITH_CUDA
-#define GK_RUN(OP, NAME, p, x)                                                                \
-  if (x.is_cuda()) {                                                                          \
-    const int device = x.get_device();                                                        \
-    const Tensor scratch = empty({cuda::OP##_scratch_bytes(p, device)}, ScalarType::Byte, x); \
-    check_cuda(cuda::NAME(p, mutable_data(scratch), device, cuda_stream(x)));                 \
-  } else                                                                                      \
-    GK_RUN_ON_CPU(OP, NAME, p, x)
-#else
-#define GK_RUN(OP, NAME, p, x) GK_RUN_ON_CPU(OP, NAME, p, x)
-#endif
 
 }  // namespace gankernels::ops

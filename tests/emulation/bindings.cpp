@@ -160,7 +160,7 @@ void describe(BatchNormLeakyReLU& p, const py::dict& o) {
 Call make_call(BatchNormLeakyReLU& p, const py::dict& inputs, const py::dict& outputs,
                const py::dict& o) {
   describe(p, o);
-  const int64_t scratch = cuda::batch_norm_leaky_relu_scratch_bytes(p, get<int>(o, "device"));
+  const int64_t scratch = cuda::scratch_bytes(p, get<int>(o, "device"));
   const auto misalignment = get<int64_t>(o, "misalignment");
   Call call(inputs, outputs, misalignment, misalignment, scratch);
   p.x = call["x"];
@@ -230,8 +230,7 @@ Call make_call(GradientNormPenalty& p, const py::dict& inputs, const py::dict& o
   p.kind = static_cast<Penalty>(get<int>(o, "kind"));
   p.center = get<double>(o, "center");
   Call call(inputs, outputs, get<int64_t>(o, "misalignment"),
-            get<int64_t>(o, "output_misalignment"),
-            cuda::gradient_norm_penalty_scratch_bytes(p, get<int>(o, "device")));
+            get<int64_t>(o, "output_misalignment"), cuda::scratch_bytes(p, get<int>(o, "device")));
   p.grad = call["grad"];
   p.squared_norms = call["squared_norms"];
   return call;
@@ -280,10 +279,9 @@ Call make_discrimination_call(Parameters& p, const py::dict& inputs, const py::d
   p.dtype = dtype_of(get<std::string>(o, "dtype"));
   set_strides(o, "m_strides", p.m_strides);
   const auto misalignment = get<int64_t>(o, "misalignment");
-  const int64_t scratch = cuda::minibatch_discrimination_scratch_bytes(p, get<int>(o, "device"));
+  const int64_t scratch = cuda::scratch_bytes(p, get<int>(o, "device"));
   Call call(inputs, outputs, misalignment, misalignment, scratch);
   p.m = call["m"];
-  p.scratch = call.scratch();
   return call;
 }
 
@@ -291,7 +289,8 @@ void discrimination_forward(const py::dict& inputs, const py::dict& outputs, con
   MinibatchDiscriminationForward p;
   Call call = make_discrimination_call(p, inputs, outputs, o);
   p.o = call["o"];
-  call.finish(cuda::minibatch_discrimination_forward(p, get<int>(o, "device"), nullptr));
+  call.finish(
+      cuda::minibatch_discrimination_forward(p, call.scratch(), get<int>(o, "device"), nullptr));
 }
 
 void discrimination_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
@@ -300,7 +299,8 @@ void discrimination_backward(const py::dict& inputs, const py::dict& outputs, co
   p.grad_o = call["grad_o"];
   set_strides(o, "grad_o_strides", p.grad_o_strides);
   p.grad_m = call["grad_m"];
-  call.finish(cuda::minibatch_discrimination_backward(p, get<int>(o, "device"), nullptr));
+  call.finish(
+      cuda::minibatch_discrimination_backward(p, call.scratch(), get<int>(o, "device"), nullptr));
 }
 
 void discrimination_double_backward(const py::dict& inputs, const py::dict& outputs,
@@ -313,7 +313,8 @@ void discrimination_double_backward(const py::dict& inputs, const py::dict& outp
   set_strides(o, "grad_grad_m_strides", p.grad_grad_m_strides);
   p.grad_grad_o = call["grad_grad_o"];
   p.grad_m = call["grad_m"];
-  call.finish(cuda::minibatch_discrimination_double_backward(p, get<int>(o, "device"), nullptr));
+  call.finish(cuda::minibatch_discrimination_double_backward(p, call.scratch(),
+                                                             get<int>(o, "device"), nullptr));
 }
 
 Call make_stddev_call(MinibatchStddev& p, const py::dict& inputs, const py::dict& outputs,
@@ -326,8 +327,7 @@ Call make_stddev_call(MinibatchStddev& p, const py::dict& inputs, const py::dict
   p.dtype = dtype_of(get<std::string>(o, "dtype"));
   p.eps = get<double>(o, "eps");
   Call call(inputs, outputs, get<int64_t>(o, "misalignment"),
-            get<int64_t>(o, "output_misalignment"),
-            cuda::minibatch_stddev_scratch_bytes(p, get<int>(o, "device")));
+            get<int64_t>(o, "output_misalignment"), cuda::scratch_bytes(p, get<int>(o, "device")));
   p.x = call["x"];
   return call;
 }
@@ -388,7 +388,7 @@ PYBIND11_MODULE(emulated, m) {
   m.def("scratch_bytes", [](const py::dict& options, int device) {
     BatchNormLeakyReLU p;
     describe(p, options);
-    return cuda::batch_norm_leaky_relu_scratch_bytes(p, device);
+    return cuda::scratch_bytes(p, device);
   });
   m.def("penalty_forward", &on_device<&penalty_forward>);
   m.def("penalty_backward", &on_device<&penalty_backward>);

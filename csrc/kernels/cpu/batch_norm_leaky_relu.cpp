@@ -801,8 +801,7 @@ void run(const Parameters& p, void* scratch, const CpuThreads& threads) {
 }  // namespace
 
 // What the hungriest pass takes of it, in either layout.
-int64_t batch_norm_leaky_relu_scratch_bytes(const BatchNormLeakyReLU& p,
-                                            const CpuThreads& threads) {
+int64_t scratch_bytes(const BatchNormLeakyReLU& p, const CpuThreads& threads) {
   int64_t bytes = 0;
   with_storage(p.dtype, [&](auto storage) {
     using T = typename decltype(storage)::type;

@@ -170,8 +170,7 @@ void with_kernel(const Parameters& p, const CpuThreads& threads, const Body& bod
 
 }  // namespace
 
-int64_t gradient_norm_penalty_scratch_bytes(const GradientNormPenalty& p,
-                                            const CpuThreads& threads) {
+int64_t scratch_bytes(const GradientNormPenalty& p, const CpuThreads& threads) {
   return Scratch::bytes<double>(p.n * Kernel<float>(p, threads).parts);
 }
 

@@ -611,8 +611,7 @@ void run(const Parameters& p, const CpuThreads& threads) {
 
 }  // namespace
 
-int64_t minibatch_discrimination_scratch_bytes(const MinibatchDiscrimination& p,
-                                               const CpuThreads& threads) {
+int64_t scratch_bytes(const MinibatchDiscrimination& p, const CpuThreads& threads) {
   if (p.n == 0 || p.b == 0) return 0;
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

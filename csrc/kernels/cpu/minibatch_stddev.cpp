@@ -175,7 +175,7 @@ void run(const MinibatchStddev& p, void* scratch, const CpuThreads& threads, con
 
 }  // namespace
 
-int64_t minibatch_stddev_scratch_bytes(const MinibatchStddev& p, const CpuThreads& threads) {
+int64_t scratch_bytes(const MinibatchStddev& p, const CpuThreads& threads) {
   const Kernel<float> kernel(p, threads);  // of which only the numbers matter
   return Scratch::bytes<double>(p.groups * p.features * kernel.parts) +
          Scratch::bytes<Vector<float>>(kernel.threads.count * 2 * members_of(p, 0));

@@ -669,7 +669,7 @@ __global__ void update_running_statistics_kernel(const UpdateRunningStatistics p
 
 using namespace batch_norm_leaky_relu;
 
-int64_t batch_norm_leaky_relu_scratch_bytes(const BatchNormLeakyReLU& p, int device) {
+int64_t scratch_bytes(const BatchNormLeakyReLU& p, int device) {
   if (p.c == 0) return 0;
   // Before the tensors are known, so is the width of the accesses: the largest need of any.
   int64_t parts = 1;

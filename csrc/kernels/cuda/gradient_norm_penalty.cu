@@ -380,7 +380,7 @@ const char* run_pass(const Params& p, std::initializer_list<const void*> others,
 
 using namespace gradient_norm_penalty;
 
-int64_t gradient_norm_penalty_scratch_bytes(const GradientNormPenalty& p, int device) {
+int64_t scratch_bytes(const GradientNormPenalty& p, int device) {
   return make_tiling(p, device).tasks * (p.dtype == DType::kFloat64 ? 8 : 4);
 }
 

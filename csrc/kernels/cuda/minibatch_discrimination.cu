@@ -490,7 +490,7 @@ const char* run_smallest(const Problem& p, int device, cudaStream_t stream) {
 }
 
 template <int D>
-const char* run(const MinibatchDiscrimination& parameters, Problem p, int device,
+const char* run(const MinibatchDiscrimination& parameters, Problem p, void* scratch, int device,
                 void* stream_pointer) {
   if (parameters.n == 0 || parameters.b == 0) return nullptr;
   if (parameters.n > (1 << 30) || parameters.c > (1 << 30)) {
@@ -504,7 +504,7 @@ const char* run(const MinibatchDiscrimination& parameters, Problem p, int device
   p.m = parameters.m;
   std::copy_n(parameters.m_strides, 3, p.m_strides);
   const bool half = size_of(p.dtype) == 2;
-  p.accumulated = half ? parameters.scratch : p.grads;
+  p.accumulated = half ? scratch : p.grads;
   if (p.dtype == DType::kFloat64) {
     return run_smallest<double, D, 4, 8, kLargestSmallC<double>>(p, device, stream);
   }
@@ -516,29 +516,30 @@ const char* run(const MinibatchDiscrimination& parameters, Problem p, int device
 using namespace minibatch_discrimination;
 
 // large_kernel adds to grad_m tile by tile: where grad_m is of half precision, in a copy.
-int64_t minibatch_discrimination_scratch_bytes(const MinibatchDiscrimination& p, int) {
+int64_t scratch_bytes(const MinibatchDiscrimination& p, int) {
   const bool needed = p.derivative > 0 && size_of(p.dtype) == 2 && p.c > largest_small_c(p.dtype);
   return needed ? p.n * p.b * p.c * static_cast<int64_t>(sizeof(float)) : 0;
 }
 
 const char* minibatch_discrimination_forward(const MinibatchDiscriminationForward& parameters,
-                                             int device, void* stream) {
+                                             void* scratch, int device, void* stream) {
   Problem p = {};
   p.sums = parameters.o;
-  return run<0>(parameters, p, device, stream);
+  return run<0>(parameters, p, scratch, device, stream);
 }
 
 const char* minibatch_discrimination_backward(const MinibatchDiscriminationBackward& parameters,
-                                              int device, void* stream) {
+                                              void* scratch, int device, void* stream) {
   Problem p = {};
   p.g = parameters.grad_o;
   std::copy_n(parameters.grad_o_strides, 2, p.g_strides);
   p.grads = parameters.grad_m;
-  return run<1>(parameters, p, device, stream);
+  return run<1>(parameters, p, scratch, device, stream);
 }
 
 const char* minibatch_discrimination_double_backward(
-    const MinibatchDiscriminationDoubleBackward& parameters, int device, void* stream) {
+    const MinibatchDiscriminationDoubleBackward& parameters, void* scratch, int device,
+    void* stream) {
   Problem p = {};
   p.g = parameters.grad_o;
   std::copy_n(parameters.grad_o_strides, 2, p.g_strides);
@@ -546,7 +547,7 @@ const char* minibatch_discrimination_double_backward(
   std::copy_n(parameters.grad_grad_m_strides, 3, p.v_strides);
   p.sums = parameters.grad_grad_o;
   p.grads = parameters.grad_m;
-  return run<2>(parameters, p, device, stream);
+  return run<2>(parameters, p, scratch, device, stream);
 }
 
 }  // namespace gankernels::cuda

@@ -342,7 +342,7 @@ const char* run_pass(const MinibatchStddev& p, const Tensors& tensors, void* scr
 
 using namespace minibatch_stddev;
 
-int64_t minibatch_stddev_scratch_bytes(const MinibatchStddev& p, int device) {
+int64_t scratch_bytes(const MinibatchStddev& p, int device) {
   const Tiling tiling = make_tiling(p, device);
   return tiling.parts == 1 ? 0 : tiling.tasks * static_cast<int64_t>(sizeof(double));
 }
