@@ -1,5 +1,5 @@
-// Elements in memory: conversion to and from the type that is computed in, accesses of up to 16
-// bytes, and arrays whose type is known at run time only.
+// Elements in memory: conversion to and from the accumulation type, accesses of up to 16 bytes, and
+// arrays whose type is known at run time only.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,15 +12,6 @@
 #include "../common.h"
 
 namespace gankernels::cuda {
-
-template <typename T>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
 
 __device__ inline float accumulator(float v) { return v; }
 __device__ inline double accumulator(double v) { return v; }
@@ -37,11 +28,19 @@ __device__ inline __half element<__half, float>(float v) {
   return __float2half_rn(v);
 }
 template <>
+__device__ inline __half element<__half, double>(double v) {
+  return __double2half(v);
+}
+template <>
 __device__ inline __nv_bfloat16 element<__nv_bfloat16, float>(float v) {
   return __float2bfloat16_rn(v);
 }
+template <>
+__device__ inline __nv_bfloat16 element<__nv_bfloat16, double>(double v) {
+  return __double2bfloat16(v);
+}
 
-// V neighbouring elements, read and written in one access; the address must be a multiple of their
+// V neighboring elements, read and written in one access, whose address must be a multiple of their
 // size together.
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Vector {
@@ -95,37 +94,43 @@ __device__ inline void store_shared(T* to, const Vector<T, V>& vector) {
   *reinterpret_cast<Word*>(to) = word;
 }
 
+// A type as a value, for what is called with one: `using T = typename decltype(type)::type`.
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Calls f with the Type of elements that `dtype` names.
+#pragma nv_exec_check_disable
+template <typename F>
+GK_HOST_DEVICE inline auto with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(Type<double>{});
+    case DType::kBFloat16:
+      return f(Type<__nv_bfloat16>{});
+    case DType::kFloat16:
+      return f(Type<__half>{});
+    case DType::kFloat32:
+      break;
+  }
+  return f(Type<float>{});
+}
+
 // Element `i` of an array whose type is known at run time: one value per channel, not per element.
 template <typename A>
 __device__ inline A load_as(const void* array, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return static_cast<A>(static_cast<const float*>(array)[i]);
-    case DType::kFloat64:
-      return static_cast<A>(static_cast<const double*>(array)[i]);
-    case DType::kBFloat16:
-      return static_cast<A>(accumulator(static_cast<const __nv_bfloat16*>(array)[i]));
-    case DType::kFloat16:
-      return static_cast<A>(accumulator(static_cast<const __half*>(array)[i]));
-  }
-  return A(0);
+  return with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return static_cast<A>(accumulator(static_cast<const T*>(array)[i]));
+  });
 }
 
-inline __device__ void store_as(double value, void* array, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(array)[i] = static_cast<float>(value);
-      break;
-    case DType::kFloat64:
-      static_cast<double*>(array)[i] = value;
-      break;
-    case DType::kBFloat16:
-      static_cast<__nv_bfloat16*>(array)[i] = __double2bfloat16(value);
-      break;
-    case DType::kFloat16:
-      static_cast<__half*>(array)[i] = __double2half(value);
-      break;
-  }
+__device__ inline void store_as(double value, void* array, DType dtype, int64_t i) {
+  with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    static_cast<T*>(array)[i] = element<T>(value);
+  });
 }
 
 }  // namespace gankernels::cuda
