@@ -10,13 +10,17 @@
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <link.h>
+#include <mutants.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -365,6 +369,20 @@ void check_width(int width) {
 }
 
 void set_seed(uint64_t seed) { machine.seed = seed; }
+
+bool selected[mark::kMarks] = {};
+
+void select(const std::vector<std::string>& names) {
+#define NAME(name) #name,
+  static const std::string marks[] = {EMULATED_MARKS(NAME)};
+#undef NAME
+  std::fill(std::begin(selected), std::end(selected), false);
+  for (const std::string& name : names) {
+    const auto found = std::find(std::begin(marks), std::end(marks), name);
+    if (found == std::end(marks)) throw std::invalid_argument("no mark named '" + name + "'");
+    selected[found - std::begin(marks)] = true;
+  }
+}
 
 int current_device() { return machine.device; }
 

@@ -35,7 +35,7 @@
 
 namespace gankernels::cuda {
 
-// Names like these recur in other files, and a class has to be the same wherever it is linked.
+// A namespace of its own, since other files use the same names for other classes.
 namespace batch_norm_leaky_relu {
 
 template <template <typename> class Pass>

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../common.h"
 
@@ -47,7 +48,7 @@ struct alignas(sizeof(T) * V) Vector {
   T values[V];
 };
 
-// What the hardware moves in one access.
+// The type of one access of the hardware.
 template <int kBytes>
 struct WordOf;
 template <>
@@ -76,13 +77,13 @@ __device__ inline Vector<T, V> load(const T* from) {
   return vector;
 }
 
-// To global memory, whatever the pointer says: __stwb is st.global. Elsewhere: store_shared().
+// Writes to global memory, because __stwb is st.global. For shared memory: store_shared().
 template <int V, typename T>
 __device__ inline void store(T* to, const Vector<T, V>& vector) {
   using Word = typename WordOf<V * sizeof(T)>::type;
   Word word;
   memcpy(&word, &vector, sizeof(Word));
-  // A plain assignment was seen torn into one store per element.
+  // nvcc compiled a plain assignment to one store per element.
   __stwb(reinterpret_cast<Word*>(to), word);
 }
 
@@ -100,21 +101,25 @@ struct Type {
   using type = T;
 };
 
-// Calls f with the Type of elements that `dtype` names.
+// Calls f with the Type that `dtype` names, which is one of those that are computed in A.
+#pragma nv_exec_check_disable
+template <typename A, typename F>
+GK_HOST_DEVICE inline auto with_type_in(DType dtype, const F& f) {
+  if constexpr (std::is_same_v<A, double>) {
+    return f(Type<double>{});
+  } else {
+    if (dtype == DType::kFloat32) return f(Type<float>{});
+    if (dtype == DType::kBFloat16) return f(Type<__nv_bfloat16>{});
+    return f(Type<__half>{});
+  }
+}
+
+// Calls f with the Type that `dtype` names.
 #pragma nv_exec_check_disable
 template <typename F>
 GK_HOST_DEVICE inline auto with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(Type<double>{});
-    case DType::kBFloat16:
-      return f(Type<__nv_bfloat16>{});
-    case DType::kFloat16:
-      return f(Type<__half>{});
-    case DType::kFloat32:
-      break;
-  }
-  return f(Type<float>{});
+  if (dtype == DType::kFloat64) return f(Type<double>{});
+  return with_type_in<float>(dtype, f);
 }
 
 // Element `i` of an array whose type is known at run time: one value per channel, not per element.

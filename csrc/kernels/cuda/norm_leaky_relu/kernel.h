@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Walk<V, kChannelsLast> walk(tiling, kChannelsLast ? c : c * p.s, begin, count, rows);
   // The k-th sum of a part of channel c + l, laid out so that neighboring threads access neighbors.
   const auto partial = [&](int l, int k, int64_t of_part) -> A& {
-    const int64_t row = GK_MUTANT(norm_scratch_overrun, of_part, of_part + 4);
-    return partials[kChannelsLast ? (row * Op::kSums + k) * p.c + c + l
+    const int64_t at = GK_MUTANT(norm_scratch_overrun, of_part, of_part + 4);
+    return partials[kChannelsLast ? (at * Op::kSums + k) * p.c + c + l
                                   : ((c + l) * Op::kSums + k) * tiling.parts + of_part];
   };
 

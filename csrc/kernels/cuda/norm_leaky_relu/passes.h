@@ -10,6 +10,7 @@
 
 #include "../../batch_norm_leaky_relu.h"
 #include "../../batch_norm_leaky_relu_math.h"
+#include "../../mutant.h"
 #include "../reduce.h"
 #include "../vector.h"
 #include "walk.h"
@@ -25,7 +26,8 @@ struct Normalization {
 // Which element of weight, bias and their tangents belongs to channel c. c is below 2^30, and a
 // division of 32 bits is the cheaper one.
 __device__ inline int64_t affine_index(const BatchNormLeakyReLU& p, int64_t c) {
-  return static_cast<uint32_t>(c) % static_cast<uint32_t>(p.affine);
+  const auto i = static_cast<uint32_t>(c), size = static_cast<uint32_t>(p.affine);
+  return GK_MUTANT(norm_affine_index, i % size, i);
 }
 
 template <typename A>
