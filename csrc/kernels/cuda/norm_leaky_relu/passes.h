@@ -23,9 +23,8 @@ struct Normalization {
   A mean, invstd, weight, scale, shift;
 };
 
-// Which element of weight, bias and their tangents belongs to channel c. c is below 2^30, and a
-// division of 32 bits is the cheaper one.
-__device__ inline int64_t affine_index(const BatchNormLeakyReLU& p, int64_t c) {
+// affine_index() in 32 bits, since a GPU divides by them much faster, and c is below 2^30.
+__device__ inline int64_t parameter_index(const BatchNormLeakyReLU& p, int64_t c) {
   const auto i = static_cast<uint32_t>(c), size = static_cast<uint32_t>(p.affine);
   return GK_MUTANT(norm_affine_index, i % size, i);
 }
@@ -33,7 +32,7 @@ __device__ inline int64_t affine_index(const BatchNormLeakyReLU& p, int64_t c) {
 template <typename A>
 __device__ inline Normalization<A> normalization(const BatchNormLeakyReLU& p, int64_t c, A mean,
                                                  A var) {
-  const int64_t i = affine_index(p, c);
+  const int64_t i = parameter_index(p, c);
   const A weight = p.weight ? load_as<A>(p.weight, p.parameter_dtype, i) : A(1);
   const A bias = p.bias ? load_as<A>(p.bias, p.parameter_dtype, i) : A(0);
   const A invstd = A(1) / sqrt(var + static_cast<A>(p.eps));
@@ -288,7 +287,7 @@ struct DoubleBackward
   __device__ static Coefficients finish(const Params& p, int64_t c, const Sums<A, kSums>& sums_,
                                         const Normalization<A>& channel, bool write) {
     const Sums<A, kSums> sums = DoubleBackward::finish_sums(p, c, sums_, channel, write);
-    const int64_t i = affine_index(p, c);
+    const int64_t i = parameter_index(p, c);
     const A ggw = p.grad_grad_weight ? static_cast<const A*>(p.grad_grad_weight)[i] : A(0);
     const A ggb = p.grad_grad_bias ? static_cast<const A*>(p.grad_grad_bias)[i] : A(0);
     A grad_weight;
