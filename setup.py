@@ -1,17 +1,19 @@
 """Builds `gankernels/libgankernels.so`: PyTorch's stable ABI, no Python symbols, CUDA with nvcc.
 
-torch's own CUDAExtension is not used: it refuses CUDA sources beside a CPU-only torch and ties the
-result to one Python and one torch. Here g++ compiles everything that sees torch, nvcc never
-does, and ninja orders the work. Environment variables:
+PyTorch's CUDAExtension is not used: it refuses CUDA sources if torch is CPU-only, and ties the
+result to one Python and one torch. Here g++ compiles every file that includes torch, nvcc compiles
+the others, and ninja schedules the work. Every source below csrc/kernels/cpu, csrc/kernels/cuda and
+csrc/ops is built, and the compilers report the headers that it depends on. Environment variables:
 
-GANKERNELS_CUDA       auto (default): build CUDA kernels where nvcc is found; 1: fail without nvcc;
-                      0: leave them out
+GANKERNELS_CUDA       auto (default): build the CUDA kernels if nvcc is found; 1: fail without nvcc;
+                      0: do not build them
 TORCH_CUDA_ARCH_LIST  as for PyTorch's own extensions, e.g. "9.0" or "8.0;9.0+PTX"
 CXX, NVCC             the compilers
-MAX_JOBS              how many run at a time
-GANKERNELS_WERROR     1: a warning of nvcc's is an error, as in CI; a newer nvcc may have new ones
+MAX_JOBS              the number of compilers that run at a time
+GANKERNELS_WERROR     1: treat nvcc's warnings as errors, as CI does; a newer nvcc may have new ones
 
-PTX and machine code are left beside the objects of kernels, for tests/packaging/ptx_lint.py.
+The PTX and machine code of the kernels are kept next to their objects, for
+tests/packaging/ptx_lint.py.
 """
 
 import fcntl
@@ -44,8 +46,8 @@ CPU_ISAS = {
 
 def find_torch() -> tuple[Path, str]:
     """Returns torch's folder and version, found without importing it."""
-    # pip's isolated build environment hides the packages of the environment being installed into;
-    # purelib names their folder all the same.
+    # pip's isolated build environment hides the packages of the environment that is installed into,
+    # but purelib still names their folder.
     folder = Path(sysconfig.get_path("purelib")) / "torch"
     if not folder.exists():
         spec = importlib.util.find_spec("torch")
@@ -65,7 +67,7 @@ def find_torch() -> tuple[Path, str]:
 def find_nvcc() -> str | None:
     choice = os.environ.get("GANKERNELS_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
-        sys.exit(f"gankernels: GANKERNELS_CUDA is {choice!r}; accepted are auto, 0 and 1")
+        sys.exit(f"gankernels: GANKERNELS_CUDA must be auto, 0 or 1, got {choice!r}")
     if choice == "0":
         return None
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
@@ -74,13 +76,13 @@ def find_nvcc() -> str | None:
     if nvcc is None and choice == "1":
         sys.exit(
             "gankernels: GANKERNELS_CUDA=1, but no nvcc is on the PATH, in NVCC or in CUDA_HOME. "
-            "Install the CUDA toolkit, or build without CUDA kernels by GANKERNELS_CUDA=0."
+            "Install the CUDA toolkit, or set GANKERNELS_CUDA=0 to build without CUDA kernels."
         )
     return nvcc
 
 
 def cuda_architectures(nvcc: str) -> list[str]:
-    """Returns nvcc's -gencode options' values, from TORCH_CUDA_ARCH_LIST or all since Turing."""
+    """Returns the values of nvcc's -gencode: TORCH_CUDA_ARCH_LIST, or all GPUs since Turing."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if wanted:
         values = []
@@ -88,8 +90,8 @@ def cuda_architectures(nvcc: str) -> list[str]:
             match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
             if match is None:
                 sys.exit(
-                    f"gankernels: TORCH_CUDA_ARCH_LIST contains {name!r}; accepted are entries "
-                    "such as 8.0, 9.0a or 9.0+PTX"
+                    "gankernels: TORCH_CUDA_ARCH_LIST must list architectures such as 8.0, 9.0a "
+                    f"or 9.0+PTX, got {name!r}"
                 )
             number = match[1] + match[2]
             values.append(f"arch=compute_{number},code=sm_{number}")
@@ -98,9 +100,9 @@ def cuda_architectures(nvcc: str) -> list[str]:
         return values
     listed = run(nvcc, "--list-gpu-arch")
     known = sorted({int(n) for n in re.findall(r"compute_(\d+)", listed)})
-    # One binary serves all later minor versions of its generation, so these cover every GPU since
-    # Turing that an x86-64 machine can have; PTX serves what is newer than the last of them. Thor
-    # (sm_110), which only ARM machines have, is in between and served by neither.
+    # A binary also runs on all later minor versions of its generation, so these cover every GPU
+    # since Turing in an x86-64 machine, and PTX covers newer ones. Neither covers Thor (sm_110),
+    # which only ARM machines have.
     numbers = [n for n in (75, 80, 86, 89, 90, 100, 120) if n in known]
     values = [f"arch=compute_{n},code=sm_{n}" for n in numbers]
     return [*values, f"arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
@@ -158,8 +160,8 @@ class BuildLibrary(build_ext):
             return shlex.quote(argument).replace("$", "$$")
 
         kernels, ops = ROOT / "csrc" / "kernels", ROOT / "csrc" / "ops"
-        # What __FILE__ says is kept, in the checks of torch's headers too: not where we build. Of
-        # two folders that match, the one named last counts, and torch may lie in our own.
+        # The checks in torch's headers keep __FILE__ in the library, which must not name the
+        # folders of the build. If two match, the last one counts, and torch may be inside ours.
         folders = {Path(self.build_temp).resolve(): "build", ROOT: "gankernels", torch: "torch"}
         mapped = [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
         common = "-std=c++17 -O3 -fPIC -Wall -Wextra -fvisibility=hidden "
@@ -169,7 +171,7 @@ class BuildLibrary(build_ext):
         lines = [
             "ninja_required_version = 1.8",
             "rule kernel",
-            # Kernels throw nothing, and the baseline copy must run on every x86-64.
+            # Kernels throw nothing. The baseline copy must run on every x86-64.
             f"  command = {cxx} {common} -fno-exceptions -fno-rtti $flags -MMD -MF $out.d "
             "-c $in -o $out",
             "  depfile = $out.d",
@@ -180,7 +182,7 @@ class BuildLibrary(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
         ]
-        # -ltorch would be dropped as unneeded, since all it does is bring in the libraries behind.
+        # Without --no-as-needed the linker would drop -ltorch, whose only use is to load others.
         link = f"-L{quote(str(torch / 'lib'))} -ltorch -ltorch_cpu"
         if nvcc:
             lines += [
@@ -194,7 +196,7 @@ class BuildLibrary(build_ext):
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link",
-                # -nodlink: no device code calls any of another file, and nvlink would keep -L.
+                # -nodlink: device code calls no other file's, and nvlink would record -L.
                 f"  command = {nvcc} -shared -nodlink -cudart static -Xlinker --no-as-needed $in "
                 f"{link} -o $out",
             ]
@@ -206,22 +208,24 @@ class BuildLibrary(build_ext):
         objects = []
 
         def compile_(rule: str, source: Path, suffix: str = "", flags: str = "") -> None:
-            name = f"{source.parent.name}_{source.stem}{suffix}.o"
+            # csrc/ops/adam.cpp becomes ops_adam.o, csrc/kernels/cpu/adam.cpp cpu_adam.avx2.o.
+            parts = source.relative_to(ROOT / "csrc").with_suffix("").parts
+            name = "_".join(part for part in parts if part != "kernels") + f"{suffix}.o"
             objects.append(name)
             lines.append(f"build {name}: {rule} {escape(source)}")
             if flags:
                 lines.append(f"  flags = {flags}")
 
         # The largest first, to keep all cores busy to the end.
-        for source in sorted((kernels / "cuda").glob("*.cu")) if nvcc else []:
+        for source in sorted((kernels / "cuda").rglob("*.cu")) if nvcc else []:
             compile_("cuda", source)
-        for source in sorted((kernels / "cpu").glob("*.cpp")):
+        for source in sorted((kernels / "cpu").rglob("*.cpp")):
             if source.stem == "dispatch":
                 compile_("kernel", source)
                 continue
             for isa, flags in CPU_ISAS.items():
                 compile_("kernel", source, f".{isa}", f"-DGK_ISA={isa} {flags}")
-        for source in sorted(ops.glob("*.cpp")):
+        for source in sorted(ops.rglob("*.cpp")):
             compile_("op", source, flags="-DGK_WITH_CUDA" if nvcc else "")
         lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"default {LIBRARY}"]
         return "\n".join(lines) + "\n"
@@ -240,14 +244,14 @@ class BuildLibrary(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The library has no Python symbols: one wheel serves every Python 3 and torch >= 2.10."""
+    """One wheel for every Python 3 and torch >= 2.10: the library uses no Python symbols."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
 setup(
-    # Names the library for setuptools; BuildLibrary knows the sources.
+    # Only the library's name: BuildLibrary finds the sources.
     ext_modules=[Extension("gankernels.libgankernels", sources=[])],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
 )

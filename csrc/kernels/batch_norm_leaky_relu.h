@@ -34,6 +34,11 @@ struct BatchNormLeakyReLU {
   void* statistics = nullptr;    // (2, C): mean, biased variance
 };
 
+// The element of weight, bias and their tangents that belongs to statistics group c.
+GK_HOST_DEVICE static inline int64_t affine_index(const BatchNormLeakyReLU& p, int64_t c) {
+  return c < p.affine ? c : c % p.affine;
+}
+
 struct BatchNormLeakyReLUForward : BatchNormLeakyReLU {
   bool compute_statistics = false;  // write `statistics` from x; otherwise read them
   void* y = nullptr;                // of x's shape, or null: statistics only

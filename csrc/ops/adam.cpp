@@ -17,7 +17,7 @@ void adam(Tensors parameters, Tensors gradients, Tensors exp_avgs, Tensors exp_a
   const size_t count = parameters.size();
   auto check_length = [&](const char* name, const Tensors& list) {
     if (list.size() != count) {
-      check.refuse(name, "must be as many as the ", count, " parameters, got ", list.size());
+      check.fail(name, "must have as many tensors as parameters, ", count, ", got ", list.size());
     }
   };
   check_length("gradients", gradients);
@@ -25,39 +25,39 @@ void adam(Tensors parameters, Tensors gradients, Tensors exp_avgs, Tensors exp_a
   check_length("exp_avg_sqs", exp_avg_sqs);
   check_length("steps", steps);
   check_length("casts", casts);
-  // Everything is checked, and what must be copied is, before anything is changed.
+  // All checks and copies come before the first change.
   for (size_t i = 0; i < count; ++i) {
-    const Seen parameter = check.memory({"parameters", i}, parameters[i]);
+    const TensorInfo parameter = check.inspect({"parameters", i}, parameters[i]);
     check.dtype(parameter, ScalarType::Float);
     if (!is_dense(parameter)) {
-      check.refuse(parameter.name, "must have no gaps between its elements");
+      check.fail(parameter.name, "must have no gaps between its elements");
     }
-    check.written(parameter, parameters[i]);
+    check.output(parameter, parameters[i]);
 
-    auto check_companion = [&](const Seen& seen, const Tensor& tensor, ScalarType dtype) {
-      check.dtype(seen, dtype);
-      check.shape_of(seen, parameter, "its parameter");
-      if (!same_strides(seen, parameter)) {
-        check.refuse(seen.name, "must lie in memory as its parameter does, got other strides");
+    auto check_companion = [&](const TensorInfo& info, const Tensor& tensor, ScalarType dtype) {
+      check.dtype(info, dtype);
+      check.shape_of(info, parameter, "its parameter");
+      if (!same_strides(info, parameter)) {
+        check.fail(info.name, "must have the strides of its parameter, got others");
       }
-      check.written(seen, tensor);
+      check.output(info, tensor);
     };
-    check_companion(check.memory({"exp_avgs", i}, exp_avgs[i]), exp_avgs[i], ScalarType::Float);
-    check_companion(check.memory({"exp_avg_sqs", i}, exp_avg_sqs[i]), exp_avg_sqs[i],
+    check_companion(check.inspect({"exp_avgs", i}, exp_avgs[i]), exp_avgs[i], ScalarType::Float);
+    check_companion(check.inspect({"exp_avg_sqs", i}, exp_avg_sqs[i]), exp_avg_sqs[i],
                     ScalarType::Float);
-    const Seen cast = check.memory({"casts", i}, casts[i]);
+    const TensorInfo cast = check.inspect({"casts", i}, casts[i]);
     if (cast.elements) check_companion(cast, casts[i], ScalarType::BFloat16);
 
-    const Seen steps_seen = check.memory({"steps", i}, steps[i]);
-    check.dtype(steps_seen, ScalarType::Float);
-    check.one_element(steps_seen);
-    check.written(steps_seen, steps[i]);
+    const TensorInfo step_info = check.inspect({"steps", i}, steps[i]);
+    check.dtype(step_info, ScalarType::Float);
+    check.one_element(step_info);
+    check.output(step_info, steps[i]);
     const float step = *static_cast<const float*>(data(steps[i]));
     if (!(step >= 0 && step < 0x1p62f)) {  // as an integer it fits, with one more
-      check.refuse(steps_seen.name, "must be a number of steps, got ", step);
+      check.fail(step_info.name, "must be a number of steps, got ", step);
     }
 
-    const Seen gradient = check.memory({"gradients", i}, gradients[i]);
+    const TensorInfo gradient = check.inspect({"gradients", i}, gradients[i]);
     check.floating(gradient);
     check.shape_of(gradient, parameter, "its parameter");
     const bool known = gradient.has(ScalarType::Float) || gradient.has(ScalarType::BFloat16);
@@ -90,8 +90,9 @@ void adam(Tensors parameters, Tensors gradients, Tensors exp_avgs, Tensors exp_a
   cpu::adam(p, cpu_threads());
 }
 
-// Parameters, moments and steps are float32; gradients float32 or bfloat16; casts bfloat16, or
-// empty where none is wanted. Lists of one length; moments and casts lie in memory as parameters.
+// Parameters, moments and steps are float32. Gradients are of any floating-point dtype, those that
+// are neither float32 nor bfloat16 are converted. Casts are bfloat16, or empty where none is
+// wanted. All lists have one length, and moments and casts have the strides of their parameters.
 constexpr Op kOps[] = {
     {"adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, "
      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] casts, float lr, float beta1, "

@@ -10,29 +10,31 @@
 namespace gankernels::ops {
 namespace {
 
-// Parameters have x's dtype, or float32 beside an x of half precision, and both the same.
-CheckOf checked(const char* op, const Tensor& x, const OptionalTensor& weight,
-                const OptionalTensor& bias) {
-  CheckOf check(op, "x", x);
+// Weight and bias have the same dtype: that of x, or float32 if x is of half precision.
+MainCheck checked(const char* op, const Tensor& x, const OptionalTensor& weight,
+                  const OptionalTensor& bias) {
+  MainCheck check(op, "x", x);
   check.dimensions(check.main, 2, 5);
   const int64_t c = check.main.sizes[1];
   ScalarType dtype = ScalarType(check.main.dtype);
   if (weight) {
-    const Seen seen = check.memory("weight", *weight);
-    if (check.main.bytes == 2 && seen.has(ScalarType::Float)) dtype = ScalarType::Float;
-    check.shape(seen, {c});
-    check.dtype(seen, dtype);
+    const TensorInfo info = check.inspect("weight", *weight);
+    if (check.main.element_bytes == 2 && info.has(ScalarType::Float)) dtype = ScalarType::Float;
+    check.shape(info, {c});
+    check.dtype(info, dtype);
   }
   if (bias) {
-    const Seen seen = check.memory("bias", *bias);
-    if (check.main.bytes == 2 && !weight && seen.has(ScalarType::Float)) dtype = ScalarType::Float;
-    check.shape(seen, {c});
-    check.dtype(seen, dtype);
+    const TensorInfo info = check.inspect("bias", *bias);
+    if (check.main.element_bytes == 2 && !weight && info.has(ScalarType::Float))
+      dtype = ScalarType::Float;
+    check.shape(info, {c});
+    check.dtype(info, dtype);
   }
   return check;
 }
 
-// Sets what all derivatives share. `x` must be dense; weight and bias are packed here.
+// Sets the parameters that all derivatives share. `x` must be dense; weight and bias are packed
+// here.
 void describe(BatchNormLeakyReLU& p, const Tensor& x, OptionalTensor& weight, OptionalTensor& bias,
               double eps, double negative_slope, bool activation_first) {
   weight = packed(weight);
@@ -57,7 +59,7 @@ std::tuple<Tensor, Tensor> batch_norm_leaky_relu(Tensor x, OptionalTensor weight
                                                  OptionalTensor bias, OptionalTensor statistics,
                                                  double eps, double negative_slope,
                                                  bool activation_first) {
-  CheckOf check = checked("batch_norm_leaky_relu", x, weight, bias);
+  MainCheck check = checked("batch_norm_leaky_relu", x, weight, bias);
   check.tensor("statistics", statistics, {2, x.size(1)}, accumulation_type(x));
   x = dense(x);
   BatchNormLeakyReLUForward p;
@@ -68,7 +70,8 @@ std::tuple<Tensor, Tensor> batch_norm_leaky_relu(Tensor x, OptionalTensor weight
   p.y = mutable_data(y);
   p.statistics = mutable_data(used);
   run<cpu::batch_norm_leaky_relu_forward, cuda::batch_norm_leaky_relu_forward>(p, x);
-  // An op's outputs must not be its inputs, so given statistics are answered with an empty tensor.
+  // An op must not return one of its inputs, so if statistics are given an empty tensor is
+  // returned.
   return {y, statistics ? empty({0}, accumulation_type(x), x) : used};
 }
 
@@ -90,7 +93,7 @@ std::tuple<Tensor, Tensor> backward(const char* op, const Tensor& grad_y, Tensor
                                     OptionalTensor sums, double count, bool training, double eps,
                                     double negative_slope, bool activation_first, bool want_sums,
                                     bool want_grad_x) {
-  CheckOf check = checked(op, x, weight, bias);
+  MainCheck check = checked(op, x, weight, bias);
   check.like("grad_y", grad_y, check.main);
   check.tensor("statistics", statistics, {2, x.size(1)}, accumulation_type(x));
   check.tensor("sums", sums, {2, x.size(1)}, accumulation_type(x));
@@ -139,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(
     OptionalTensor bias, Tensor statistics, OptionalTensor sums, double count, bool training,
     double eps, double negative_slope, bool activation_first, bool want_grad_grad_y,
     bool want_grad_x, bool want_grad_weight) {
-  CheckOf check = checked(op, x, weight, bias);
+  MainCheck check = checked(op, x, weight, bias);
   check.like("grad_grad_x", grad_grad_x, check.main);
   check.tensor("grad_grad_weight", grad_grad_weight, {x.size(1)}, accumulation_type(x));
   check.tensor("grad_grad_bias", grad_grad_bias, {x.size(1)}, accumulation_type(x));
@@ -202,25 +205,25 @@ Tensor batch_norm_leaky_relu_double_backward_sums(Tensor grad_grad_x, Tensor gra
 void update_running_statistics(Tensor running_mean, Tensor running_var,
                                OptionalTensor num_batches_tracked, Tensor statistics,
                                std::optional<double> momentum, double count) {
-  CheckOf check("update_running_statistics", "running_mean", running_mean);
+  MainCheck check("update_running_statistics", "running_mean", running_mean);
   check.dimensions(check.main, 1, 1);
-  check.written(check.main, running_mean);
-  check.written(check.like("running_var", running_var, check.main), running_var);
+  check.output(check.main, running_mean);
+  check.output(check.like("running_var", running_var, check.main), running_var);
   if (num_batches_tracked) {
-    const Seen counter = check.memory("num_batches_tracked", *num_batches_tracked);
+    const TensorInfo counter = check.inspect("num_batches_tracked", *num_batches_tracked);
     check.dtype(counter, ScalarType::Long);
     check.one_element(counter);
-    check.written(counter, *num_batches_tracked);
+    check.output(counter, *num_batches_tracked);
   } else if (!momentum) {
-    check.refuse("momentum", "must be a number where there is no num_batches_tracked, got None");
+    check.fail("momentum", "must be a number if num_batches_tracked is None, got None");
   }
   check.tensor("statistics", statistics, {2, check.main.elements}, accumulation_type(running_mean));
   check.count("count", count);
   check.no_overlap();
-  // The kernel indexes neighbours, so running statistics that lie apart are updated in copies.
+  // The kernel needs contiguous arrays, so running statistics that are not are updated in copies.
   const Tensor mean = packed(running_mean), var = packed(running_var);
-  // PyTorch may refuse to write to them, to leaves that require gradients, say. It is asked with
-  // the values that they have, so that a refusal leaves everything as it was.
+  // PyTorch may refuse to write to them, for example to leaves that require gradients. It is asked
+  // to write the values that they already have, so that a refusal changes nothing.
   if (!running_mean.is_contiguous()) torch::stable::copy_(running_mean, mean);
   if (!running_var.is_contiguous()) torch::stable::copy_(running_var, var);
   statistics = packed(statistics);

@@ -1,7 +1,7 @@
-// What stands between Python and a pointer. Every op checks here all that it is given before it
-// reads or writes anything: torch.ops.gankernels.* may be called by anyone with anything, and
-// PyTorch's own ops never end a process. The Python layer checks too, for Python's own exception
-// types; these errors are RuntimeErrors that name op and argument, what must be and what came.
+// Checks the arguments of ops before anything is read or written. torch.ops.gankernels.* may be
+// called with any arguments, and like PyTorch's own ops ours must never end a process. The Python
+// layer checks as well, for Python's exception types. The errors here are RuntimeErrors of the form
+// `op: argument must be ..., got ...`.
 #pragma once
 
 #include <initializer_list>
@@ -22,48 +22,49 @@ struct Name {
   Name(const char* list, size_t element) : name(list), index(int64_t(element)) {}
 };
 
-// What is known of a tensor, asked for once: every question costs a call of PyTorch.
-struct Seen {
+// The properties of a tensor, read once, since every query is a call into PyTorch.
+struct TensorInfo {
   Name name;
   int32_t dtype;
   int64_t dims;
   const int64_t *sizes, *strides;
-  int64_t elements, bytes;  // in all; of one
+  int64_t elements, element_bytes;
 
   bool has(ScalarType type) const { return dtype == int32_t(type); }
 };
 
-// The checks of one call. The first tensor says where all others must be.
+// The checks of one call of an op. All tensors must be on the device of the first one.
 class Check {
  public:
   explicit Check(const char* op) : op_(op) {}
 
-  // Defined, strided, on the device of all, and within its storage (which may have been resized).
-  Seen memory(Name, const Tensor&);
+  // The tensor must be defined, strided, on the device of the others, and within its storage, which
+  // may have been resized.
+  TensorInfo inspect(Name, const Tensor&);
 
-  void floating(const Seen&) const;  // float32, float64, bfloat16 or float16
-  void dtype(const Seen&, ScalarType) const;
-  void dimensions(const Seen&, int64_t least, int64_t most) const;
-  void shape(const Seen&, std::initializer_list<int64_t>) const;
-  void shape_of(const Seen&, const Seen& model, const char* model_name) const;
-  void one_element(const Seen&) const;
+  void floating(const TensorInfo&) const;  // float32, float64, bfloat16 or float16
+  void dtype(const TensorInfo&, ScalarType) const;
+  void dimensions(const TensorInfo&, int64_t least, int64_t most) const;
+  void shape(const TensorInfo&, std::initializer_list<int64_t>) const;
+  void shape_of(const TensorInfo&, const TensorInfo& model, const char* model_name) const;
+  void one_element(const TensorInfo&) const;
 
-  // Memory, shape and dtype at once; of no tensor, nothing.
+  // Inspects a tensor and checks its shape and dtype. An optional one may be missing.
   void tensor(Name, const Tensor&, std::initializer_list<int64_t> sizes, ScalarType);
   void tensor(Name, const OptionalTensor&, std::initializer_list<int64_t> sizes, ScalarType);
-  // Memory, and the shape and dtype of a model.
-  Seen like(Name, const Tensor&, const Seen& model);
+  // Inspects a tensor that must have the shape and dtype of `model`.
+  TensorInfo like(Name, const Tensor&, const TensorInfo& model);
 
   void range(Name, int64_t value, int64_t least, int64_t most) const;
   void count(Name, double value) const;  // finite and not negative
 
-  // What is written must not overlap itself, nor anything else that is written: between dense
-  // tensors, since of others PyTorch does not know either.
-  void written(const Seen&, const Tensor&);
+  // An output must not overlap itself or another output. Like PyTorch, no_overlap() compares dense
+  // tensors only.
+  void output(const TensorInfo&, const Tensor&);
   void no_overlap();
 
   template <typename... Words>
-  [[noreturn]] void refuse(Name argument, const Words&... words) const {
+  [[noreturn]] void fail(Name argument, const Words&... words) const {
     std::ostringstream message;
     message << op_ << ": " << argument.name;
     if (argument.index >= 0) message << '[' << argument.index << ']';
@@ -80,20 +81,21 @@ class Check {
 
   const char* op_;
   int32_t device_type_ = -1, device_index_ = -1;
-  std::vector<Span> written_;
+  std::vector<Span> outputs_;
 };
 
-// With what was seen of an op's main tensor.
-struct CheckOf : Check {
-  Seen main;
-  CheckOf(const char* op, Name name, const Tensor& tensor) : Check(op), main(memory(name, tensor)) {
+// The checks of an op whose first tensor, `main`, has a floating-point dtype.
+struct MainCheck : Check {
+  TensorInfo main;
+  MainCheck(const char* op, Name name, const Tensor& tensor)
+      : Check(op), main(inspect(name, tensor)) {
     floating(main);
   }
 };
 
-std::string shape_text(const Seen&);
+std::string shape_text(const TensorInfo&);
 
-bool is_dense(const Seen&);
-bool same_strides(const Seen&, const Seen& model);  // of the same sizes
+bool is_dense(const TensorInfo&);
+bool same_strides(const TensorInfo&, const TensorInfo& model);  // of the same sizes
 
 }  // namespace gankernels::ops

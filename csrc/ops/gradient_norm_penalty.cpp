@@ -10,17 +10,19 @@
 namespace gankernels::ops {
 namespace {
 
-// The tensor itself where every sample (of the first dimension) is a dense block and the samples
-// follow each other, in whatever order the other dimensions lie; otherwise a contiguous copy.
+// The tensor itself where every sample (of the first dimension) is a dense block, in any order of
+// the other dimensions, and the samples follow each other; otherwise a contiguous copy.
 Tensor with_dense_samples(const Tensor& tensor) {
-  const int64_t block = dense_block(tensor, 1), samples = tensor.size(0);
+  const int64_t samples = tensor.size(0);
+  const int64_t block =
+      dense_block(tensor.sizes().data() + 1, tensor.strides().data() + 1, tensor.dim() - 1);
   const bool dense =
       block * samples == tensor.numel() && (samples <= 1 || tensor.stride(0) == block);
   return dense ? tensor : contiguous_copy(tensor);
 }
 
-CheckOf checked(const char* op, const Tensor& grad, int64_t kind) {
-  CheckOf check(op, "grad", grad);
+MainCheck checked(const char* op, const Tensor& grad, int64_t kind) {
+  MainCheck check(op, "grad", grad);
   check.dimensions(check.main, 1, INT64_MAX);
   check.range("kind", kind, 0, int64_t(Penalty::kSquared));
   return check;
@@ -51,7 +53,7 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty(Tensor grad, int64_t kind, doub
 
 Tensor gradient_norm_penalty_backward(Tensor grad_penalty, Tensor grad, Tensor squared_norms,
                                       int64_t kind, double center) {
-  CheckOf check = checked("gradient_norm_penalty_backward", grad, kind);
+  MainCheck check = checked("gradient_norm_penalty_backward", grad, kind);
   const ScalarType accumulation = accumulation_type(grad);
   check.tensor("grad_penalty", grad_penalty, {}, accumulation);
   check.tensor("squared_norms", squared_norms, {grad.size(0)}, accumulation);
@@ -70,7 +72,7 @@ std::tuple<Tensor, Tensor> gradient_norm_penalty_double_backward(Tensor tangent,
                                                                  Tensor grad_penalty, Tensor grad,
                                                                  Tensor squared_norms, int64_t kind,
                                                                  double center) {
-  CheckOf check = checked("gradient_norm_penalty_double_backward", grad, kind);
+  MainCheck check = checked("gradient_norm_penalty_double_backward", grad, kind);
   const ScalarType accumulation = accumulation_type(grad);
   check.like("tangent", tangent, check.main);
   check.tensor("grad_penalty", grad_penalty, {}, accumulation);

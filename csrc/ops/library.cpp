@@ -1,4 +1,4 @@
-// What the library says about itself; gankernels/_library.py puts it in words.
+// Library metadata, read by gankernels/_library.py.
 #include <torch/csrc/stable/library.h>
 
 #include "../kernels/cpu/dispatch.h"

@@ -14,8 +14,8 @@ void set_strides(const Tensor& tensor, int64_t* strides) {
   for (int64_t d = 0; d < tensor.dim(); ++d) strides[d] = tensor.stride(d);
 }
 
-CheckOf checked(const char* op, const Tensor& m) {
-  CheckOf check(op, "m", m);
+MainCheck checked(const char* op, const Tensor& m) {
+  MainCheck check(op, "m", m);
   check.dimensions(check.main, 3, 3);
   return check;
 }
@@ -40,7 +40,7 @@ Tensor minibatch_discrimination(Tensor m) {
 }
 
 Tensor minibatch_discrimination_backward(Tensor grad_o, Tensor m) {
-  CheckOf check = checked("minibatch_discrimination_backward", m);
+  MainCheck check = checked("minibatch_discrimination_backward", m);
   check.tensor("grad_o", grad_o, {m.size(0), m.size(1)}, m.scalar_type());
   MinibatchDiscriminationBackward p;
   describe(p, m);
@@ -55,7 +55,7 @@ Tensor minibatch_discrimination_backward(Tensor grad_o, Tensor m) {
 std::tuple<Tensor, Tensor> minibatch_discrimination_double_backward(Tensor grad_grad_m,
                                                                     Tensor grad_o, Tensor m,
                                                                     bool want_grad_m) {
-  CheckOf check = checked("minibatch_discrimination_double_backward", m);
+  MainCheck check = checked("minibatch_discrimination_double_backward", m);
   check.like("grad_grad_m", grad_grad_m, check.main);
   check.tensor("grad_o", grad_o, {m.size(0), m.size(1)}, m.scalar_type());
   MinibatchDiscriminationDoubleBackward p;

@@ -10,22 +10,21 @@
 namespace gankernels::ops {
 namespace {
 
-CheckOf checked(const char* op, const Tensor& x, int64_t group_size, int64_t num_channels) {
-  CheckOf check(op, "x", x);
+MainCheck checked(const char* op, const Tensor& x, int64_t group_size, int64_t num_channels) {
+  MainCheck check(op, "x", x);
   check.dimensions(check.main, 2, INT64_MAX);
   if (check.main.elements == 0) {
-    check.refuse("x", "must not be empty, got shape ", shape_text(check.main));
+    check.fail("x", "must not be empty, got shape ", shape_text(check.main));
   }
   check.range("group_size", group_size, 1, INT64_MAX);
   check.range("num_channels", num_channels, 1, INT64_MAX);
   if (x.size(1) % num_channels) {
-    check.refuse("num_channels", "must divide the ", x.size(1), " channels of x, got ",
-                 num_channels);
+    check.fail("num_channels", "must divide the ", x.size(1), " channels of x, got ", num_channels);
   }
   return check;
 }
 
-// Of group_size samples at most, which may be more than there are, up to the largest number.
+// Groups have at most group_size samples. It may exceed the number of samples, up to INT64_MAX.
 int64_t groups_of(const Tensor& x, int64_t group_size) { return (x.size(0) - 1) / group_size + 1; }
 
 // x is dense. Returns the number of groups.
@@ -56,7 +55,7 @@ Tensor minibatch_stddev(Tensor x, int64_t group_size, int64_t num_channels, doub
 
 Tensor minibatch_stddev_backward(Tensor grad_stddev, Tensor x, int64_t group_size,
                                  int64_t num_channels, double eps) {
-  CheckOf check = checked("minibatch_stddev_backward", x, group_size, num_channels);
+  MainCheck check = checked("minibatch_stddev_backward", x, group_size, num_channels);
   check.tensor("grad_stddev", grad_stddev, {groups_of(x, group_size), num_channels},
                accumulation_type(x));
   x = dense(x);
@@ -73,7 +72,7 @@ Tensor minibatch_stddev_backward(Tensor grad_stddev, Tensor x, int64_t group_siz
 std::tuple<Tensor, Tensor> minibatch_stddev_double_backward(Tensor tangent, Tensor grad_stddev,
                                                             Tensor x, int64_t group_size,
                                                             int64_t num_channels, double eps) {
-  CheckOf check = checked("minibatch_stddev_double_backward", x, group_size, num_channels);
+  MainCheck check = checked("minibatch_stddev_double_backward", x, group_size, num_channels);
   check.like("tangent", tangent, check.main);
   check.tensor("grad_stddev", grad_stddev, {groups_of(x, group_size), num_channels},
                accumulation_type(x));

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-// Missing in a CPU-only torch, hence weak: the same library then loads without it.
+// Weak, because a CPU-only torch lacks it: the same library then loads without it.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
@@ -20,7 +20,7 @@ DType dtype_of(const Tensor& tensor) {
     case ScalarType::Half:
       return DType::kFloat16;
     default:
-      throw std::logic_error("a dtype that no kernel knows came through the checks");
+      throw std::logic_error("the checks let a dtype pass that no kernel supports");
   }
 }
 
@@ -61,13 +61,11 @@ Tensor contiguous_copy(const Tensor& tensor) {
   return copy;
 }
 
-int64_t dense_block(const Tensor& tensor, size_t first) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
+int64_t dense_block(const int64_t* sizes, const int64_t* strides, int64_t dims) {
   int64_t block = 1;  // the elements that are known to be dense so far
   for (bool found = true; found && block;) {
     found = false;
-    for (size_t d = first; d < sizes.size(); ++d) {
+    for (int64_t d = 0; d < dims; ++d) {
       if (sizes[d] != 1 && strides[d] == block) {
         block *= sizes[d];
         found = true;
@@ -77,19 +75,17 @@ int64_t dense_block(const Tensor& tensor, size_t first) {
   return block;
 }
 
-bool same_strides(const Tensor& tensor, const Tensor& model) {
-  const auto sizes = model.sizes();
-  const auto strides = tensor.strides();
-  const auto wanted = model.strides();
+bool same_strides(const int64_t* sizes, const int64_t* strides, const int64_t* others,
+                  int64_t dims) {
   bool same = true;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    same &= sizes[d] <= 1 || strides[d] == wanted[d];
-  }
+  for (int64_t d = 0; d < dims; ++d) same &= sizes[d] <= 1 || strides[d] == others[d];
   return same;
 }
 
 Tensor in_layout_of(const Tensor& tensor, const Tensor& model) {
-  if (tensor.scalar_type() == model.scalar_type() && same_strides(tensor, model)) return tensor;
+  const bool same = same_strides(model.sizes().data(), tensor.strides().data(),
+                                 model.strides().data(), model.dim());
+  if (same && tensor.scalar_type() == model.scalar_type()) return tensor;
   Tensor copy = empty_with_strides_of(model);
   torch::stable::copy_(copy, tensor);
   return copy;
@@ -115,7 +111,7 @@ static Tensor allocate(int64_t dims, const int64_t* sizes, const int64_t* stride
     for (int64_t d = 0; d < dims; ++d) bytes *= double(sizes[d]);
     std::string number = std::to_string(bytes);
     number.resize(number.find('.'));
-    // In the words that others look for in PyTorch's own errors.
+    // The words of PyTorch's own errors, which callers look for.
     throw std::runtime_error((model.is_cuda() ? "CUDA out of memory: tried to allocate "
                                               : "can't allocate memory: you tried to allocate ") +
                              number + " bytes");
@@ -150,7 +146,7 @@ CpuThreads cpu_threads() {
 
 CudaStream::CudaStream(int device) : guard_(device) {
   if (!aoti_torch_get_current_cuda_stream) {
-    throw std::runtime_error("a CUDA tensor met a torch without CUDA support");
+    throw std::runtime_error("got a CUDA tensor, but this torch has no CUDA support");
   }
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
 }

@@ -1,5 +1,5 @@
-// What every op does around its kernel: memory layouts, element types, allocation, threads,
-// streams.
+// Everything that an op needs around its kernel: memory layouts, element types, allocation,
+// threads, streams.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -32,21 +32,23 @@ Layout layout_of(const Tensor& tensor);
 Tensor dense(const Tensor& tensor);
 Tensor contiguous_copy(const Tensor& tensor);
 
-// How many elements lie side by side, in whatever order, in the dimensions from `first` on.
-int64_t dense_block(const Tensor& tensor, size_t first);
+// How many elements lie next to each other, in any order of the dimensions.
+int64_t dense_block(const int64_t* sizes, const int64_t* strides, int64_t dims);
 
-// Whether a tensor lies in memory as `model`, of the same sizes, does.
-bool same_strides(const Tensor& tensor, const Tensor& model);
+// Whether two tensors of these sizes have the same elements at the same places in memory.
+bool same_strides(const int64_t* sizes, const int64_t* strides, const int64_t* others,
+                  int64_t dims);
 
 // The tensor itself where it has the layout and type of `model`, of the same sizes, otherwise a
 // copy that has.
 Tensor in_layout_of(const Tensor& tensor, const Tensor& model);
 
-// The per-channel tensor itself where its elements are neighbours, otherwise a copy where they are.
+// The tensor itself where it is contiguous, otherwise a contiguous copy.
 Tensor packed(const Tensor& tensor);
 OptionalTensor packed(const OptionalTensor& tensor);
 
-// Uninitialised, on the device of `model`. Where memory is short, the exception says of how much.
+// Uninitialized, on the device of `model`. If there is not enough memory, the exception says how
+// much was asked for.
 Tensor empty(std::vector<int64_t> sizes, ScalarType dtype, const Tensor& model);
 Tensor empty_with_strides_of(const Tensor& model);
 
@@ -56,20 +58,20 @@ void* mutable_data(const Tensor& tensor);
 
 CpuThreads cpu_threads();
 
-// The current CUDA stream of a device, a cudaStream_t, and that device the current one. As an
-// argument of a call it lives until the call returns, so what the call launches is launched there.
+// The current CUDA stream of a device, a cudaStream_t. While this exists, the device is the current
+// one: as an argument of a call it lives until the call returns, so the call launches on it.
 class CudaStream {
  public:
   explicit CudaStream(int device);
   operator void*() const { return stream_; }
 
  private:
-  // torch's own: a guard of ours would leave a context behind on the device that it returns to.
+  // PyTorch's guard. One of ours would create a context on the device that it returns to.
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
 
-// Throws what a CUDA kernel returned, if anything.
+// Throws the error message that a CUDA kernel returned, if it is not null.
 void check_cuda(const char* error);
 
 }  // namespace gankernels::ops

@@ -123,12 +123,10 @@ ERRORS = {
         var=torch.zeros(1)
     ),
     "running_var must have dtype float32, got float64": lambda: update(var=torch.zeros(3).double()),
-    "running_mean must have an element of its own at every index, got an expanded tensor": (
+    "running_mean must have a separate element at every index, got an expanded tensor": (
         lambda: update(torch.zeros(1).expand(3))
     ),
-    "running_var must have memory of its own, got some that running_mean has too": (
-        lambda: update(*[torch.zeros(3)] * 2)
-    ),
+    "running_var must not share memory with running_mean": (lambda: update(*[torch.zeros(3)] * 2)),
     "num_batches_tracked must have dtype int64, got float16": lambda: update(
         counter=torch.ones(()).half()
     ),
@@ -138,7 +136,7 @@ ERRORS = {
     "statistics must have dtype float32, got float64": lambda: update(
         statistics=statistics.double()
     ),
-    "momentum must be a number where there is no num_batches_tracked, got None": lambda: update(
+    "momentum must be a number if num_batches_tracked is None, got None": lambda: update(
         momentum=None
     ),
     "update_running_statistics: count must be a finite number of at least 0, got inf": (

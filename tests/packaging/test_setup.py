@@ -1,7 +1,8 @@
-"""What setup.py says to who cannot be served."""
+"""The errors of setup.py, and the build that it writes for ninja."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -16,14 +17,14 @@ ROOT = Path(__file__).parent.parent.parent
 PURELIB = Path("lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages")
 
 
-def build(folder, python=sys.executable, **environment):
+def build(folder, python=sys.executable, root=ROOT, **environment):
     """Builds into `folder`, on a machine without compilers; returns the exit code and stderr."""
     nothing = folder / "empty"
     nothing.mkdir()
     kept = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "NVCC", "CXX")}
     result = subprocess.run(
         [python, "setup.py", "-q", "build_ext", "--build-temp", folder, "--build-lib", folder],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=root, capture_output=True, text=True,
         env={**kept, "PATH": str(nothing), **environment},
     )  # fmt: skip
     assert not list(folder.rglob("*.so"))
@@ -60,14 +61,15 @@ def test_cuda_demanded_without_nvcc(tmp_path):
 def test_unknown_choice_of_cuda(tmp_path):
     code, message = build(tmp_path, GANKERNELS_CUDA="banana")
     assert code == 1
-    assert "GANKERNELS_CUDA is 'banana'; accepted are auto, 0 and 1" in message
+    assert "GANKERNELS_CUDA must be auto, 0 or 1, got 'banana'" in message
 
 
 @pytest.mark.parametrize("value", ["nonsense", "9.0;nonsense", "90"])
 def test_unknown_architecture(tmp_path, value):
     code, message = build(tmp_path, GANKERNELS_CUDA="1", NVCC="nvcc", TORCH_CUDA_ARCH_LIST=value)
     assert code == 1
-    assert f"TORCH_CUDA_ARCH_LIST contains {value.split(';')[-1]!r}; accepted are" in message
+    assert "TORCH_CUDA_ARCH_LIST must list architectures such as 8.0, 9.0a or 9.0+PTX" in message
+    assert f"got {value.split(';')[-1]!r}" in message
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cu117"])
@@ -97,6 +99,32 @@ def test_failed_compilation(tmp_path):
     code, message = build(tmp_path, GANKERNELS_CUDA="0", CXX="/nonexistent/compiler")
     assert code == 1
     assert "the compilation failed; the compiler's own message is above" in message
+
+
+def test_sources_in_subfolders_are_built(tmp_path):
+    copy, target = tmp_path / "copy", tmp_path / "build"
+    copy.mkdir()
+    target.mkdir()
+    shutil.copy2(ROOT / "setup.py", copy)
+    shutil.copytree(ROOT / "csrc", copy / "csrc")
+    kernel = (
+        copy / "csrc" / "kernels" / "cpu" / "norms" / "adam.cpp"
+    )  # adam.cpp exists one level up
+    op = copy / "csrc" / "ops" / "norms" / "new.cpp"
+    for source in (kernel, op):
+        source.parent.mkdir()
+        source.touch()
+    build(target, root=copy, GANKERNELS_CUDA="0", CXX="/nonexistent/compiler")
+    lines = (target / "build.ninja").read_text().splitlines()
+    (link,) = [line for line in lines if line.startswith("build libgankernels.so: link")]
+    objects = {"ops_norms_new.o": op}
+    for isa in ("baseline", "avx2", "avx512"):
+        objects[f"cpu_norms_adam.{isa}.o"] = kernel
+    for name, source in objects.items():
+        rule = "op" if source == op else "kernel"
+        assert f"build {name}: {rule} {source}" in lines
+        assert name in link.split()
+    assert len(link.split()) == len(set(link.split()))
 
 
 @pytest.fixture

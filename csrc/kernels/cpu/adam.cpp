@@ -55,7 +55,7 @@ void adam(const Adam& p, const CpuThreads& available) {
   CpuThreads threads = available;
   int64_t blocks = 0, elements = 0;
   for (int64_t i = 0; i < p.count; ++i) {
-    blocks += divide_up(p.tensors[i].size, kBlock);
+    blocks += ceil_div(p.tensors[i].size, kBlock);
     elements += p.tensors[i].size;
   }
   if (elements < kSerial) threads.count = 1;
@@ -63,7 +63,7 @@ void adam(const Adam& p, const CpuThreads& available) {
     int64_t before = 0;  // blocks of earlier tensors
     for (int64_t i = 0; i < p.count && before < last; ++i) {
       const AdamTensor& t = p.tensors[i];
-      const int64_t own = divide_up(t.size, kBlock);
+      const int64_t own = ceil_div(t.size, kBlock);
       const int64_t begin = maximum(first - before, int64_t(0)) * kBlock;
       const int64_t end = minimum((last - before) * kBlock, t.size);
       if (begin < end) {

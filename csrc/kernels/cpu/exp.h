@@ -1,12 +1,13 @@
-// exp(-d) of a whole vector, for distances d >= 0.
+// exp(-d) of a vector, for distances d >= 0.
 //
-// Within 2 units in the last place of the true value of the given d, in float and in double, which
-// tests/ops/test_minibatch_discrimination.py holds it to. Where the result would be subnormal
+// The error is at most 2 units in the last place, in float and in double, which
+// tests/ops/test_minibatch_discrimination.py checks. Where the result would be subnormal
 // (d > 87.33 in float, d > 708.39 in double) it is zero. NaN gives NaN.
 #pragma once
 
 #include "simd.h"
 
+namespace gankernels {
 namespace {
 
 template <typename A>
@@ -50,7 +51,7 @@ struct ExpConstants<double> {
 };
 
 template <typename A, typename V = Vector<A>>
-__attribute__((always_inline)) inline V exp_of_minus(V d) {
+GK_INLINE V exp_of_minus(V d) {
   using K = ExpConstants<A>;
   // Adding `rounder` leaves n as the low bits of the sum, in two's complement.
   const V shifted = d * -K::log2e + K::rounder;
@@ -64,3 +65,4 @@ __attribute__((always_inline)) inline V exp_of_minus(V d) {
 }
 
 }  // namespace
+}  // namespace gankernels

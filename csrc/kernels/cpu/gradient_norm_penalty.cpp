@@ -164,8 +164,7 @@ struct Kernel {
 
 template <typename Parameters, typename Body>
 void with_kernel(const Parameters& p, const CpuThreads& threads, const Body& body) {
-  with_storage(p.dtype,
-               [&](auto storage) { body(Kernel<typename decltype(storage)::type>(p, threads)); });
+  with_type(p.dtype, [&](auto type) { body(Kernel<typename decltype(type)::type>(p, threads)); });
 }
 
 }  // namespace

@@ -95,7 +95,7 @@ struct Kernel {
         threads(available),
         positions(p.rows * p.run),
         size(positions * p.features),
-        parts(divide_up(positions, kPart)) {
+        parts(ceil_div(positions, kPart)) {
     if (p.n * size < kSerial) threads.count = 1;
   }
 
@@ -167,8 +167,8 @@ struct Kernel {
 template <Pass kPass>
 void run(const MinibatchStddev& p, void* scratch, const CpuThreads& threads, const void* tangent,
          const void* grad_stddev, void* grad_x, void* result) {
-  with_storage(p.dtype, [&](auto storage) {
-    const Kernel<typename decltype(storage)::type> kernel(p, threads);
+  with_type(p.dtype, [&](auto type) {
+    const Kernel<typename decltype(type)::type> kernel(p, threads);
     kernel.template run<kPass>(tangent, grad_stddev, grad_x, result, Scratch(scratch));
   });
 }

@@ -1,35 +1,40 @@
-// Threads and scratch memory of the CPU kernels, in an anonymous namespace like simd.h.
+// Threads and scratch memory of the CPU kernels, in an unnamed namespace like simd.h.
 #pragma once
 
 #include "../common.h"
 
+namespace gankernels {
 namespace {
 
-// Kernels allocate nothing, since they could not say that there is no memory: their callers do, as
-// many bytes as *_scratch_bytes() asks for. What is taken of it, in turn, is aligned to a line.
+// Hands out, piece after piece, the scratch memory that the caller of a kernel allocated. Every
+// piece is aligned to a cache line.
 class Scratch {
  public:
-  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
+  // Of a null pointer it counts the bytes that are taken.
+  explicit Scratch(void* memory) : memory_(reinterpret_cast<uintptr_t>(memory)) {}
 
   template <typename E>
   E* take(int64_t size) {
-    E* const taken = reinterpret_cast<E*>(next_);
-    next_ += bytes<E>(size);
-    return taken;
+    E* const piece = reinterpret_cast<E*>(memory_ + taken_);
+    taken_ += bytes<E>(size);
+    return piece;
   }
+
+  int64_t taken() const { return taken_; }
 
   template <typename E>
   static constexpr int64_t bytes(int64_t size) {
-    return (size * int64_t(sizeof(E)) + 63) / 64 * 64;
+    return ceil_div(size * int64_t(sizeof(E)), 64) * 64;
   }
 
  private:
-  char* next_;
+  uintptr_t memory_;
+  int64_t taken_ = 0;
 };
 
-// Calls body(begin, end) on `threads.count` disjoint ranges that cover [0, tasks).
+// Calls body(begin, end) on at most `threads.count` disjoint ranges that cover [0, tasks).
 template <typename Body>
-void parallel(const gankernels::CpuThreads& threads, int64_t tasks, const Body& body) {
+void parallel(const CpuThreads& threads, int64_t tasks, const Body& body) {
   if (threads.count <= 1 || tasks <= 1) return body(int64_t(0), tasks);
   auto call = [](int64_t begin, int64_t end, void* context) {
     (*static_cast<const Body*>(context))(begin, end);
@@ -38,3 +43,4 @@ void parallel(const gankernels::CpuThreads& threads, int64_t tasks, const Body& 
 }
 
 }  // namespace
+}  // namespace gankernels

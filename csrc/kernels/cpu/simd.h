@@ -1,6 +1,6 @@
-// Vectors of one register's width for the instruction set this file is compiled for, on GCC's
-// vector extensions. Everything is in an anonymous namespace: see the note in
-// batch_norm_leaky_relu_math.h.
+// Vectors as wide as a register of the instruction set that this file is compiled for, on GCC's
+// vector extensions. The verbs are Highway's: load and store, promote and demote, stream.
+// Everything is in an unnamed namespace: see the note in batch_norm_leaky_relu_math.h.
 #pragma once
 
 #if defined(__AVX2__)
@@ -14,11 +14,12 @@
 
 #include "../common.h"
 
-// For what must melt into a loop; left to itself GCC calls some of it.
+// For functions that must be inlined into a loop. Without it GCC calls some of them.
 #define GK_INLINE inline __attribute__((always_inline))
-// What keeps an array of vectors in registers.
+// Unrolls a loop completely, which keeps the arrays of vectors that it indexes in registers.
 #define GK_UNROLL _Pragma("GCC unroll 8")
 
+namespace gankernels {
 namespace {
 
 #if defined(__AVX512F__)
@@ -35,24 +36,12 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-// BFloat16 on a CPU that rounds to it in one instruction (AVX512_BF16), which takes subnormal
-// numbers for zero. Worth a type of its own because half-precision kernels are bound by
-// instructions, not by memory, and rounding by hand takes eight of some sixteen.
+// BFloat16 on a CPU that rounds to it in one instruction (AVX512_BF16), which flushes subnormal
+// numbers to zero. It deserves a separate type because half-precision kernels are bound by
+// instructions, not by memory, and rounding in software takes eight of some sixteen instructions.
 struct NativeBFloat16 {
   uint16_t bits;
 };
-
-// A: the type that arithmetic is done in, for each storage type.
-template <typename T>
-struct AccumulateIn {
-  using type = float;
-};
-template <>
-struct AccumulateIn<double> {
-  using type = double;
-};
-template <typename T>
-using Accumulate = typename AccumulateIn<T>::type;
 
 template <typename A>
 struct VectorOf {
@@ -69,7 +58,7 @@ typedef int32_t FloatMask __attribute__((vector_size(kVectorBytes)));
 
 // ---- conversions of a whole register -----------------------------------------------------------
 
-// What __builtin_convertvector says too, but GCC 12 takes five instructions for it.
+// The same as __builtin_convertvector, for which GCC 12 takes five instructions.
 GK_INLINE FloatBits extend(HalfBits v) {
 #if defined(__AVX512F__)
   return (FloatBits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
@@ -80,22 +69,24 @@ GK_INLINE FloatBits extend(HalfBits v) {
 #endif
 }
 
-GK_INLINE Vector<float> widen(HalfBits v, BFloat16*) { return (Vector<float>)(extend(v) << 16); }
+GK_INLINE Vector<float> promote(HalfBits v, BFloat16*) { return (Vector<float>)(extend(v) << 16); }
 
-GK_INLINE HalfBits narrow(Vector<float> v, BFloat16*) {
+GK_INLINE HalfBits demote(Vector<float> v, BFloat16*) {
   const FloatBits bits = (FloatBits)v;
   const FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const FloatBits result = (FloatMask)(v == v) ? rounded : FloatBits{} + 0x7fc0;
   return __builtin_convertvector(result, HalfBits);
 }
 
-GK_INLINE Vector<float> widen(HalfBits v, NativeBFloat16*) { return widen(v, (BFloat16*)nullptr); }
+GK_INLINE Vector<float> promote(HalfBits v, NativeBFloat16*) {
+  return promote(v, (BFloat16*)nullptr);
+}
 
 #if defined(__AVX512F__)
 inline bool has_native_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 
-// In assembler, because the rest of this file must run on CPUs without the instruction.
-GK_INLINE HalfBits narrow(Vector<float> v, NativeBFloat16*) {
+// In assembly, because the rest of this file must run on CPUs without the instruction.
+GK_INLINE HalfBits demote(Vector<float> v, NativeBFloat16*) {
   HalfBits result;
   asm("vcvtneps2bf16 %1, %0" : "=v"(result) : "v"(v));
   return result;
@@ -104,21 +95,21 @@ GK_INLINE HalfBits narrow(Vector<float> v, NativeBFloat16*) {
 
 #if defined(__AVX512F__)
 // The masked forms, because GCC 12 warns of the undefined value inside the plain ones.
-GK_INLINE Vector<float> widen(HalfBits v, Float16*) {
+GK_INLINE Vector<float> promote(HalfBits v, Float16*) {
   return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)v);
 }
-GK_INLINE HalfBits narrow(Vector<float> v, Float16*) {
+GK_INLINE HalfBits demote(Vector<float> v, Float16*) {
   return (HalfBits)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #elif defined(__AVX2__)
-GK_INLINE Vector<float> widen(HalfBits v, Float16*) {
+GK_INLINE Vector<float> promote(HalfBits v, Float16*) {
   return (Vector<float>)_mm256_cvtph_ps((__m128i)v);
 }
-GK_INLINE HalfBits narrow(Vector<float> v, Float16*) {
+GK_INLINE HalfBits demote(Vector<float> v, Float16*) {
   return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #else
-GK_INLINE Vector<float> widen(HalfBits v, Float16*) {
+GK_INLINE Vector<float> promote(HalfBits v, Float16*) {
   const FloatBits bits = extend(v);
   const FloatBits magnitude = bits & 0x7fff;
   // Shift exponent and mantissa into place, then let a multiplication by 2^112 move the exponent's
@@ -127,7 +118,7 @@ GK_INLINE Vector<float> widen(HalfBits v, Float16*) {
   const FloatBits special = (FloatBits)(magnitude >= 0x7c00) & 0x7f800000u;
   return (Vector<float>)((FloatBits)scaled | special | ((bits & 0x8000) << 16));
 }
-GK_INLINE HalfBits narrow(Vector<float> v, Float16*) {
+GK_INLINE HalfBits demote(Vector<float> v, Float16*) {
   const FloatBits bits = (FloatBits)v;
   const FloatBits sign = (bits >> 16) & 0x8000;
   const FloatBits magnitude = bits & 0x7fffffff;
@@ -158,18 +149,18 @@ template <typename T>
 GK_INLINE Vector<float> load(const T* p) {
   HalfBits v;
   memcpy(&v, p, sizeof v);
-  return widen(v, (T*)nullptr);
+  return promote(v, (T*)nullptr);
 }
 
 GK_INLINE void store(float* p, Vector<float> v) { memcpy(p, &v, sizeof v); }
 GK_INLINE void store(double* p, Vector<double> v) { memcpy(p, &v, sizeof v); }
 template <typename T>
 GK_INLINE void store(T* p, Vector<float> v) {
-  const HalfBits bits = narrow(v, (T*)nullptr);
+  const HalfBits bits = demote(v, (T*)nullptr);
   memcpy(p, &bits, sizeof bits);
 }
 
-// One register's worth of elements as they are.
+// Copies as many bytes as one register holds.
 template <typename T>
 GK_INLINE void copy_vector(T* to, const T* from) {
   typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
@@ -178,7 +169,8 @@ GK_INLINE void copy_vector(T* to, const T* from) {
   memcpy(to, &bytes, sizeof bytes);
 }
 
-// The first `count` lanes, the others zero. 0 < count < width.
+// Loads the first `count` lanes and sets the others to zero; stores the first `count` lanes.
+// 0 < count < width.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 GK_INLINE Vector<float> load(const float* p, int count) {
   return (Vector<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
@@ -188,7 +180,8 @@ GK_INLINE Vector<double> load(const double* p, int count) {
 }
 template <typename T>
 GK_INLINE Vector<float> load(const T* p, int count) {
-  return widen((HalfBits)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p), (T*)nullptr);
+  return promote((HalfBits)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p),
+                 (T*)nullptr);
 }
 GK_INLINE void store(float* p, Vector<float> v, int count) {
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
@@ -198,7 +191,7 @@ GK_INLINE void store(double* p, Vector<double> v, int count) {
 }
 template <typename T>
 GK_INLINE void store(T* p, Vector<float> v, int count) {
-  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), (__m256i)narrow(v, (T*)nullptr));
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), (__m256i)demote(v, (T*)nullptr));
 }
 #else
 template <typename T>
@@ -215,8 +208,9 @@ GK_INLINE void store(T* p, Vector<Accumulate<T>> v, int count) {
 }
 #endif
 
-// Stores that go past the caches, for results too large to be found there again. p is a multiple of
-// what one vector takes in memory; a line should be written whole, or it costs more than it saves.
+// Non-temporal stores, which bypass the caches: for results too large to stay cached. p is a
+// multiple of the bytes that one vector takes in memory. Lines should be written completely: one
+// that is not costs more than it saves.
 GK_INLINE void stream(float* p, Vector<float> v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, (__m512)v);
@@ -238,17 +232,17 @@ GK_INLINE void stream(double* p, Vector<double> v) {
 template <typename T>
 GK_INLINE void stream(T* p, Vector<float> v) {
 #if defined(__AVX512F__)
-  _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v, (T*)nullptr));
+  _mm256_stream_si256((__m256i*)p, (__m256i)demote(v, (T*)nullptr));
 #elif defined(__AVX2__)
-  _mm_stream_si128((__m128i*)p, (__m128i)narrow(v, (T*)nullptr));
+  _mm_stream_si128((__m128i*)p, (__m128i)demote(v, (T*)nullptr));
 #else
   store(p, v);
 #endif
 }
 
-// Asks for a line to be brought into the L2 cache. Left to the hardware, a core keeps too few lines
-// on their way from memory: reading far ahead, and into L2, which has room for more of them than
-// L1, was measured to shorten a reduction over two tensors by 40 %.
+// Prefetches a line into the L2 cache. The hardware prefetcher alone keeps too few lines in flight:
+// reading far ahead, and into L2, which has room for more of them than L1, was measured to shorten
+// a reduction over two tensors by 40 %.
 constexpr int64_t kAheadBytes = 16 << 10;
 template <typename T>
 GK_INLINE void prefetch(const T* p) {
@@ -257,14 +251,14 @@ GK_INLINE void prefetch(const T* p) {
 
 // ---- helpers -----------------------------------------------------------------------------------
 
-// Lanes below `count` keep v, the others become zero.
+// v in the first `count` lanes, zero in the others.
 template <typename A>
 GK_INLINE Vector<A> keep_first(Vector<A> v, int count) {
   static constexpr A kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return load(kLanes) < A(count) ? v : Vector<A>{};
 }
 
-// GCC's vectors have no root of their own. The masked forms for the reason given above.
+// GCC's vectors have no square root. Masked forms avoid the warning mentioned above.
 GK_INLINE Vector<float> square_root(Vector<float> v) {
 #if defined(__AVX512F__)
   return (Vector<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
@@ -296,25 +290,25 @@ GK_INLINE double sum_lanes(Vector<A> v) {
 }
 
 template <typename T>
-struct Storage {
+struct Type {
   using type = T;
 };
 
-// Calls body(Storage<T>()) with the type T that stores elements of this dtype.
+// Calls body(Type<T>()) with the type T in which elements of this dtype are stored.
 template <typename Body>
-void with_storage(gankernels::DType dtype, const Body& body) {
+void with_type(DType dtype, const Body& body) {
   switch (dtype) {
-    case gankernels::DType::kFloat32:
-      return body(Storage<float>());
-    case gankernels::DType::kFloat64:
-      return body(Storage<double>());
-    case gankernels::DType::kFloat16:
-      return body(Storage<Float16>());
-    case gankernels::DType::kBFloat16:
+    case DType::kFloat32:
+      return body(Type<float>());
+    case DType::kFloat64:
+      return body(Type<double>());
+    case DType::kFloat16:
+      return body(Type<Float16>());
+    case DType::kBFloat16:
 #if defined(__AVX512F__)
-      if (has_native_bfloat16()) return body(Storage<NativeBFloat16>());
+      if (has_native_bfloat16()) return body(Type<NativeBFloat16>());
 #endif
-      return body(Storage<BFloat16>());
+      return body(Type<BFloat16>());
   }
 }
 
@@ -326,6 +320,6 @@ template <typename I>
 GK_INLINE I maximum(I a, I b) {
   return a > b ? a : b;
 }
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
+}  // namespace gankernels
