@@ -170,11 +170,11 @@ enum Sum { kG, kGXhat, kV, kVXhat, kVG };
 
 // What both derivatives do, of a pass that has kSums of these sums and says with add() what one
 // element adds to them.
-template <typename Pass, typename P, typename A, int kInputs_, int kSums_>
+template <typename Pass, typename P, typename A, int kPassInputs, int kPassSums>
 struct Derivative {
   using Accumulator = A;
   using Params = P;
-  static constexpr int kInputs = kInputs_, kSums = kSums_, kBytesInFlight = 32;
+  static constexpr int kInputs = kPassInputs, kSums = kPassSums, kBytesInFlight = 32;
   using S = Sums<A, kSums>;  // until finish(), those of xhat lack its factor invstd
 
   GK_HOST_DEVICE static bool reduces(const P& p) { return p.compute_sums; }
@@ -216,13 +216,13 @@ struct Derivative {
 };
 
 template <typename A>
-struct Backward : Derivative<Backward<A>, BatchNormLeakyReLUBackward, A, 2, 2> {
+struct Backward : Derivative<Backward<A>, BatchNormLeakyReLUBackward, A, 2, kGXhat + 1> {
   using Params = BatchNormLeakyReLUBackward;
   struct Coefficients {
     Normalization<A> channel;
     BackwardCoefficients<A> backward;
   };
-  static constexpr int kInputs = 2, kOutputs = 1, kSums = 2;
+  static constexpr int kInputs = 2, kOutputs = 1, kSums = kGXhat + 1;
 
   GK_HOST_DEVICE static const void* input(const Params& p, int i) {
     return i == 0 ? p.x : p.grad_y;
@@ -238,9 +238,9 @@ struct Backward : Derivative<Backward<A>, BatchNormLeakyReLUBackward, A, 2, 2> {
     return g;
   }
 
-  __device__ static Coefficients finish(const Params& p, int64_t c, const Sums<A, kSums>& sums_,
+  __device__ static Coefficients finish(const Params& p, int64_t c, const Sums<A, kSums>& reduced,
                                         const Normalization<A>& channel, bool write) {
-    const Sums<A, kSums> sums = Backward::finish_sums(p, c, sums_, channel, write);
+    const Sums<A, kSums> sums = Backward::finish_sums(p, c, reduced, channel, write);
     return {channel,
             backward_coefficients(channel.weight, channel.invstd, sums.value[kG],
                                   sums.value[kGXhat], static_cast<A>(p.count), p.training)};
@@ -284,9 +284,9 @@ struct DoubleBackward
     sums.value[kVG] += v * g;
   }
 
-  __device__ static Coefficients finish(const Params& p, int64_t c, const Sums<A, kSums>& sums_,
+  __device__ static Coefficients finish(const Params& p, int64_t c, const Sums<A, kSums>& reduced,
                                         const Normalization<A>& channel, bool write) {
-    const Sums<A, kSums> sums = DoubleBackward::finish_sums(p, c, sums_, channel, write);
+    const Sums<A, kSums> sums = DoubleBackward::finish_sums(p, c, reduced, channel, write);
     const int64_t i = parameter_index(p, c);
     const A ggw = p.grad_grad_weight ? static_cast<const A*>(p.grad_grad_weight)[i] : A(0);
     const A ggb = p.grad_grad_bias ? static_cast<const A*>(p.grad_grad_bias)[i] : A(0);
