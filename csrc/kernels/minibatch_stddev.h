@@ -29,6 +29,7 @@
 #pragma once
 
 #include "common.h"
+#include "mutant.h"
 
 namespace gankernels {
 
@@ -57,7 +58,8 @@ struct MinibatchStddevDoubleBackward : MinibatchStddev {
 
 // A group has at least one member: G <= N.
 GK_HOST_DEVICE static inline int64_t members_of(const MinibatchStddev& p, int64_t group) {
-  return p.n / p.groups + (group < p.n % p.groups ? 1 : 0);
+  return p.n / p.groups +
+         (GK_MUTANT(stddev_one_group_size, group < p.n % p.groups, group >= 0) ? 1 : 0);
 }
 
 namespace cpu {

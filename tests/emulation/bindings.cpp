@@ -1,7 +1,8 @@
-// The raw kernels as functions of numpy arrays, on the emulated device.
+// The kernels as functions of numpy arrays on the emulated device: NAME(inputs, outputs, options),
+// where the arrays and options are called as the fields of the kernel's parameters.
 //
-// Every array is copied to a buffer of exactly its size between guards. Outputs start as NaNs.
-// After the call, guards and inputs must be untouched, and outputs are copied back.
+// Every array is copied to a buffer of exactly its size between guards. After the call, guards and
+// inputs must be unchanged, and outputs are copied back.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,6 +13,9 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "batch_norm_leaky_relu.h"
 #include "emulation.h"
@@ -41,7 +45,7 @@ class GuardedBuffer {
       : name_(std::move(name)), bytes_(bytes), before_(kGuard + offset) {
     total_ = (before_ + bytes_ + kGuard + 63) / 64 * 64;
     memory_.reset(static_cast<unsigned char*>(std::aligned_alloc(64, total_)));
-    emulation::add_device_memory(memory_.get(), total_);  // who oversteps is told by the guards
+    emulation::add_device_memory(memory_.get(), total_);  // guards find what is outside
     std::memset(memory_.get(), kPoison, total_);
     ASAN_POISON_MEMORY_REGION(memory_.get(), before_);
     ASAN_POISON_MEMORY_REGION(data() + bytes_, total_ - before_ - bytes_);
@@ -65,7 +69,7 @@ class GuardedBuffer {
   }
 
  private:
-  static constexpr size_t kGuard = 4096;  // more than a seeded defect oversteps it by
+  static constexpr size_t kGuard = 4096;  // more than any mutant writes beyond the end
   struct Free {
     void operator()(unsigned char* memory) const { std::free(memory); }
   };
@@ -74,29 +78,62 @@ class GuardedBuffer {
   std::unique_ptr<unsigned char, Free> memory_;
 };
 
-// The arrays of one call, on the "device".
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float64") return DType::kFloat64;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw std::invalid_argument("dtype: " + name);
+}
+
+// The arrays of one call, on the "device", and its options.
 class Call {
  public:
-  Call(const py::dict& inputs, const py::dict& outputs, int64_t misalignment,
-       int64_t output_misalignment, size_t scratch_bytes) {
-    for (const auto& [key, value] : inputs) add(key, value, misalignment, true);
-    for (const auto& [key, value] : outputs) add(key, value, output_misalignment, false);
-    if (scratch_bytes > 0) {
-      scratch_ = std::make_unique<GuardedBuffer>("scratch", scratch_bytes, 0);
-    }
+  Call(const py::dict& inputs, const py::dict& outputs, const py::dict& options)
+      : options_(options) {
+    const auto offset = [&](const char* name) {
+      return options.contains(name) ? py::cast<int64_t>(options[name]) : 0;
+    };
+    for (const auto& [key, value] : inputs) add(key, value, offset("misalignment"), true);
+    for (const auto& [key, value] : outputs) add(key, value, offset("output_misalignment"), false);
   }
 
-  // Null where no array of this name was given.
-  void* operator[](const char* name) const {
-    const auto found = entries_.find(name);
-    return found == entries_.end() ? nullptr : found->second.buffer->data();
+  bool writes(const char* name) const {
+    const auto found = arrays_.find(name);
+    return found != arrays_.end() && !found->second.is_input;
   }
-  void* scratch() const { return scratch_ ? scratch_->data() : nullptr; }
+
+  // Sets fields by their names: pointers to the arrays, null where there is none; strides to the
+  // options of the arrays' names; everything else to the options.
+  template <typename Field, typename... More>
+  void set(const char* name, Field& field, More&&... more) const {
+    if constexpr (std::is_pointer_v<Field>) {
+      const auto found = arrays_.find(name);
+      void* const data = found == arrays_.end() ? nullptr : found->second.buffer->data();
+      field = static_cast<Field>(data);
+    } else if constexpr (std::is_array_v<Field>) {
+      const auto strides = py::cast<std::vector<int64_t>>(options_[name]);
+      std::copy(strides.begin(), strides.end(), field);
+    } else if constexpr (std::is_same_v<Field, DType>) {
+      field = dtype_of(py::cast<std::string>(options_[name]));
+    } else if constexpr (std::is_enum_v<Field>) {
+      field = static_cast<Field>(py::cast<int>(options_[name]));
+    } else {
+      field = py::cast<Field>(options_[name]);
+    }
+    if constexpr (sizeof...(More) > 0) set(std::forward<More>(more)...);
+  }
+
+  void* scratch(int64_t bytes) {
+    if (bytes == 0) return nullptr;
+    scratch_ = std::make_unique<GuardedBuffer>("scratch", bytes, 0);
+    return scratch_->data();
+  }
 
   void finish(const char* error) {
     if (error != nullptr) throw std::runtime_error(error);
     if (scratch_) scratch_->check_guards();
-    for (auto& [name, entry] : entries_) {
+    for (auto& [name, entry] : arrays_) {
       entry.buffer->check_guards();
       void* const host = entry.array.mutable_data();
       const size_t bytes = entry.array.nbytes();
@@ -121,287 +158,169 @@ class Call {
     if (!(array.flags() & py::array::c_style)) throw std::invalid_argument(name + ": strided");
     auto buffer =
         std::make_unique<GuardedBuffer>(name, array.nbytes(), misalignment * array.itemsize());
-    // Running statistics are both read and written: outputs bring their values along.
+    // Outputs are copied too: running statistics are both read and written.
     std::memcpy(buffer->data(), array.data(), array.nbytes());
-    entries_[name] = Entry{array, std::move(buffer), is_input};
+    arrays_[name] = Entry{array, std::move(buffer), is_input};
   }
 
-  std::map<std::string, Entry> entries_;
+  py::dict options_;
+  std::map<std::string, Entry> arrays_;
   std::unique_ptr<GuardedBuffer> scratch_;
 };
 
-DType dtype_of(const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "float64") return DType::kFloat64;
-  if (name == "bfloat16") return DType::kBFloat16;
-  if (name == "float16") return DType::kFloat16;
-  throw std::invalid_argument("dtype: " + name);
+// The fields of every kernel's parameters.
+#define FIELD(name) #name, p.name
+
+void fill(BatchNormLeakyReLU& p, const Call& call) {
+  call.set(FIELD(n), FIELD(c), FIELD(s), FIELD(affine), FIELD(channels_last), FIELD(dtype),
+           FIELD(parameter_dtype), FIELD(activation_first), FIELD(training), FIELD(eps),
+           FIELD(negative_slope), FIELD(count), FIELD(x), FIELD(weight), FIELD(bias),
+           FIELD(statistics));
 }
 
-template <typename T>
-T get(const py::dict& options, const char* name) {
-  return py::cast<T>(options[name]);
+void fill(BatchNormLeakyReLUForward& p, const Call& call) {
+  fill(static_cast<BatchNormLeakyReLU&>(p), call);
+  p.compute_statistics = call.writes("statistics");
+  call.set(FIELD(y));
 }
 
-void describe(BatchNormLeakyReLU& p, const py::dict& o) {
-  p.n = get<int64_t>(o, "n");
-  p.c = get<int64_t>(o, "c");
-  p.s = get<int64_t>(o, "s");
-  p.channels_last = get<bool>(o, "channels_last");
-  p.dtype = dtype_of(get<std::string>(o, "dtype"));
-  p.parameter_dtype = dtype_of(get<std::string>(o, "parameter_dtype"));
-  p.activation_first = get<bool>(o, "activation_first");
-  p.training = get<bool>(o, "training");
-  p.eps = get<double>(o, "eps");
-  p.negative_slope = get<double>(o, "negative_slope");
-  p.count = get<double>(o, "count");
+void fill(BatchNormLeakyReLUBackward& p, const Call& call) {
+  fill(static_cast<BatchNormLeakyReLU&>(p), call);
+  p.compute_sums = call.writes("sums");
+  call.set(FIELD(grad_y), FIELD(sums), FIELD(grad_x));
 }
 
-Call make_call(BatchNormLeakyReLU& p, const py::dict& inputs, const py::dict& outputs,
-               const py::dict& o) {
-  describe(p, o);
-  const int64_t scratch = cuda::scratch_bytes(p, get<int>(o, "device"));
-  const auto misalignment = get<int64_t>(o, "misalignment");
-  Call call(inputs, outputs, misalignment, misalignment, scratch);
-  p.x = call["x"];
-  p.weight = call["weight"];
-  p.bias = call["bias"];
-  p.statistics = call["statistics"];
-  return call;
+void fill(BatchNormLeakyReLUDoubleBackward& p, const Call& call) {
+  fill(static_cast<BatchNormLeakyReLU&>(p), call);
+  p.compute_sums = call.writes("sums");
+  call.set(FIELD(grad_y), FIELD(grad_grad_x), FIELD(grad_grad_weight), FIELD(grad_grad_bias),
+           FIELD(sums), FIELD(grad_grad_y), FIELD(grad_x), FIELD(grad_weight));
 }
 
-void forward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  BatchNormLeakyReLUForward p;
-  Call call = make_call(p, inputs, outputs, o);
-  p.compute_statistics = outputs.contains("statistics");
-  p.y = call["y"];
-  call.finish(
-      cuda::batch_norm_leaky_relu_forward(p, call.scratch(), get<int>(o, "device"), nullptr));
+void fill(UpdateRunningStatistics& p, const Call& call) {
+  call.set(FIELD(c), FIELD(statistics), FIELD(statistics_dtype), FIELD(running_mean),
+           FIELD(running_var), FIELD(running_dtype), FIELD(num_batches_tracked), FIELD(cumulative),
+           FIELD(momentum), FIELD(count));
 }
 
-void backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  BatchNormLeakyReLUBackward p;
-  Call call = make_call(p, inputs, outputs, o);
-  p.grad_y = call["grad_y"];
-  p.compute_sums = outputs.contains("sums");
-  p.sums = call["sums"];
-  p.grad_x = call["grad_x"];
-  call.finish(
-      cuda::batch_norm_leaky_relu_backward(p, call.scratch(), get<int>(o, "device"), nullptr));
+void fill(GradientNormPenalty& p, const Call& call) {
+  call.set(FIELD(n), FIELD(d), FIELD(dtype), FIELD(kind), FIELD(center), FIELD(grad),
+           FIELD(squared_norms));
 }
 
-void double_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  BatchNormLeakyReLUDoubleBackward p;
-  Call call = make_call(p, inputs, outputs, o);
-  p.grad_y = call["grad_y"];
-  p.grad_grad_x = call["grad_grad_x"];
-  p.grad_grad_weight = call["grad_grad_weight"];
-  p.grad_grad_bias = call["grad_grad_bias"];
-  p.compute_sums = outputs.contains("sums");
-  p.sums = call["sums"];
-  p.grad_grad_y = call["grad_grad_y"];
-  p.grad_x = call["grad_x"];
-  p.grad_weight = call["grad_weight"];
-  call.finish(cuda::batch_norm_leaky_relu_double_backward(p, call.scratch(), get<int>(o, "device"),
-                                                          nullptr));
+void fill(GradientNormPenaltyForward& p, const Call& call) {
+  fill(static_cast<GradientNormPenalty&>(p), call);
+  call.set(FIELD(penalty));
 }
 
-void update_running_statistics(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  Call call(inputs, outputs, 0, 0, 0);
-  UpdateRunningStatistics p;
-  p.c = get<int64_t>(o, "c");
-  p.statistics = call["statistics"];
-  p.statistics_dtype = dtype_of(get<std::string>(o, "statistics_dtype"));
-  p.running_mean = call["running_mean"];
-  p.running_var = call["running_var"];
-  p.running_dtype = dtype_of(get<std::string>(o, "running_dtype"));
-  p.num_batches_tracked = static_cast<int64_t*>(call["num_batches_tracked"]);
-  p.cumulative = get<bool>(o, "cumulative");
-  p.momentum = get<double>(o, "momentum");
-  p.count = get<double>(o, "count");
-  call.finish(cuda::update_running_statistics(p, get<int>(o, "device"), nullptr));
+void fill(GradientNormPenaltyBackward& p, const Call& call) {
+  fill(static_cast<GradientNormPenalty&>(p), call);
+  call.set(FIELD(grad_penalty), FIELD(grad_grad));
 }
 
-Call make_call(GradientNormPenalty& p, const py::dict& inputs, const py::dict& outputs,
-               const py::dict& o) {
-  p.n = get<int64_t>(o, "n");
-  p.d = get<int64_t>(o, "d");
-  p.dtype = dtype_of(get<std::string>(o, "dtype"));
-  p.kind = static_cast<Penalty>(get<int>(o, "kind"));
-  p.center = get<double>(o, "center");
-  Call call(inputs, outputs, get<int64_t>(o, "misalignment"),
-            get<int64_t>(o, "output_misalignment"), cuda::scratch_bytes(p, get<int>(o, "device")));
-  p.grad = call["grad"];
-  p.squared_norms = call["squared_norms"];
-  return call;
+void fill(GradientNormPenaltyDoubleBackward& p, const Call& call) {
+  fill(static_cast<GradientNormPenalty&>(p), call);
+  call.set(FIELD(grad_penalty), FIELD(tangent), FIELD(grad_grad_penalty), FIELD(grad_grad));
 }
 
-void penalty_forward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  GradientNormPenaltyForward p;
-  Call call = make_call(p, inputs, outputs, o);
-  p.penalty = call["penalty"];
-  call.finish(
-      cuda::gradient_norm_penalty_forward(p, call.scratch(), get<int>(o, "device"), nullptr));
+void fill(MinibatchDiscrimination& p, const Call& call) {
+  call.set(FIELD(n), FIELD(b), FIELD(c), FIELD(dtype), FIELD(m), FIELD(m_strides));
 }
 
-void penalty_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  GradientNormPenaltyBackward p;
-  Call call = make_call(p, inputs, outputs, o);
-  p.grad_penalty = call["grad_penalty"];
-  p.grad_grad = call["grad_grad"];
-  call.finish(
-      cuda::gradient_norm_penalty_backward(p, call.scratch(), get<int>(o, "device"), nullptr));
+void fill(MinibatchDiscriminationForward& p, const Call& call) {
+  fill(static_cast<MinibatchDiscrimination&>(p), call);
+  call.set(FIELD(o));
 }
 
-void penalty_double_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  GradientNormPenaltyDoubleBackward p;
-  Call call = make_call(p, inputs, outputs, o);
-  p.grad_penalty = call["grad_penalty"];
-  p.tangent = call["tangent"];
-  p.grad_grad_penalty = call["grad_grad_penalty"];
-  p.grad_grad = call["grad_grad"];
-  call.finish(cuda::gradient_norm_penalty_double_backward(p, call.scratch(), get<int>(o, "device"),
-                                                          nullptr));
+void fill(MinibatchDiscriminationBackward& p, const Call& call) {
+  fill(static_cast<MinibatchDiscrimination&>(p), call);
+  call.set(FIELD(grad_o), FIELD(grad_o_strides), FIELD(grad_m));
 }
 
-// Inputs are the memory that tensors lie in, whose strides are among the options.
-void set_strides(const py::dict& o, const char* name, int64_t* strides) {
-  const auto values = get<std::vector<int64_t>>(o, name);
-  std::copy(values.begin(), values.end(), strides);
+void fill(MinibatchDiscriminationDoubleBackward& p, const Call& call) {
+  fill(static_cast<MinibatchDiscrimination&>(p), call);
+  call.set(FIELD(grad_o), FIELD(grad_o_strides), FIELD(grad_grad_m), FIELD(grad_grad_m_strides),
+           FIELD(grad_grad_o), FIELD(grad_m));
 }
 
-template <typename Parameters>
-Call make_discrimination_call(Parameters& p, const py::dict& inputs, const py::dict& outputs,
-                              const py::dict& o) {
-  p.n = get<int64_t>(o, "n");
-  p.b = get<int64_t>(o, "b");
-  p.c = get<int64_t>(o, "c");
-  p.dtype = dtype_of(get<std::string>(o, "dtype"));
-  set_strides(o, "m_strides", p.m_strides);
-  const auto misalignment = get<int64_t>(o, "misalignment");
-  const int64_t scratch = cuda::scratch_bytes(p, get<int>(o, "device"));
-  Call call(inputs, outputs, misalignment, misalignment, scratch);
-  p.m = call["m"];
-  return call;
+void fill(MinibatchStddev& p, const Call& call) {
+  call.set(FIELD(n), FIELD(groups), FIELD(rows), FIELD(features), FIELD(run), FIELD(dtype),
+           FIELD(eps), FIELD(x));
 }
 
-void discrimination_forward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  MinibatchDiscriminationForward p;
-  Call call = make_discrimination_call(p, inputs, outputs, o);
-  p.o = call["o"];
-  call.finish(
-      cuda::minibatch_discrimination_forward(p, call.scratch(), get<int>(o, "device"), nullptr));
+void fill(MinibatchStddevForward& p, const Call& call) {
+  fill(static_cast<MinibatchStddev&>(p), call);
+  call.set(FIELD(stddev));
 }
 
-void discrimination_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  MinibatchDiscriminationBackward p;
-  Call call = make_discrimination_call(p, inputs, outputs, o);
-  p.grad_o = call["grad_o"];
-  set_strides(o, "grad_o_strides", p.grad_o_strides);
-  p.grad_m = call["grad_m"];
-  call.finish(
-      cuda::minibatch_discrimination_backward(p, call.scratch(), get<int>(o, "device"), nullptr));
+void fill(MinibatchStddevBackward& p, const Call& call) {
+  fill(static_cast<MinibatchStddev&>(p), call);
+  call.set(FIELD(grad_stddev), FIELD(grad_x));
 }
 
-void discrimination_double_backward(const py::dict& inputs, const py::dict& outputs,
-                                    const py::dict& o) {
-  MinibatchDiscriminationDoubleBackward p;
-  Call call = make_discrimination_call(p, inputs, outputs, o);
-  p.grad_o = call["grad_o"];
-  set_strides(o, "grad_o_strides", p.grad_o_strides);
-  p.grad_grad_m = call["grad_grad_m"];
-  set_strides(o, "grad_grad_m_strides", p.grad_grad_m_strides);
-  p.grad_grad_o = call["grad_grad_o"];
-  p.grad_m = call["grad_m"];
-  call.finish(cuda::minibatch_discrimination_double_backward(p, call.scratch(),
-                                                             get<int>(o, "device"), nullptr));
+void fill(MinibatchStddevDoubleBackward& p, const Call& call) {
+  fill(static_cast<MinibatchStddev&>(p), call);
+  call.set(FIELD(grad_stddev), FIELD(tangent), FIELD(grad_grad_stddev), FIELD(grad_x));
 }
 
-Call make_stddev_call(MinibatchStddev& p, const py::dict& inputs, const py::dict& outputs,
-                      const py::dict& o) {
-  p.n = get<int64_t>(o, "n");
-  p.groups = get<int64_t>(o, "groups");
-  p.rows = get<int64_t>(o, "rows");
-  p.features = get<int64_t>(o, "features");
-  p.run = get<int64_t>(o, "run");
-  p.dtype = dtype_of(get<std::string>(o, "dtype"));
-  p.eps = get<double>(o, "eps");
-  Call call(inputs, outputs, get<int64_t>(o, "misalignment"),
-            get<int64_t>(o, "output_misalignment"), cuda::scratch_bytes(p, get<int>(o, "device")));
-  p.x = call["x"];
-  return call;
+template <typename Params>
+void run(const char* (*kernel)(const Params&, void*, int, void*), Call& call, int device) {
+  Params p;
+  fill(p, call);
+  call.finish(kernel(p, call.scratch(cuda::scratch_bytes(p, device)), device, nullptr));
 }
 
-void stddev_forward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  MinibatchStddevForward p;
-  Call call = make_stddev_call(p, inputs, outputs, o);
-  p.stddev = call["stddev"];
-  call.finish(cuda::minibatch_stddev_forward(p, call.scratch(), get<int>(o, "device"), nullptr));
-}
-
-void stddev_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  MinibatchStddevBackward p;
-  Call call = make_stddev_call(p, inputs, outputs, o);
-  p.grad_stddev = call["grad_stddev"];
-  p.grad_x = call["grad_x"];
-  call.finish(cuda::minibatch_stddev_backward(p, call.scratch(), get<int>(o, "device"), nullptr));
-}
-
-void stddev_double_backward(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
-  MinibatchStddevDoubleBackward p;
-  Call call = make_stddev_call(p, inputs, outputs, o);
-  p.grad_stddev = call["grad_stddev"];
-  p.tangent = call["tangent"];
-  p.grad_grad_stddev = call["grad_grad_stddev"];
-  p.grad_x = call["grad_x"];
-  call.finish(
-      cuda::minibatch_stddev_double_backward(p, call.scratch(), get<int>(o, "device"), nullptr));
+template <typename Params>
+void run(const char* (*kernel)(const Params&, int, void*), Call& call, int device) {
+  Params p;
+  fill(p, call);
+  call.finish(kernel(p, device, nullptr));
 }
 
 // As the ops do: a kernel starts on the current device.
-template <void (*kRun)(const py::dict&, const py::dict&, const py::dict&)>
-void on_device(const py::dict& inputs, const py::dict& outputs, const py::dict& o) {
+template <auto kKernel>
+void on_device(const py::dict& inputs, const py::dict& outputs, const py::dict& options) {
   const struct Restore {
     int device;
     ~Restore() { emulation::set_device(device); }
   } restore{emulation::current_device()};
-  const char* const error = emulation::set_device(get<int>(o, "device"));
-  if (error != nullptr) throw std::runtime_error(error);
-  kRun(inputs, outputs, o);
+  const int device = py::cast<int>(options["device"]);
+  if (const char* error = emulation::set_device(device)) throw std::runtime_error(error);
+  Call call(inputs, outputs, options);
+  run(kKernel, call, device);
 }
 
 void self_test(const std::string& name, const py::dict& inputs, const py::dict& outputs,
                unsigned int blocks, unsigned int threads, size_t shared_bytes) {
-  Call call(inputs, outputs, 0, 0, 0);
-  const float* const in = static_cast<const float*>(call["in"]);
-  call.finish(run_self_test(name.c_str(), in, static_cast<float*>(call["out"]), blocks, threads,
-                            shared_bytes));
+  Call call(inputs, outputs, {});
+  void *in = nullptr, *out = nullptr;
+  call.set("in", in, "out", out);
+  call.finish(run_self_test(name.c_str(), static_cast<const float*>(in), static_cast<float*>(out),
+                            blocks, threads, shared_bytes));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(emulated, m) {
-  m.def("forward", &on_device<&forward>);
-  m.def("backward", &on_device<&backward>);
-  m.def("double_backward", &on_device<&double_backward>);
-  m.def("update_running_statistics", &on_device<&update_running_statistics>);
-  m.def("scratch_bytes", [](const py::dict& options, int device) {
-    BatchNormLeakyReLU p;
-    describe(p, options);
-    return cuda::scratch_bytes(p, device);
-  });
-  m.def("penalty_forward", &on_device<&penalty_forward>);
-  m.def("penalty_backward", &on_device<&penalty_backward>);
-  m.def("penalty_double_backward", &on_device<&penalty_double_backward>);
-  m.def("discrimination_forward", &on_device<&discrimination_forward>);
-  m.def("discrimination_backward", &on_device<&discrimination_backward>);
-  m.def("discrimination_double_backward", &on_device<&discrimination_double_backward>);
-  m.def("stddev_forward", &on_device<&stddev_forward>);
-  m.def("stddev_backward", &on_device<&stddev_backward>);
-  m.def("stddev_double_backward", &on_device<&stddev_double_backward>);
+#define KERNEL(name) m.def(#name, &on_device<&cuda::name>)
+  KERNEL(batch_norm_leaky_relu_forward);
+  KERNEL(batch_norm_leaky_relu_backward);
+  KERNEL(batch_norm_leaky_relu_double_backward);
+  KERNEL(update_running_statistics);
+  KERNEL(gradient_norm_penalty_forward);
+  KERNEL(gradient_norm_penalty_backward);
+  KERNEL(gradient_norm_penalty_double_backward);
+  KERNEL(minibatch_discrimination_forward);
+  KERNEL(minibatch_discrimination_backward);
+  KERNEL(minibatch_discrimination_double_backward);
+  KERNEL(minibatch_stddev_forward);
+  KERNEL(minibatch_stddev_backward);
+  KERNEL(minibatch_stddev_double_backward);
+#undef KERNEL
   m.def("self_test", &self_test, py::arg("name"), py::arg("inputs"), py::arg("outputs"),
         py::arg("blocks") = 1, py::arg("threads") = 32, py::arg("shared_bytes") = 0);
   m.def("set_seed", &emulation::set_seed);
+  m.def("select", &emulation::select);
   m.def("current_device", &emulation::current_device);
   // (kernel, device, blocks, threads) of every launch since the last call.
   m.def("take_launches", [] {

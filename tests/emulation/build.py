@@ -1,21 +1,24 @@
-"""Compiles the project's .cu files for the CPU emulation of CUDA, into `build/` beside this file.
+"""Compiles the project's .cu files for the CPU emulation of CUDA, into `build/` next to this file.
 
 A variant is a folder with `libkernels_VARIANT.so` (the .cu files and the emulation) and the Python
-module `emulated` (the bindings). The kernels are a library of their own because all thread-local
-variables of it are shared memory to the emulation. Several variants can live in one process.
+module `emulated` (the bindings). The kernels have a library of their own because the emulation
+treats all of its thread-local variables as shared memory. `plain` contains every mutant of the
+kernels (csrc/kernels/mutant.h), to be selected at run time; `sanitized` contains none.
 """
 
 import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -23,115 +26,97 @@ import pybind11
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "csrc" / "kernels"
+CUDA = KERNELS / "cuda"
 BUILD = HERE / "build"
 
 COMPILER = os.environ.get("CXX", "g++").split()
 FLAGS = [
-    *["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
-    # Vectors are accessed as integers of the same size, which look at the addresses they meet.
+    *["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
+    # Vectors are accessed as integers of the same size, whose copies check their addresses.
     *["-fno-strict-aliasing", "-Wno-class-memaccess"],
     "-fno-gnu-unique",  # or variants in one process would share the variables of templates
     "-ffp-contract=off",
     *["-I", str(HERE / "include"), "-I", str(HERE)],
 ]
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+MARK = re.compile(r"\bGK_(MUTANT|MUTANT_ADDS|LIMIT)\(\s*(\w+),")
 
 
-@dataclass(frozen=True)
-class Substitution:
-    """A change to a .cu or .h file under csrc/kernels, for a copy with a seeded defect.
-
-    Only one .cu file is compiled anew: the changed one, or for a header the one named by `unit`.
-    """
-
-    file: str
-    old: str
-    new: str
-    unit: str = ""
+def _sources() -> list[Path]:
+    """The kernels' sources that an emulated kernel may consist of."""
+    return sorted(p for p in [*KERNELS.glob("*.h"), *CUDA.rglob("*.h"), *CUDA.glob("*.cu")])
 
 
-def _digest(flags: Sequence[str], substitutions: Sequence[Substitution]) -> str:
-    digest = hashlib.sha256(repr((COMPILER, flags, substitutions, sys.version)).encode())
-    for folder in (HERE, HERE / "include", KERNELS, KERNELS / "cuda"):
-        for path in sorted(folder.glob("*.*")):
-            if path.suffix in {".h", ".cpp", ".cu"}:
-                digest.update(path.read_bytes())
+@cache
+def marks() -> dict[str, str]:
+    """The names of all marks in the kernels' sources, each with the macro that it is marked by."""
+    sources = [path for path in _sources() if path.name != "mutant.h"]
+    found = [m for path in sources for m in MARK.findall(path.read_text())]
+    twice = [name for name, count in Counter(name for _, name in found).items() if count > 1]
+    if twice:
+        raise ValueError(f"the names of marks must be unique, got several of {', '.join(twice)}")
+    return {name: f"GK_{kind}" for kind, name in found}
+
+
+def _digest(flags: Sequence[str]) -> str:
+    digest = hashlib.sha256(repr((COMPILER, flags, sys.version)).encode())
+    ours = [p for p in (*HERE.glob("*.*"), *HERE.glob("include/*")) if p.suffix != ".pyc"]
+    for path in (*sorted(ours), *_sources()):
+        if path.suffix in {".h", ".cpp", ".cu"} or path.name == Path(__file__).name:
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-_built: dict[str, Path] = {}
-
-
-def build(
-    variant: str, *, sanitize: bool = False, substitutions: Sequence[Substitution] = ()
-) -> Path:
+@cache
+def build(variant: str, *, sanitize: bool = False) -> Path:
     """The variant's folder, compiled if anything it is made of has changed since the last time.
 
-    Looks for changes once per process, so that they do not hurt while tests run.
+    Looks for changes once per process, so that files may be edited while tests run.
     """
-    if variant not in _built:
-        BUILD.mkdir(exist_ok=True)
-        with open(BUILD / f"{variant}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            _built[variant] = _build(variant, sanitize, substitutions)
-    return _built[variant]
+    BUILD.mkdir(exist_ok=True)
+    with open(BUILD / f"{variant}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(variant, sanitize)
 
 
-def _build(variant: str, sanitize: bool, substitutions: Sequence[Substitution]) -> Path:
-    # Defective copies run a few small problems only: quick to compile beats quick to run.
-    flags = [*FLAGS, "-O0" if substitutions else "-O1", *(SANITIZE if sanitize else [])]
+def _build(variant: str, sanitize: bool) -> Path:
+    flags = [*FLAGS, *(SANITIZE if sanitize else [])]
     folder = BUILD / variant
-    digest = _digest(flags, substitutions)
+    digest = _digest(flags)
     stamp = folder / "digest"
     if stamp.exists() and stamp.read_text() == digest:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    kernels = _copy_with(substitutions, folder / "kernels") if substitutions else KERNELS
+    listed = " ".join(f"X({name})" for name in marks())
+    (folder / "marks.h").write_text(f"#define EMULATED_MARKS(X) {listed}\n")
+    flags += ["-I", str(folder)]
 
-    cuda = ["-x", "c++", "-I", kernels]
-    units = sorted((kernels / "cuda").glob("*.cu"))
-    changed = {s.unit or s.file for s in substitutions}
+    cuda = ["-x", "c++", "-I", KERNELS]
+    mutants = [] if sanitize else ["-include", "mutants.h"]
+    python = ["-I", sysconfig.get_path("include"), "-I", pybind11.get_include(), "-O0"]
+    python += ["-fvisibility=hidden", "-I", KERNELS]
+    bindings = folder / "bindings.o"
     commands = {
-        folder / f"{unit.stem}.o": [*COMPILER, *flags, *cuda, "-c", unit]
-        for unit in units
-        if not changed or f"cuda/{unit.name}" in changed
+        **{
+            folder / f"{unit.stem}.o": [*cuda, *mutants, unit] for unit in sorted(CUDA.glob("*.cu"))
+        },
+        folder / "self_test.o": [*cuda, HERE / "self_test.cu"],
+        folder / "emulation.o": [HERE / "emulation.cpp"],
+        bindings: [*python, HERE / "bindings.cpp"],
     }
-    # The rest of a defective copy sees nothing of what is changed.
-    rest = build("plain") if substitutions else folder
-    emulation = [rest / "emulation.o", rest / "self_test.o"]
-    bindings = rest / "bindings.o"
-    if not substitutions:
-        python = ["-I", sysconfig.get_path("include"), "-I", pybind11.get_include(), "-O0"]
-        python += ["-fvisibility=hidden", "-I", KERNELS]
-        commands |= {
-            bindings: [*COMPILER, *flags, *python, "-c", HERE / "bindings.cpp"],
-            emulation[0]: [*COMPILER, *flags, "-c", HERE / "emulation.cpp"],
-            emulation[1]: [*COMPILER, *flags, *cuda, "-c", HERE / "self_test.cu"],
-        }
-    kernel_objects = [folder / f"{unit.stem}.o" for unit in units]
-    objects = [o if o in commands else rest / o.name for o in kernel_objects] + emulation
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_run, ([*command, "-o", o] for o, command in commands.items())))
+        compilations = (
+            [*COMPILER, *flags, *command, "-c", "-o", o] for o, command in commands.items()
+        )
+        list(pool.map(_run, compilations))
     link = [*COMPILER, *flags, "-shared"]
     library = f"libkernels_{variant}.so"
+    objects = [o for o in commands if o != bindings]
     _run([*link, *objects, f"-Wl,-soname,{library}", "-o", folder / library, "-ldl"])
     module = folder / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     _run([*link, bindings, folder / library, "-Wl,-rpath,$ORIGIN", "-o", module])
     stamp.write_text(digest)
-    return folder
-
-
-def _copy_with(substitutions: Sequence[Substitution], folder: Path) -> Path:
-    shutil.copytree(KERNELS, folder, ignore=shutil.ignore_patterns("cpu"))
-    for s in substitutions:
-        path = folder / s.file
-        text = path.read_text()
-        if text.count(s.old) != 1:
-            raise ValueError(
-                f"{s.file} has {text.count(s.old)} times, not once, the text {s.old!r}"
-            )
-        path.write_text(text.replace(s.old, s.new))
     return folder
 
 
@@ -144,7 +129,7 @@ def _run(command: Sequence[str | Path]) -> None:
 def load(folder: Path) -> ModuleType:
     """The module `emulated` of a variant."""
     (path,) = folder.glob("emulated*.so")
-    # Under a name of its own: pybind11 hands out a module that it has seen by that name.
+    # Under a name of its own: pybind11 returns an earlier module of the same name again.
     spec = importlib.util.spec_from_file_location(f"{folder.name}.emulated", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

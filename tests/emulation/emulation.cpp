@@ -1,22 +1,26 @@
-// Runs a launch block by block; the threads of a block are fibres (ucontext) of one operating
-// system thread. A fibre runs until it waits at a barrier or in a warp function, or returns; then
-// the next is drawn at random from those that can run. A value that is read before the thread that
-// writes it has run, for want of a barrier, is therefore a NaN or changes with the seed.
+// Runs a launch block by block. The threads of a block are fibers (ucontext) of one operating
+// system thread. A fiber runs until it waits at a barrier or in a warp function, or returns; then
+// the next one is drawn at random from those that can run. Where a barrier is missing, a value may
+// therefore be read before it is written, and the result is a NaN or changes with the seed.
 //
-// Built with AddressSanitizer, every switch between fibres is announced to it.
+// A build with AddressSanitizer announces every switch between fibers to it.
 #include "emulation.h"
 
 #include <cuda_runtime.h>
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <link.h>
+#include <mutants.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -31,7 +35,7 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace {
-constexpr size_t kSharedLimit = 48 * 1024;  // what a launch may ask for without opting in
+constexpr size_t kSharedLimit = 48 * 1024;  // of a launch that has not opted in to more
 constexpr int kPoison = 0xff;               // NaN in every floating-point type
 }  // namespace
 
@@ -47,7 +51,7 @@ constexpr unsigned int kLanes = 32;
 
 enum class State { kReady, kAtBarrier, kInWarpFunction, kDone };
 
-struct Fibre {
+struct Fiber {
   ucontext_t context;
   unsigned char* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
@@ -61,7 +65,7 @@ struct Fibre {
 };
 
 struct Machine {
-  std::vector<std::unique_ptr<Fibre>> fibres;  // grows, never shrinks: stacks are used again
+  std::vector<std::unique_ptr<Fiber>> fibers;  // never shrinks: stacks are reused
   ucontext_t scheduler;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
@@ -76,13 +80,13 @@ struct Machine {
   uint64_t seed = 0;
   std::vector<Launch> launches;
   int device = 0;
-  std::map<uintptr_t, size_t> memory;  // bytes from an address on
-  std::pair<uintptr_t, size_t> found;  // of memory, what the last access was in
+  std::map<uintptr_t, size_t> memory;  // device memory: address and bytes
+  std::pair<uintptr_t, size_t> found;  // the entry of the last access
 };
 
 Machine machine;
 
-Fibre& current() { return *machine.fibres[machine.running]; }
+Fiber& current() { return *machine.fibers[machine.running]; }
 
 std::string text(const char* before, uint64_t number) { return before + std::to_string(number); }
 
@@ -99,19 +103,19 @@ std::string name_of(const void* function) {
 }
 
 void switch_to_scheduler(bool last = false) {
-  Fibre& fibre = current();
+  Fiber& fiber = current();
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(last ? nullptr : &fibre.fake_stack, machine.scheduler_stack,
+  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, machine.scheduler_stack,
                                  machine.scheduler_stack_bytes);
 #endif
   (void)last;
-  swapcontext(&fibre.context, &machine.scheduler);
+  swapcontext(&fiber.context, &machine.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fibre.fake_stack, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
 #endif
 }
 
-void fibre_main() {
+void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack,
                                   &machine.scheduler_stack_bytes);
@@ -123,39 +127,39 @@ void fibre_main() {
 
 void resume(unsigned int thread) {
   machine.running = thread;
-  Fibre& fibre = current();
-  threadIdx = fibre.index;
+  Fiber& fiber = current();
+  threadIdx = fiber.index;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fibre.stack, kStackBytes);
+  __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack, kStackBytes);
 #endif
-  swapcontext(&machine.scheduler, &fibre.context);
+  swapcontext(&machine.scheduler, &fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
 #endif
 }
 
 void start(unsigned int thread) {
-  while (machine.fibres.size() <= thread) {
-    machine.fibres.push_back(std::make_unique<Fibre>());
+  while (machine.fibers.size() <= thread) {
+    machine.fibers.push_back(std::make_unique<Fiber>());
     void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) std::abort();
-    machine.fibres.back()->stack = static_cast<unsigned char*>(stack);
+    machine.fibers.back()->stack = static_cast<unsigned char*>(stack);
   }
-  Fibre& fibre = *machine.fibres[thread];
-  ASAN_UNPOISON_MEMORY_REGION(fibre.stack, kStackBytes);  // what an abandoned fibre left
-  fibre.fake_stack = nullptr;
-  fibre.state = State::kReady;
-  fibre.index = {thread % blockDim.x, thread / blockDim.x % blockDim.y,
+  Fiber& fiber = *machine.fibers[thread];
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStackBytes);  // an abandoned fiber poisoned it
+  fiber.fake_stack = nullptr;
+  fiber.state = State::kReady;
+  fiber.index = {thread % blockDim.x, thread / blockDim.x % blockDim.y,
                  thread / (blockDim.x * blockDim.y)};
-  getcontext(&fibre.context);
-  fibre.context.uc_stack.ss_sp = fibre.stack;
-  fibre.context.uc_stack.ss_size = kStackBytes;
-  fibre.context.uc_link = nullptr;
-  makecontext(&fibre.context, fibre_main, 0);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack;
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
 }
 
-// All of this library's thread-local storage, which is where __shared__ variables are.
+// All of this library's thread-local storage, which contains the __shared__ variables.
 std::pair<void*, size_t> shared_memory() {
   gankernels::cuda::dynamic_shared[0] = 0;  // storage exists once it has been touched
   std::pair<void*, size_t> found{nullptr, 0};
@@ -187,25 +191,25 @@ void block_failed(const std::string& what, const std::string& where = {}) {
                   machine.kernel + where;
 }
 
-// Nobody can run any more: everybody waits or has returned.
+// Called when no thread can run: every thread waits or has returned.
 void release_barrier_or_fail() {
   unsigned int waiting = 0;
   int line = 0;
   for (unsigned int t = 0; t < machine.threads; ++t) {
-    const Fibre& fibre = *machine.fibres[t];
-    if (fibre.state == State::kInWarpFunction) {
+    const Fiber& fiber = *machine.fibers[t];
+    if (fiber.state == State::kInWarpFunction) {
       char mask[16];
-      snprintf(mask, sizeof(mask), "%08x", fibre.mask);
-      return block_failed(text("warp function at line ", fibre.line) + text(": thread ", t) +
+      snprintf(mask, sizeof(mask), "%08x", fiber.mask);
+      return block_failed(text("warp function at line ", fiber.line) + text(": thread ", t) +
                           " waits for lanes of mask 0x" + mask + " that never come with that mask");
     }
-    if (fibre.state != State::kAtBarrier) continue;
+    if (fiber.state != State::kAtBarrier) continue;
     ++waiting;
-    if (line != 0 && fibre.line != line) {
+    if (line != 0 && fiber.line != line) {
       return block_failed(text("barrier divergence: threads wait at lines ", line) +
-                          text(" and ", fibre.line));
+                          text(" and ", fiber.line));
     }
-    line = fibre.line;
+    line = fiber.line;
   }
   if (waiting == 0) return;
   if (waiting < machine.threads) {
@@ -213,7 +217,7 @@ void release_barrier_or_fail() {
                         text(" reached by ", waiting) + text(" of ", machine.threads) + " threads");
   }
   for (unsigned int t = 0; t < machine.threads; ++t) {
-    machine.fibres[t]->state = State::kReady;
+    machine.fibers[t]->state = State::kReady;
     machine.ready.push_back(t);
   }
 }
@@ -268,8 +272,8 @@ const char* space_of(uintptr_t address) {
   };
   const auto [shared, shared_bytes] = shared_memory();
   if (within(shared, shared_bytes)) return "shared memory";
-  for (const auto& fibre : machine.fibres) {
-    if (within(fibre->stack, kStackBytes)) return "local memory";
+  for (const auto& fiber : machine.fibers) {
+    if (within(fiber->stack, kStackBytes)) return "local memory";
   }
   return "memory of the host";
 }
@@ -307,7 +311,7 @@ void misaligned(const char* what) { fail(what); }
 void fail(const std::string& what, const std::string& where) {
   block_failed(what + text(" by thread ", machine.running), where);
   switch_to_scheduler();
-  std::abort();  // a failed block's fibres are not resumed
+  std::abort();  // the fibers of a failed block are not resumed
 }
 
 void barrier(int line) {
@@ -319,7 +323,7 @@ void barrier(int line) {
 unsigned int lane() { return machine.running % kLanes; }
 
 const uint64_t* exchange(WarpFunction function, unsigned int mask, uint64_t value, int line) {
-  Fibre& self = current();
+  Fiber& self = current();
   if (!(mask >> lane() & 1u)) fail("warp function called by a lane outside its mask,");
   self.state = State::kInWarpFunction;
   self.function = function;
@@ -332,7 +336,7 @@ const uint64_t* exchange(WarpFunction function, unsigned int mask, uint64_t valu
   for (unsigned int i = 0; i < kLanes; ++i) {
     if (!member(i)) continue;
     if (first + i >= machine.threads) fail("warp function's mask names lanes beyond the block,");
-    const Fibre& other = *machine.fibres[first + i];
+    const Fiber& other = *machine.fibers[first + i];
     if (other.state != State::kInWarpFunction || other.function != function || other.mask != mask) {
       switch_to_scheduler();  // until the last of them comes
       return self.gathered;
@@ -340,14 +344,14 @@ const uint64_t* exchange(WarpFunction function, unsigned int mask, uint64_t valu
   }
   for (unsigned int i = 0; i < kLanes; ++i) {
     if (!member(i)) continue;
-    Fibre& other = *machine.fibres[first + i];
+    Fiber& other = *machine.fibers[first + i];
     for (unsigned int j = 0; j < kLanes; ++j) {
-      if (member(j)) other.gathered[j] = machine.fibres[first + j]->value;
+      if (member(j)) other.gathered[j] = machine.fibers[first + j]->value;
     }
     if (&other != &self) machine.ready.push_back(first + i);
   }
   for (unsigned int i = 0; i < kLanes; ++i) {
-    if (member(i)) machine.fibres[first + i]->state = State::kReady;
+    if (member(i)) machine.fibers[first + i]->state = State::kReady;
   }
   machine.ready.push_back(machine.running);  // the last to come is not the first to go on
   switch_to_scheduler();
@@ -365,6 +369,20 @@ void check_width(int width) {
 }
 
 void set_seed(uint64_t seed) { machine.seed = seed; }
+
+bool selected[mark::kMarks] = {};
+
+void select(const std::vector<std::string>& names) {
+#define NAME(name) #name,
+  static const std::string marks[] = {EMULATED_MARKS(NAME)};
+#undef NAME
+  std::fill(std::begin(selected), std::end(selected), false);
+  for (const std::string& name : names) {
+    const auto found = std::find(std::begin(marks), std::end(marks), name);
+    if (found == std::end(marks)) throw std::invalid_argument("no mark named '" + name + "'");
+    selected[found - std::begin(marks)] = true;
+  }
+}
 
 int current_device() { return machine.device; }
 
@@ -405,7 +423,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
 }  // namespace emulation
 
 namespace {
-// Three devices, so that kernels meet a machine smaller than the work, of its size, and larger.
+// Three devices: smaller than the work of a test, of its size, and larger.
 constexpr int kMultiprocessors[] = {1, 4, 132};
 constexpr int kDevices = sizeof(kMultiprocessors) / sizeof(int);
 }  // namespace

@@ -33,7 +33,7 @@ __global__ void reverse_without_barrier(const float* in, float* out) {
 }
 
 // A value that a block left in shared memory must not be found by the next one.
-__global__ void read_uninitialised(const float* in, float* out) {
+__global__ void read_uninitialized(const float* in, float* out) {
   __shared__ float value;
   out[blockIdx.x] = value;
   __syncthreads();
@@ -201,7 +201,7 @@ const char* run_self_test(const char* name, const float* in, float* out, unsigne
       {"reverse_static", reverse_static},
       {"reverse_dynamic", reverse_dynamic},
       {"reverse_without_barrier", reverse_without_barrier},
-      {"read_uninitialised", read_uninitialised},
+      {"read_uninitialized", read_uninitialized},
       {"barrier_in_branch", barrier_in_branch},
       {"two_barriers", two_barriers},
       {"warp_functions", warp_functions},

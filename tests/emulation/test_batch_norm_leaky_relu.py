@@ -4,89 +4,20 @@ A device has 1, 4 or 132 multiprocessors (problem.device), which decides into ho
 channel is divided. More than 64 KiB of x per block's channels are divided at all.
 """
 
-import os
-import re
-import subprocess
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from .problem import DTYPES, Problem, Solution, check, to_numpy, vary
-
-# Under the sanitizers, which do not look at the values, one order is enough.
-SEEDS = (0,) if "GANKERNELS_EMULATION" in os.environ else (0, 1, 2)
-_cache = {}
-
-
-def run(emulated, problem: Problem, solution: Solution, want: dict) -> dict[str, np.ndarray]:
-    """Forward, backward and double backward; every output's bytes, checked against `want`."""
-    p, s = problem, solution
-    arrays = {}
-
-    def call(function, inputs, outputs):
-        function({"x": s.pack(s.x), **s.parameters(), **inputs}, outputs, p.options)
-        arrays.update({f"{function.__name__}.{name}": a for name, a in outputs.items()})
-        return outputs
-
-    given = {"statistics": s.per_channel(s.statistics)}
-    if p.training:
-        out = call(emulated.forward, {}, {"statistics": s.empty_per_channel(2), "y": s.empty()})
-        check(p, "statistics", torch.from_numpy(out["statistics"]), want["statistics"])
-        given = {"statistics": out["statistics"].copy()}
-    else:
-        out = call(emulated.forward, given, {"y": s.empty()})
-    check(p, "y", s.unpack(out["y"]), want["y"])
-
-    given["grad_y"] = s.pack(s.grad_y)
-    out = call(emulated.backward, given, {"sums": s.empty_per_channel(2), "grad_x": s.empty()})
-    magnitude = want["magnitude"]
-    check(p, "sums", torch.from_numpy(out["sums"]), want["sums"], magnitude[:2])
-    check(p, "grad_x", s.unpack(out["grad_x"]), want["grad_x"], want["scale"])
-
-    given["grad_grad_x"] = s.pack(s.grad_grad_x)
-    given["grad_grad_weight"] = s.per_channel(s.grad_grad_weight)
-    given["grad_grad_bias"] = s.per_channel(s.grad_grad_bias)
-    outputs = {"sums": s.empty_per_channel(5), "grad_weight": s.empty_per_channel()}
-    outputs |= {"grad_grad_y": s.empty(), "grad_x": s.empty()}
-    out = call(emulated.double_backward, given, outputs)
-    check(p, "sums", torch.from_numpy(out["sums"]), want["double_sums"], magnitude)
-    check(p, "grad_grad_y", s.unpack(out["grad_grad_y"]), want["grad_grad_y"], want["scale"])
-    check(p, "grad_x", s.unpack(out["grad_x"]), want["double_grad_x"], want["scale"])
-    grad_weight = torch.from_numpy(out["grad_weight"])
-    check(p, "grad_weight", grad_weight, want["double_grad_weight"], 3 * magnitude.amax(0))
-    return arrays
-
-
-def solve(problem: Problem) -> tuple[Solution, dict]:
-    if problem not in _cache:
-        solution = Solution(problem)
-        want = {k: v.detach() for k, v in solution.solve().items()}
-        # What cancels in the derivatives is of this size.
-        invstd = (solution.statistics[1] + problem.eps).rsqrt()
-        weight = solution.weight.abs().amax()
-        want["scale"] = 3 * (1 + weight) * (1 + invstd.amax()) ** 2
-        _cache.clear()
-        _cache[problem] = solution, want
-    return _cache[problem]
+from . import harness
+from .harness import DTYPES, SEEDS, call, check_every_kernel_is_launched, parametrize, to_numpy
+from .norm_problem import Problem, Solution
 
 
 def check_all(emulated, problem: Problem) -> None:
-    """Right, and the same bit for bit whatever the order in which threads and blocks run."""
-    solution, want = solve(problem)
-    first = None
-    for seed in SEEDS:
-        emulated.set_seed(seed)
-        arrays = run(emulated, problem, solution, want)
-        if first is None:
-            first = arrays
-        for name, array in arrays.items():
-            assert array.tobytes() == first[name].tobytes(), f"{name} depends on the order"
-
-
-def parametrize(*problems: Problem):
-    return pytest.mark.parametrize("problem", problems, ids=str)
+    harness.check_all(emulated, Solution(problem))
 
 
 # Run lengths for each vector width, channel counts around a tile's (128 bytes of a row), and more
@@ -114,20 +45,8 @@ def test_every_kernel(emulated, problem):
 
 def test_every_kernel_was_meant(emulated):
     """EVERY_KERNEL launches every instance that the library has: nothing is left untested."""
-    emulated.take_launches()
-    for problem in EVERY_KERNEL:
-        if not problem.activation_first:
-            solution, want = solve(problem)
-            run(emulated, problem, solution, want)
-    launched = {name for name, *_ in emulated.take_launches()}
-    library = next(Path(emulated.__file__).parent.glob("libkernels_*.so"))
-    symbols = subprocess.run(
-        ["nm", "-C", "--defined-only", library], capture_output=True, text=True, check=True
-    ).stdout
-    pattern = r"[0-9a-f]+ [A-Za-z] (void gankernels::cuda::batch_norm_leaky_relu::kernel<.*\))\n"
-    built = {m[1] for m in re.finditer(pattern, symbols)}
-    assert built == launched
-    assert len(built) == 54
+    solutions = (Solution(p) for p in EVERY_KERNEL if not p.activation_first)
+    check_every_kernel_is_launched(emulated, "batch_norm_leaky_relu", solutions, 54)
 
 
 @parametrize(
@@ -167,7 +86,7 @@ def test_sizes_channels_last(emulated, problem):
     [
         (Problem(128, 2, 128), False),
         (Problem(129, 2, 128, device=0), True),
-        (Problem(129, 3, 128, device=1, activation_first=True, affine=False), True),
+        (Problem(129, 3, 128, device=1, activation_first=True, parameters=False), True),
         (Problem(1, 2, 32771, device=1), True),
         (Problem(1, 1, 16 * 4099, device=2, dtype="bfloat16"), True),
         (Problem(700, 2, 49, dtype="float16", device=2), True),
@@ -214,8 +133,8 @@ def test_types_orders_modes_and_slopes(emulated, problem):
 
 
 @parametrize(
-    Problem(4, 3, 16, affine=False),
-    Problem(4, 8, 3, True, affine=False, activation_first=True, dtype="bfloat16"),
+    Problem(4, 3, 16, parameters=False),
+    Problem(4, 8, 3, True, parameters=False, activation_first=True, dtype="bfloat16"),
     Problem(300, 3, 16, eps=1e-5, dtype="float64"),
     Problem(300, 3, 16, eps=1e-5),
     Problem(3, 6, 20, misalignment=4, dtype="float16"),
@@ -229,65 +148,70 @@ PARTS = [Problem(4, 3, 16), Problem(9, 6, 3, True), Problem(150, 2, 128), Proble
 
 
 @parametrize(*PARTS)
-def test_statistics_and_application_apart(emulated, problem):
-    s, want = solve(problem)
-    inputs = {"x": s.pack(s.x), **s.parameters()}
-    statistics, y = s.empty_per_channel(2), s.empty()
-    emulated.forward(inputs, {"statistics": statistics}, problem.options)
-    check(problem, "statistics", torch.from_numpy(statistics), want["statistics"])
-    emulated.forward(inputs | {"statistics": statistics}, {"y": y}, problem.options)
-    check(problem, "y", s.unpack(y), want["y"])
-
-
-@parametrize(*PARTS)
-def test_sums_and_application_apart(emulated, problem):
-    s, want = solve(problem)
-    inputs = {"x": s.pack(s.x), **s.parameters(), "statistics": s.per_channel(s.statistics)}
-    inputs["grad_y"] = s.pack(s.grad_y)
-    sums, grad_x = s.empty_per_channel(2), s.empty()
-    emulated.backward(inputs, {"sums": sums}, problem.options)
-    check(problem, "sums", torch.from_numpy(sums), want["sums"], want["magnitude"][:2])
-    emulated.backward(inputs | {"sums": sums}, {"grad_x": grad_x}, problem.options)
-    check(problem, "grad_x", s.unpack(grad_x), want["grad_x"], want["scale"])
-
-    inputs["grad_grad_x"] = s.pack(s.grad_grad_x)
-    inputs["grad_grad_weight"] = s.per_channel(s.grad_grad_weight)
-    inputs["grad_grad_bias"] = s.per_channel(s.grad_grad_bias)
-    sums = s.empty_per_channel(5)
-    emulated.double_backward(inputs, {"sums": sums}, problem.options)
-    check(problem, "sums", torch.from_numpy(sums), want["double_sums"], want["magnitude"])
-    inputs["sums"] = sums
-    for name in ("grad_grad_y", "grad_x", "grad_weight"):
-        out = s.empty_per_channel() if name == "grad_weight" else s.empty()
-        emulated.double_backward(inputs, {name: out}, problem.options)
-        reference = want[name if name == "grad_grad_y" else f"double_{name}"]
-        if name == "grad_weight":
-            got, scale = torch.from_numpy(out), 3 * want["magnitude"].amax(0)
-        else:
-            got, scale = s.unpack(out), want["scale"]
-        check(problem, name, got, reference, scale)
+def test_reduction_and_application_apart(emulated, problem):
+    s = Solution(problem)
+    for number, sums, applied in (
+        (0, "statistics", ["y"]),
+        (1, "sums", ["grad_x"]),
+        (2, "sums", ["grad_grad_y", "grad_x", "grad_weight"]),
+    ):
+        given = call(emulated, s, number, [sums])
+        for name in applied:
+            call(emulated, s, number, [name], given)
 
 
 @parametrize(*PARTS)
 def test_without_parameter_tangents(emulated, problem):
-    s, scale = solve(problem)[0], solve(problem)[1]["scale"]
-    want = s.solve(with_parameter_tangents=False)
-    inputs = {"x": s.pack(s.x), **s.parameters(), "statistics": s.per_channel(s.statistics)}
-    inputs |= {"grad_y": s.pack(s.grad_y), "grad_grad_x": s.pack(s.grad_grad_x)}
-    out = {"sums": s.empty_per_channel(5), "grad_grad_y": s.empty(), "grad_x": s.empty()}
-    emulated.double_backward(inputs, out, problem.options)
-    check(problem, "grad_grad_y", s.unpack(out["grad_grad_y"]), want["grad_grad_y"], scale)
-    check(problem, "grad_x", s.unpack(out["grad_x"]), want["double_grad_x"], scale)
+    s = Solution(problem, parameter_tangents=False)
+    call(emulated, s, 2, ["sums", "grad_grad_y", "grad_x"])
 
 
-@parametrize(*(vary(p, training=False) for p in PARTS))
+@parametrize(*(replace(p, training=False) for p in PARTS))
 def test_evaluation_without_sums(emulated, problem):
-    s, want = solve(problem)
-    inputs = {"x": s.pack(s.x), **s.parameters(), "statistics": s.per_channel(s.statistics)}
-    inputs["grad_y"] = s.pack(s.grad_y)
-    grad_x = s.empty()
-    emulated.backward(inputs, {"grad_x": grad_x}, problem.options)
-    check(problem, "grad_x", s.unpack(grad_x), want["grad_x"], want["scale"])
+    call(emulated, Solution(problem), 1, ["grad_x"])
+
+
+# As instance norm of (N, C, S): n = 1, c = N * C, affine = C.
+@parametrize(
+    *[
+        Problem(n, c, s, last, affine=affine, **options)
+        for options in (
+            {},
+            {"activation_first": True, "dtype": "bfloat16"},
+            {"training": False, "dtype": "float64", "parameter_dtype": "float64"},
+        )
+        for n, c, s, last, affine in [
+            *[
+                (1, 12, 16, False, 4),
+                (1, 70, 3, False, 7),
+            ],
+            *[(5, 12, 7, False, 1), (3, 12, 5, True, 4), (600, 42, 1, False, 21)],
+        ]
+    ],
+    Problem(1, 6, 16_500, affine=3),
+)
+def test_fewer_parameters_than_channels(emulated, problem):
+    check_all(emulated, problem)
+
+
+@pytest.mark.parametrize("activation_first", [False, True])
+def test_instance_norm(emulated, activation_first):
+    """What the problems above are is what PyTorch's instance norm computes of them."""
+    n, c, s = 5, 3, 40
+    solution = Solution(Problem(1, n * c, s, affine=c, activation_first=activation_first))
+    p = solution.p
+    x = solution.x.view(n, c, s).clone().requires_grad_()
+    weight, bias = (t.clone().requires_grad_() for t in (solution.weight, solution.bias))
+    u = F.leaky_relu(x, p.negative_slope) if activation_first else x
+    y = F.instance_norm(u, weight=weight, bias=bias, eps=p.eps)
+    y = y if activation_first else F.leaky_relu(y, p.negative_slope)
+    want = torch.autograd.grad(y, (x, bias, weight), solution.grad_y.view(n, c, s))
+    y_, x_ = (solution.passes[i].outputs[name].want for i, name in ((0, "y"), (1, "grad_x")))
+    sums = solution.passes[1].outputs["sums"].want
+    torch.testing.assert_close(y_.view(n, c, s), y.detach())
+    torch.testing.assert_close(x_.view(n, c, s), want[0])
+    torch.testing.assert_close(sums.view(2, n, c).sum(1), torch.stack(want[1:]))
+    harness.check_all(emulated, solution)
 
 
 @parametrize(
@@ -301,18 +225,20 @@ def test_evaluation_without_sums(emulated, problem):
 def test_empty(emulated, problem):
     """Nothing is written out of bounds; sums are 0, statistics 0 / 0."""
     s = Solution(problem)
-    inputs = {"x": s.pack(s.x), **s.parameters()}
-    statistics = s.empty_per_channel(2)
-    emulated.forward(inputs, {"statistics": statistics, "y": s.empty()}, problem.options)
+    (inputs, options), elements = s.inputs("x", "weight", "bias"), s.empty(s.x)
+    statistics = s.empty(s.statistics)
+    emulated.batch_norm_leaky_relu_forward(
+        inputs, {"statistics": statistics, "y": elements}, options
+    )
     assert np.isnan(statistics).all()
     inputs["statistics"] = np.ones_like(statistics)
     inputs["grad_y"] = inputs["grad_grad_x"] = s.pack(s.grad_y)
-    sums, grad_x = s.empty_per_channel(2), s.empty()
-    emulated.backward(inputs, {"sums": sums, "grad_x": grad_x}, problem.options)
+    sums = s.pack(torch.full((2, problem.c), torch.nan))
+    emulated.batch_norm_leaky_relu_backward(inputs, {"sums": sums, "grad_x": elements}, options)
     assert (sums == 0).all()
-    sums = s.empty_per_channel(5)
-    outputs = {"sums": sums, "grad_x": s.empty(), "grad_weight": s.empty_per_channel()}
-    emulated.double_backward(inputs, outputs, problem.options)
+    sums, weight = (s.pack(torch.full((k, problem.c), torch.nan)) for k in (5, 1))
+    outputs = {"sums": sums, "grad_x": elements, "grad_weight": weight}
+    emulated.batch_norm_leaky_relu_double_backward(inputs, outputs, options)
     assert (sums == 0).all()
 
 
@@ -329,25 +255,25 @@ def test_a_large_mean_does_not_cancel(emulated, problem):
     """E[x^2] - E[x]^2 would be wrong by 6 here: float32 keeps 1e8 to within 8. Nor can a float32
     hold the mean well enough to take deviations of 1e-2 from it: its last digit is 1e-3."""
     s = Solution(problem)
-    statistics = s.empty_per_channel(2)
-    emulated.forward({"x": s.pack(s.x)}, {"statistics": statistics}, problem.options)
+    statistics = s.empty(s.statistics)
+    inputs, options = s.inputs("x")
+    emulated.batch_norm_leaky_relu_forward(inputs, {"statistics": statistics}, options)
     mean, var = torch.from_numpy(statistics).double()
     torch.testing.assert_close(mean, s.statistics[0], rtol=2e-7, atol=0)
     torch.testing.assert_close(var, s.statistics[1], rtol=1e-5, atol=0)
 
 
 def test_not_a_number_stays_in_its_channel(emulated):
-    problem = Problem(40, 3, 16)
-    s, want = solve(problem)
-    x = s.x.clone()
-    x[7, 1, 5] = torch.nan
-    out = {"statistics": s.empty_per_channel(2), "y": s.empty()}
-    emulated.forward({"x": s.pack(x), **s.parameters()}, out, problem.options)
-    y = s.unpack(out["y"])
-    assert y[:, 1].isnan().all()
+    s = Solution(Problem(40, 3, 16))
+    y = s.passes[0].outputs["y"]
+    s.x[7, 1, 5] = torch.nan
+    inputs, options = s.inputs("x", "weight", "bias")
+    out = {"statistics": s.empty(s.statistics), "y": s.empty(s.x)}
+    emulated.batch_norm_leaky_relu_forward(inputs, out, options)
     assert np.isnan(out["statistics"][:, 1]).all()
-    for c in (0, 2):
-        check(problem, "y", y[:, c : c + 1], want["y"][:, c : c + 1])
+    assert np.isnan(out["y"][:, 1]).all()
+    out["y"][:, 1] = y.want[:, 1]
+    s.check("y", out["y"], y)
 
 
 @pytest.mark.parametrize("c", [0, 1, 31, 33, 1500])
@@ -392,7 +318,9 @@ def test_every_half_is_converted(emulated, dtype):
     problem = Problem(1, 1, 2**16, dtype=dtype, eps=0.0, negative_slope=1.0, training=False)
     statistics = np.array([[0.0], [1.0]], dtype=np.float32)
     y = np.zeros(2**16, dtype=to_numpy(x).dtype)
-    emulated.forward({"x": to_numpy(x), "statistics": statistics}, {"y": y}, problem.options)
+    emulated.batch_norm_leaky_relu_forward(
+        {"x": to_numpy(x), "statistics": statistics}, {"y": y}, problem.options
+    )
     y = torch.from_numpy(y).view(DTYPES[dtype])
     nan = x.isnan()
     assert torch.equal(y.isnan(), nan)
@@ -424,14 +352,13 @@ def test_rounding_to_half(emulated, dtype):
 
 def test_device_is_restored_and_checked(emulated):
     assert emulated.current_device() == 0
-    problem = Problem(device=2)
-    s, _ = solve(problem)
-    inputs = {"x": s.pack(s.x), "statistics": s.per_channel(s.statistics)}
+    s = Solution(Problem(device=2))
+    inputs, options = s.inputs("x", "statistics")
     emulated.take_launches()
-    emulated.forward(inputs, {"y": s.empty()}, problem.options)
+    emulated.batch_norm_leaky_relu_forward(inputs, {"y": s.empty(s.x)}, options)
     ((_, device, *_),) = emulated.take_launches()
     assert device == 2
     assert emulated.current_device() == 0
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
-        emulated.forward(inputs, {"y": s.empty()}, problem.options | {"device": 3})
+        emulated.batch_norm_leaky_relu_forward(inputs, {"y": s.empty(s.x)}, options | {"device": 3})
     assert emulated.current_device() == 0

@@ -39,7 +39,7 @@ def test_a_missing_barrier_gives_nan_and_depends_on_the_seed(emulated):
 def test_a_block_finds_nothing_of_another_in_shared_memory(emulated):
     x = np.ones(5, dtype=np.float32)
     y = np.zeros_like(x)
-    emulated.self_test("read_uninitialised", {"in": x}, {"out": y}, blocks=5, threads=32)
+    emulated.self_test("read_uninitialized", {"in": x}, {"out": y}, blocks=5, threads=32)
     assert np.isnan(y).all()
 
 

@@ -1,25 +1,22 @@
 """The CUDA kernels of minibatch_discrimination, emulated, against float64 autograd."""
 
-import os
-import re
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from .problem import COMPUTED, DTYPES, ROUNDING, to_numpy
+from . import harness
+from .harness import DTYPES, Pass, Result, call, check_every_kernel_is_launched, parametrize
 
-# Under the sanitizers, which do not look at the values, one order is enough.
-SEEDS = (0,) if "GANKERNELS_EMULATION" in os.environ else (0, 1)
+SEEDS = harness.SEEDS[:2]
 # The sizes that C is padded to, and above them the kernel for any C.
 SMALL_C = {"float32": (2, 4, 5, 8, 12, 16, 24, 32), "float64": (4, 8, 16)}
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(harness.Problem):
     n: int = 9
     b: int = 2
     c: int = 5
@@ -29,9 +26,9 @@ class Problem:
     misalignment: int = 0  # of every array, in elements
     device: int = 1
 
-    def __str__(self) -> str:
-        changed = (f"{k}={v}" for k, v in vars(self).items() if v != getattr(Problem, k))
-        return "-".join(changed) or "default"
+    @property
+    def options(self) -> dict[str, Any]:
+        return super().options | {"output_misalignment": self.misalignment}
 
 
 def discrimination(m: torch.Tensor) -> torch.Tensor:
@@ -40,33 +37,24 @@ def discrimination(m: torch.Tensor) -> torch.Tensor:
     return torch.exp(-distances).masked_fill(itself, 0).sum(0)
 
 
-class Solution:
-    """Random inputs, quantised to the type, and every result by its name in the kernels."""
-
+class Solution(harness.Solution):
     def __init__(self, p: Problem):
-        self.p = p
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape, scale=1.0):
-            value = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
-            return value.to(DTYPES[p.dtype]).double()
-
-        self.m = random(p.n, p.b, p.c, scale=2 / max(p.c, 1))
+        super().__init__(p)
+        self.m = self.random(p.n, p.b, p.c, dtype=p.dtype, scale=2 / max(p.c, 1))
         if p.ties:  # samples that are the same, and some that differ in few dimensions
             self.m[p.n // 2 :] = self.m[: p.n - p.n // 2].clone()
             self.m[::3, :, : p.c // 2] = self.m[0, :, : p.c // 2].clone()
-        self.grad_o = random(p.n, p.b)
-        self.grad_grad_m = random(p.n, p.b, p.c)
+        self.grad_o = self.random(p.n, p.b, dtype=p.dtype)
+        self.grad_grad_m = self.random(p.n, p.b, p.c, dtype=p.dtype)
         if p.layout == "expanded":
             self.grad_o[:] = self.grad_o[:1, :1].clone()
             self.grad_grad_m[:] = self.grad_grad_m[:, :, :1].clone()
 
         m, grad_o = self.m.clone().requires_grad_(), self.grad_o.clone().requires_grad_()
-        self.o = discrimination(m)
-        (self.grad_m,) = torch.autograd.grad(self.o, m, grad_o, create_graph=True)
-        self.grad_grad_o, self.second = torch.autograd.grad(
-            self.grad_m, (grad_o, m), self.grad_grad_m
-        )
+        o = discrimination(m)
+        (grad_m,) = torch.autograd.grad(o, m, grad_o, create_graph=True)
+        grad_grad_o, second = torch.autograd.grad(grad_m, (grad_o, m), self.grad_grad_m)
+        o, grad_m = o.detach(), grad_m.detach()
 
         # What cancels in the sums over pairs is of these sizes.
         difference = self.m.unsqueeze(0) - self.m.unsqueeze(1)
@@ -76,15 +64,25 @@ class Solution:
         weight = e * (g.unsqueeze(0) + g.unsqueeze(1))
         v = self.grad_grad_m
         s = (difference.sign().abs() * (v.unsqueeze(0) - v.unsqueeze(1)).abs()).sum(-1)
-        self.scales = {
-            "o": e.sum(0),
-            "grad_m": weight.sum(0).unsqueeze(-1),
-            "grad_grad_o": (e * s).sum(0),
-            "second": (weight * s).sum(0).unsqueeze(-1),
-        }
+        self.passes = (
+            Pass("minibatch_discrimination_forward", ("m",), {"o": Result(o, e.sum(0))}),
+            Pass(
+                "minibatch_discrimination_backward",
+                ("m", "grad_o"),
+                {"grad_m": Result(grad_m, weight.sum(0).unsqueeze(-1))},
+            ),
+            Pass(
+                "minibatch_discrimination_double_backward",
+                ("m", "grad_o", "grad_grad_m"),
+                {
+                    "grad_grad_o": Result(grad_grad_o, (e * s).sum(0)),
+                    "grad_m": Result(second, (weight * s).sum(0).unsqueeze(-1)),
+                },
+            ),
+        )
 
-    def pack(self, tensor: torch.Tensor) -> np.ndarray:
-        return to_numpy(tensor.to(DTYPES[self.p.dtype]))
+    def dtype_of(self, tensor: torch.Tensor) -> str:
+        return self.p.dtype
 
     def lay_out(self, tensor: torch.Tensor) -> tuple[np.ndarray, list[int]]:
         """The memory that the tensor lies in, in the problem's layout, and its strides."""
@@ -101,65 +99,15 @@ class Solution:
             return self.pack(memory), list(memory.expand_as(tensor).stride())
         return self.pack(tensor), list(tensor.contiguous().stride())
 
-    def inputs(self, *names: str) -> tuple[dict, dict]:
-        """The arrays of these names, and the options of a call that gets them."""
-        options = {k: getattr(self.p, k) for k in ("n", "b", "c", "dtype", "device")}
-        options["misalignment"] = self.p.misalignment
-        arrays = {}
+    def inputs(self, *names: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        arrays, options = {}, self.p.options
         for name in names:
             arrays[name], options[f"{name}_strides"] = self.lay_out(getattr(self, name))
         return arrays, options
 
-    def empty(self, like: torch.Tensor) -> np.ndarray:
-        return self.pack(torch.full_like(like, torch.nan))
-
-    def check(self, name: str, array: np.ndarray) -> None:
-        """Every element within one rounding of float64, apart from what float32 computes."""
-        p, want = self.p, getattr(self, name)
-        got = torch.from_numpy(array)
-        got = got.view(torch.bfloat16) if got.dtype == torch.int16 else got
-        allowed = ROUNDING[p.dtype] * want.abs() + COMPUTED[p.dtype] * self.scales[name]
-        if p.dtype == "float16":  # half the distance between its subnormals
-            allowed = allowed + 2.0**-25
-        wrong = ~((got.double() - want).abs() <= allowed)  # NaN is wrong
-        if wrong.any():
-            at = tuple(wrong.nonzero()[0].tolist())
-            raise AssertionError(
-                f"{name} of {p}: {int(wrong.sum())} of {want.numel()} elements, first {at}: "
-                f"{got[at].item()!r} instead of {want[at].item()!r}"
-            )
-
-
-def run(emulated, s: Solution) -> dict[str, np.ndarray]:
-    """The three passes; every output's bytes, checked."""
-    o, grad_m, grad_grad_o, second = map(s.empty, (s.o, s.grad_m, s.grad_grad_o, s.second))
-    inputs, options = s.inputs("m")
-    emulated.discrimination_forward(inputs, {"o": o}, options)
-    s.check("o", o)
-    inputs, options = s.inputs("m", "grad_o")
-    emulated.discrimination_backward(inputs, {"grad_m": grad_m}, options)
-    s.check("grad_m", grad_m)
-    inputs, options = s.inputs("m", "grad_o", "grad_grad_m")
-    outputs = {"grad_grad_o": grad_grad_o, "grad_m": second}
-    emulated.discrimination_double_backward(inputs, outputs, options)
-    s.check("grad_grad_o", grad_grad_o)
-    s.check("second", second)
-    return {"o": o, "grad_m": grad_m, "grad_grad_o": grad_grad_o, "second": second}
-
 
 def check_all(emulated, problem: Problem) -> None:
-    """Right, and the same bit for bit whatever the order in which threads and blocks run."""
-    solution, first = Solution(problem), None
-    for seed in SEEDS:
-        emulated.set_seed(seed)
-        arrays = run(emulated, solution)
-        first = first or arrays
-        for name, array in arrays.items():
-            assert array.tobytes() == first[name].tobytes(), f"{name} depends on the order"
-
-
-def parametrize(*problems: Problem):
-    return pytest.mark.parametrize("problem", problems, ids=str)
+    harness.check_all(emulated, Solution(problem), SEEDS)
 
 
 # Every size that C is padded to, filled and not, and what is beyond the last.
@@ -177,18 +125,8 @@ def test_every_kernel(emulated, problem):
 
 def test_every_kernel_was_meant(emulated):
     """EVERY_KERNEL launches every instance that the library has: nothing is left untested."""
-    emulated.take_launches()
-    for problem in EVERY_KERNEL:
-        run(emulated, Solution(problem))
-    launched = {name for name, *_ in emulated.take_launches()}
-    library = next(Path(emulated.__file__).parent.glob("libkernels_*.so"))
-    symbols = subprocess.run(
-        ["nm", "-C", "--defined-only", library], capture_output=True, text=True, check=True
-    ).stdout
-    name = r"gankernels::cuda::minibatch_discrimination::\w+_kernel<"
-    built = {m[1] for m in re.finditer(rf"[0-9a-f]+ [A-Za-z] (void {name}.*\))\n", symbols)}
-    assert built == launched
-    assert len(built) == 39
+    solutions = map(Solution, EVERY_KERNEL)
+    check_every_kernel_is_launched(emulated, "minibatch_discrimination", solutions, 39)
 
 
 # Rows around those of a warp (64 forward, 32 else), of a block (up to 256), of a tile (128).
@@ -264,15 +202,12 @@ def test_samples_all_the_same(emulated, c):
     """Mode collapse: every similarity is one, and nothing pulls the samples anywhere."""
     s = Solution(Problem(70, 2, c))
     s.m[:] = s.m[:1].clone()
-    o, grad_m, grad_grad_o, second = map(s.empty, (s.o, s.grad_m, s.grad_grad_o, s.second))
     inputs, options = s.inputs("m", "grad_o", "grad_grad_m")
-    m, grad_o = (
-        {k: v for k, v in inputs.items() if k in names} for names in ("m", ("m", "grad_o"))
-    )
-    emulated.discrimination_forward(m, {"o": o}, options)
-    emulated.discrimination_backward(grad_o, {"grad_m": grad_m}, options)
+    (o, grad_grad_o), (grad_m, second) = ((s.empty(x), s.empty(x)) for x in (s.grad_o, s.m))
+    emulated.minibatch_discrimination_forward(inputs, {"o": o}, options)
+    emulated.minibatch_discrimination_backward(inputs, {"grad_m": grad_m}, options)
     outputs = {"grad_grad_o": grad_grad_o, "grad_m": second}
-    emulated.discrimination_double_backward(inputs, outputs, options)
+    emulated.minibatch_discrimination_double_backward(inputs, outputs, options)
     assert (o == 69).all()
     for zero in (grad_m, grad_grad_o, second):
         assert (zero == 0).all()
@@ -280,11 +215,7 @@ def test_samples_all_the_same(emulated, c):
 
 @pytest.mark.parametrize("c", [4, 33])
 def test_double_backward_without_grad_m(emulated, c):
-    s = Solution(Problem(70, 2, c))
-    inputs, options = s.inputs("m", "grad_o", "grad_grad_m")
-    grad_grad_o = s.empty(s.grad_grad_o)
-    emulated.discrimination_double_backward(inputs, {"grad_grad_o": grad_grad_o}, options)
-    s.check("grad_grad_o", grad_grad_o)
+    call(emulated, Solution(Problem(70, 2, c)), 2, ["grad_grad_o"])
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 87.33), ("float64", 700.0)])
@@ -296,8 +227,9 @@ def test_distances_up_to_where_similarities_vanish(emulated, c, dtype, limit):
         s.m[:] = torch.tensor([0.0, distance, np.inf], dtype=torch.float64)[:, None, None]
         s.m[:, :, 1:] = 0
         m = s.m.to(DTYPES[dtype]).double()
-        o = s.empty(s.o)
-        emulated.discrimination_forward(*((i := s.inputs("m"))[0], {"o": o}, i[1]))
+        o = s.empty(s.grad_o)
+        inputs, options = s.inputs("m")
+        emulated.minibatch_discrimination_forward(inputs, {"o": o}, options)
         want = np.exp(-float(m[1, 0, 0]))
         if dtype == "float32" and want < 2.0**-126:
             want = 0.0
@@ -314,14 +246,14 @@ def test_distances_up_to_where_similarities_vanish(emulated, c, dtype, limit):
 def test_empty(emulated, problem):
     """A sample alone is like no other; without dimensions, all are the same."""
     s = Solution(problem)
-    o = s.empty(s.o)
+    o = s.empty(s.grad_o)
     inputs, options = s.inputs("m")
-    emulated.discrimination_forward(inputs, {"o": o}, options)
+    emulated.minibatch_discrimination_forward(inputs, {"o": o}, options)
     assert (o == max(problem.n - 1, 0)).all()
     inputs, options = s.inputs("m", "grad_o", "grad_grad_m")
-    second, grad_grad_o = s.empty(s.second), s.empty(s.grad_grad_o)
+    second, grad_grad_o = s.empty(s.m), s.empty(s.grad_o)
     outputs = {"grad_grad_o": grad_grad_o, "grad_m": second}
-    emulated.discrimination_double_backward(inputs, outputs, options)
+    emulated.minibatch_discrimination_double_backward(inputs, outputs, options)
     assert (second == 0).all()
     assert (grad_grad_o == 0).all()
 
@@ -330,9 +262,9 @@ def test_empty(emulated, problem):
 def test_not_a_number_reaches_every_sample(emulated, c):
     s = Solution(Problem(40, 2, c))
     s.m[7, 1, 2] = torch.nan
-    o = s.empty(s.o)
+    o = s.empty(s.grad_o)
     inputs, options = s.inputs("m")
-    emulated.discrimination_forward(inputs, {"o": o}, options)
+    emulated.minibatch_discrimination_forward(inputs, {"o": o}, options)
     assert np.isnan(o[:, 1]).all()
     assert np.isfinite(o[:, 0]).all()
 
@@ -341,6 +273,10 @@ def test_too_many_samples(emulated):
     s = Solution(Problem(2, 1, 3))
     inputs, options = s.inputs("m")
     with pytest.raises(RuntimeError, match=r"minibatch_discrimination: more than 2\^30 samples"):
-        emulated.discrimination_forward(inputs, {"o": s.empty(s.o)}, options | {"n": 2**31})
+        emulated.minibatch_discrimination_forward(
+            inputs, {"o": s.empty(s.grad_o)}, options | {"n": 2**31}
+        )
     with pytest.raises(RuntimeError, match=r"minibatch_discrimination: more than 2\^31 blocks"):
-        emulated.discrimination_forward(inputs, {"o": s.empty(s.o)}, options | {"b": 2**32})
+        emulated.minibatch_discrimination_forward(
+            inputs, {"o": s.empty(s.grad_o)}, options | {"b": 2**32}
+        )

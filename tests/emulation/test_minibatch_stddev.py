@@ -5,24 +5,18 @@ least 8192 positions; from there on a device's multiprocessors, 1, 4 or 132 with
 decide into how many parts a cell is divided.
 """
 
-import os
-import re
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from .problem import COMPUTED, DTYPES, ROUNDING, to_numpy
-
-# Under the sanitizers, which do not look at the values, one order is enough.
-SEEDS = (0,) if "GANKERNELS_EMULATION" in os.environ else (0, 1, 2)
+from . import harness
+from .harness import DTYPES, SEEDS, Pass, Result, check_every_kernel_is_launched, parametrize
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(harness.Problem):
     n: int = 6
     groups: int = 2
     rows: int = 1
@@ -36,115 +30,57 @@ class Problem:
     output_misalignment: int = 0
     device: int = 1
 
-    @property
-    def accumulator(self) -> str:
-        return "float64" if self.dtype == "float64" else "float32"
 
-    @property
-    def options(self) -> dict:
-        return {k: v for k, v in vars(self).items() if k not in ("mean", "std")}
-
-    def __str__(self) -> str:
-        changed = (f"{k}={v}" for k, v in vars(self).items() if v != getattr(Problem, k))
-        return "-".join(changed) or "default"
-
-
-class Solution:
-    """Random inputs, quantised to their types, and every result by its name in the kernels."""
+class Solution(harness.Solution):
+    element_dims = 4
 
     def __init__(self, p: Problem):
-        self.p = p
-        generator = torch.Generator().manual_seed(0)
+        super().__init__(p)
         shape = (p.n, p.rows, p.features, p.run)
-
-        def random(*shape, dtype, scale=1.0, offset=0.0):
-            value = offset + scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
-            return value.to(DTYPES[dtype]).double()
-
-        self.x = random(*shape, dtype=p.dtype, scale=p.std, offset=p.mean)
-        self.tangent = random(*shape, dtype=p.dtype)
-        self.grad_stddev = random(p.groups, p.features, dtype=p.accumulator)
+        self.x = self.random(*shape, dtype=p.dtype, scale=p.std, offset=p.mean)
+        self.tangent = self.random(*shape, dtype=p.dtype)
+        self.grad_stddev = self.random(p.groups, p.features, dtype=p.accumulator)
 
         x, outer = self.x.clone().requires_grad_(), self.grad_stddev.clone().requires_grad_()
         # Around a member, or float64 would not hold small deviations much better than the kernels.
         groups = [x[g :: p.groups] - self.x[g] for g in range(p.groups)]
         sigmas = [(y.var(0, correction=0) + p.eps).sqrt() for y in groups]
-        self.stddev = torch.stack([sigma.mean((0, 2)) for sigma in sigmas])
-        (self.grad_x,) = torch.autograd.grad(self.stddev, x, outer, create_graph=True)
-        scalar = (self.grad_x * self.tangent).sum()
-        self.grad_grad_stddev, self.second = torch.autograd.grad(scalar, (outer, x))
+        stddev = torch.stack([sigma.mean((0, 2)) for sigma in sigmas])
+        (grad_x,) = torch.autograd.grad(stddev, x, outer, create_graph=True)
+        scalar = (grad_x * self.tangent).sum()
+        grad_grad_stddev, second = torch.autograd.grad(scalar, (outer, x))
+        stddev, grad_x = stddev.detach(), grad_x.detach()
 
         # What cancels in the derivatives is of these sizes, position by position.
-        self.grad_scale = torch.empty_like(self.x)
-        self.second_scale = torch.empty_like(self.x)
-        self.product_scale = torch.empty_like(self.stddev)
+        grad_scale, second_scale = torch.empty_like(self.x), torch.empty_like(self.x)
+        product_scale = torch.empty_like(stddev)
         for g, sigma in enumerate(sigmas):
             t, count = self.tangent[g :: p.groups], len(groups[g])
             u = self.grad_stddev[g].abs()[:, None] / (p.rows * p.run * count)
             size = t.square().sum(0).sqrt()
-            self.grad_scale[g :: p.groups] = u * count**0.5
-            self.second_scale[g :: p.groups] = 2 * u * size / sigma.detach()
-            self.product_scale[g] = size.mean((0, 2)) / count**0.5
-
-    def pack(self, tensor: torch.Tensor) -> np.ndarray:
-        dtype = self.p.dtype if tensor.dim() == 4 else self.p.accumulator
-        return to_numpy(tensor.to(DTYPES[dtype]))
-
-    def check(self, name: str, array: np.ndarray, want: torch.Tensor, scale) -> None:
-        """Every element within one rounding of float64, apart from what float32 computes."""
-        p = self.p
-        got = torch.from_numpy(array)
-        got = got.view(torch.bfloat16) if got.dtype == torch.int16 else got
-        dtype = p.dtype if want.dim() == 4 else p.accumulator
-        allowed = ROUNDING[dtype] * want.abs() + 0.3 * COMPUTED[p.dtype] * scale
-        if dtype == "float16":  # half the distance between its subnormals
-            allowed = allowed + 2.0**-25
-        wrong = ~((got.double() - want).abs() <= allowed)  # NaN is wrong
-        if wrong.any():
-            at = tuple(wrong.nonzero()[0].tolist())
-            raise AssertionError(
-                f"{name} of {p}: {int(wrong.sum())} of {want.numel()} elements, first {at}: "
-                f"{got[at].item()!r} instead of {want[at].item()!r}"
-            )
-
-
-def run(emulated, s: Solution) -> dict[str, np.ndarray]:
-    """The three passes; every output's bytes, checked."""
-    arrays = {}
-
-    def call(function, names, *results):
-        inputs = {name: s.pack(getattr(s, name)) for name in names}
-        outputs = {name: s.pack(torch.full_like(like, torch.nan)) for name, like, _ in results}
-        function(inputs, outputs, s.p.options)
-        for name, want, scale in results:
-            s.check(f"{function.__name__}.{name}", outputs[name], want, scale)
-            arrays[f"{function.__name__}.{name}"] = outputs[name]
-
-    call(emulated.stddev_forward, ["x"], ("stddev", s.stddev, s.stddev))
-    given = ["x", "grad_stddev"]
-    call(emulated.stddev_backward, given, ("grad_x", s.grad_x, s.grad_scale))
-    call(
-        emulated.stddev_double_backward,
-        [*given, "tangent"],
-        ("grad_grad_stddev", s.grad_grad_stddev, s.product_scale),
-        ("grad_x", s.second, s.second_scale),
-    )
-    return arrays
+            grad_scale[g :: p.groups] = u * count**0.5
+            second_scale[g :: p.groups] = 2 * u * size / sigma.detach()
+            product_scale[g] = size.mean((0, 2)) / count**0.5
+        self.passes = (
+            Pass("minibatch_stddev_forward", ("x",), {"stddev": Result(stddev, 0.3 * stddev)}),
+            Pass(
+                "minibatch_stddev_backward",
+                ("x", "grad_stddev"),
+                {"grad_x": Result(grad_x, 0.3 * grad_scale)},
+            ),
+            Pass(
+                "minibatch_stddev_double_backward",
+                ("x", "grad_stddev", "tangent"),
+                {
+                    "grad_grad_stddev": Result(grad_grad_stddev, 0.3 * product_scale),
+                    "grad_x": Result(second, 0.3 * second_scale),
+                },
+            ),
+        )
 
 
 def check_all(emulated, problem: Problem) -> None:
-    """Right, and the same bit for bit whatever the order in which threads and blocks run."""
-    solution, first = Solution(problem), None
-    for seed in SEEDS:
-        emulated.set_seed(seed)
-        arrays = run(emulated, solution)
-        first = first or arrays
-        for name, array in arrays.items():
-            assert array.tobytes() == first[name].tobytes(), f"{name} depends on the order"
-
-
-def parametrize(*problems: Problem):
-    return pytest.mark.parametrize("problem", problems, ids=str)
+    harness.check_all(emulated, Solution(problem))
 
 
 # Vectors and single elements, held members and others, and parts that remain to be merged.
@@ -166,18 +102,9 @@ def test_every_kernel(emulated, problem):
 
 def test_every_kernel_was_meant(emulated):
     """EVERY_KERNEL launches every instance that the library has: nothing is left untested."""
-    emulated.take_launches()
-    for problem in EVERY_KERNEL:
-        run(emulated, Solution(problem))
-    launched = {name for name, *_ in emulated.take_launches()}
-    library = next(Path(emulated.__file__).parent.glob("libkernels_*.so"))
-    symbols = subprocess.run(
-        ["nm", "-C", "--defined-only", library], capture_output=True, text=True, check=True
-    ).stdout
-    pattern = r"[0-9a-f]+ [A-Za-z] (void gankernels::cuda::minibatch_stddev::\w+_kernel<.*\))"
-    built = {m[1] for m in re.finditer(pattern, symbols)}
-    assert built == launched
-    assert len(built) == 3 * (3 * 2 + 1) * 2 + 2 * 2
+    count = 3 * (3 * 2 + 1) * 2 + 2 * 2
+    solutions = map(Solution, EVERY_KERNEL)
+    check_every_kernel_is_launched(emulated, "minibatch_stddev", solutions, count)
 
 
 # Threads of a block with and without work, cells and groups of all kinds.
@@ -255,15 +182,13 @@ def test_members_that_agree(emulated, n):
 
 @pytest.mark.parametrize("n", [6, 12])
 def test_not_a_number_stays_in_its_cell(emulated, n):
-    p = Problem(n, 2, features=3, run=8)
-    s = Solution(p)
+    s = Solution(Problem(n, 2, features=3, run=8))
     s.x[2, 0, 1, 5] = torch.nan  # of group 0, feature 1
-    result = s.pack(torch.zeros(2, 3))
-    emulated.stddev_forward({"x": s.pack(s.x)}, {"stddev": result}, p.options)
+    inputs, options = s.inputs("x", "grad_stddev")
+    result, grad_x = s.empty(s.grad_stddev), s.empty(s.x)
+    emulated.minibatch_stddev_forward(inputs, {"stddev": result}, options)
     assert np.isnan(result).tolist() == [[False, True, False], [False] * 3]
-    grad_x = s.pack(torch.zeros_like(s.x))
-    inputs = {"x": s.pack(s.x), "grad_stddev": s.pack(s.grad_stddev)}
-    emulated.stddev_backward(inputs, {"grad_x": grad_x}, p.options)
+    emulated.minibatch_stddev_backward(inputs, {"grad_x": grad_x}, options)
     wrong = np.zeros(grad_x.shape, dtype=bool)
     wrong[0::2, 0, 1, 5] = True
     assert np.array_equal(np.isnan(grad_x), wrong)

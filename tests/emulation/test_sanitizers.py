@@ -1,6 +1,6 @@
 """The kernels' tests again, built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-These must be loaded before Python, hence in a process of their own.
+The sanitizers must be loaded before Python, so these tests run in a process of their own.
 """
 
 import os
@@ -25,24 +25,22 @@ def environment():
             text=True,
             check=True,
         ).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")  # the latter for exceptions to be found
+        for name in ("libasan.so", "libstdc++.so")  # the latter for the exceptions that are caught
     ]
     return {
         **os.environ,
         "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own are none of ours
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python leaks
         "GANKERNELS_EMULATION": str(folder),
         "OMP_NUM_THREADS": "1",
     }
 
 
 def test_kernels_are_clean(environment):
-    names = ("batch_norm_leaky_relu", "gradient_norm_penalty", "minibatch_discrimination")
-    names += ("minibatch_stddev",)
-    tests = [build.HERE / f"test_{name}.py" for name in names]
+    tests = [build.HERE / f"test_{unit.stem}.py" for unit in sorted(build.CUDA.glob("*.cu"))]
     # -s: or a sanitizer's report is lost with the process.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
-    command += ["--confcutdir", build.HERE, *tests]  # what is above concerns the whole package
+    command += ["--confcutdir", build.HERE, *tests]  # not the conftest.py of all tests
     result = subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True)
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-8000:]

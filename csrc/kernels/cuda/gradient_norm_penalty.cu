@@ -1,10 +1,10 @@
 // CUDA kernels of gradient_norm_penalty: forward, backward, double backward.
 //
-// A sample is divided into parts, and a warp takes one part after another: its 32 lanes are all
-// that ever has to be merged on the way, by shuffles and in a fixed order, without a barrier. There
-// are three kernels, and so at most two launches to a pass:
+// A sample is divided into parts, and a warp takes one part after another. Only its 32 lanes have
+// to be merged, by shuffles and in a fixed order, without a barrier. There are three kernels, and a
+// pass launches at most two of them:
 //
-//   dot_kernel      leaves the sum of a * b over each part in `partials`
+//   dot_kernel      writes the sum of a * b over each part to `partials`
 //   finish_kernel   one block merges these to squared norms and the penalty
 //   apply_kernel    out = p a + q b, with p and q from the sample's partials and squared norm
 //
@@ -13,7 +13,7 @@
 //   backward          apply           grad + grad_grad
 //   double backward   dot, apply      grad, tangent, again grad, tangent + grad_grad
 //
-// Elements are summed in the accumulation type, everything per sample is computed in double: there
+// Elements are summed in the accumulation type. Everything per sample is computed in double: there
 // is little of it, and in float the second derivative of a norm below 1e-13 would overflow.
 
 #include <math.h>
@@ -23,25 +23,26 @@
 #include <type_traits>
 
 #include "../gradient_norm_penalty.h"
+#include "../mutant.h"
 #include "launch.h"
 #include "reduce.h"
 #include "vector.h"
 
 namespace gankernels::cuda {
 
-// Names like these recur in other files, and a class has to be the same wherever it is linked.
+// A namespace of its own, since other files use the same names for other classes.
 namespace gradient_norm_penalty {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kFinishThreads = 1024;
-constexpr int kUnroll = 4;  // accesses of a lane that are on their way at once
+constexpr int kUnroll = 4;  // accesses that a lane issues before it needs the first result
 
-// A sample is divided until there are this many warps, which is what a multiprocessor holds.
+// A sample is divided until there are as many warps as a multiprocessor holds.
 constexpr int64_t kWarpsPerMultiprocessor = 64;
-// But not into parts of less: two rounds of 16 bytes times kUnroll for every lane.
+// No part is smaller: two rounds of 16 bytes times kUnroll for every lane.
 constexpr int64_t kBytesPerPart = 2 * 16 * kUnroll * kWarp;
-// Warps find further work by themselves, so no more blocks are started than are worth it.
+// A warp takes further tasks by itself, so that more blocks would gain nothing.
 constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
 struct Tiling {
@@ -65,7 +66,7 @@ Tiling make_tiling(const GradientNormPenalty& p, int device) {
 template <typename A>
 __device__ inline A warp_sum(A value) {
 #pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+  for (int lanes = GK_MUTANT(penalty_half_warp, kWarp / 2, kWarp / 4); lanes > 0; lanes /= 2) {
     value += __shfl_xor_sync(kWholeWarp, value, lanes);
   }
   return value;
@@ -83,7 +84,7 @@ __device__ inline PenaltyValue<double> penalty(const GradientNormPenalty& p, int
   return penalty_of<double>(s, sqrt(s), p.center, p.kind);
 }
 
-// A task's elements. From `vectors` to `vectors_end` there are whole vectors at aligned addresses.
+// A task's elements. Those from `vectors` to `vectors_end` are whole vectors at aligned addresses.
 struct Span {
   int64_t n, begin, vectors, vectors_end, end;
 };
@@ -96,17 +97,17 @@ __device__ inline Span span_of(const GradientNormPenalty& p, const Tiling& tilin
   s.begin = s.n * p.d + from;
   s.end = s.n * p.d + min(p.d, from + tiling.part_size);
   const auto address = reinterpret_cast<uintptr_t>(static_cast<const T*>(p.grad) + s.begin);
-  const auto head = static_cast<int64_t>(-(address / sizeof(T)) % V);
+  const auto head = static_cast<int64_t>(
+      GK_MUTANT(penalty_head_start, -(address / sizeof(T)), address / sizeof(T)) % V);
   s.vectors = min(s.end, s.begin + head);
   s.vectors_end = s.vectors + (s.end - s.vectors) / V * V;
   return s;
 }
 
-// A lane's share of the sum of a * b over [begin, end), which is whole vectors of W.
+// A lane's share of the sum of a * b over [begin, end), a number of whole vectors of W elements.
 template <int W, bool kSquare, typename T>
-__device__ inline typename AccumulatorOf<T>::type dot(const T* a, const T* b, int64_t begin,
-                                                      int64_t end) {
-  using A = typename AccumulatorOf<T>::type;
+__device__ inline Accumulate<T> dot(const T* a, const T* b, int64_t begin, int64_t end) {
+  using A = Accumulate<T>;
   A total = 0;
   for (int64_t i = begin + threadIdx.x % kWarp * W; i < end; i += kUnroll * kWarp * W) {
     Vector<T, W> x[kUnroll], y[kUnroll];
@@ -135,8 +136,8 @@ __device__ inline typename AccumulatorOf<T>::type dot(const T* a, const T* b, in
 template <typename T, int V, bool kSquare>
 __global__ void __launch_bounds__(kThreads)
     dot_kernel(const GradientNormPenalty p, const Tiling tiling, const void* other,
-               typename AccumulatorOf<T>::type* partials) {
-  using A = typename AccumulatorOf<T>::type;
+               Accumulate<T>* partials) {
+  using A = Accumulate<T>;
   const auto *a = static_cast<const T*>(p.grad), *b = static_cast<const T*>(other);
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
@@ -144,10 +145,10 @@ __global__ void __launch_bounds__(kThreads)
     const Span s = span_of<T, V>(p, tiling, task);
     A sum = dot<V, kSquare>(a, b, s.vectors, s.vectors_end);
     if (V > 1) {
-      sum += dot<1, kSquare>(a, b, s.begin, s.vectors);
+      sum += GK_MUTANT(penalty_head, (dot<1, kSquare>(a, b, s.begin, s.vectors)), 0);
       sum += dot<1, kSquare>(a, b, s.vectors_end, s.end);
     }
-    sum = warp_sum(sum);
+    sum = GK_MUTANT(penalty_lanes, warp_sum(sum), sum);
     if (threadIdx.x % kWarp == 0) partials[task] = sum;
   }
 }
@@ -169,6 +170,7 @@ __global__ void __launch_bounds__(kFinishThreads)
         s += static_cast<double>(partials[n * tiling.parts + part]);
       }
     }
+    GK_MUTANT_ADDS(penalty_shuffle_in_a_branch, if (n >= p.n) continue);
     for (int l = lanes / 2; l > 0; l /= 2) s += __shfl_down_sync(kWholeWarp, s, l, lanes);
     if (n < p.n && lane == 0) {
       static_cast<A*>(p.squared_norms)[n] = static_cast<A>(s);
@@ -181,7 +183,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
 }
 
-// What the passes with an elementwise result compute: out = p grad + q tangent.
+// The passes with an elementwise result: out = p grad + q tangent.
 
 template <typename A>
 struct Backward {
@@ -211,7 +213,8 @@ struct DoubleBackward {
   __device__ static void factors(const Params& p, const Tiling& tiling, const A* partials,
                                  int64_t n, A& of_grad, A& of_tangent) {
     double product = 0;
-    for (int64_t part = threadIdx.x % kWarp; part < tiling.parts; part += kWarp) {
+    for (int64_t part = threadIdx.x % kWarp; part < GK_MUTANT(penalty_last_part, tiling.parts, 2);
+         part += kWarp) {
       product += static_cast<double>(partials[n * tiling.parts + part]);
     }
     product = warp_sum(product);
@@ -224,7 +227,7 @@ struct DoubleBackward {
   GK_HOST_DEVICE static const void* tangent(const Params& p) { return p.tangent; }
 
   // dL/dgrad_penalty = 2 / N * sum_n phi'(s_n) (t . grad)_n, part by part: by one block, the first
-  // to start, beside those that write grad_grad.
+  // to start, while others write grad_grad.
   __device__ static void extra_block(const Params& p, const Tiling& tiling, const A* partials) {
     __shared__ Sums<double, 1> shared[kWarps];
     Sums<double, 1> total[1] = {};
@@ -270,9 +273,9 @@ __device__ inline void apply(const T* grad, A of_grad, const T* tangent, A of_ta
 
 template <template <typename> class Pass, typename T, int V>
 __global__ void __launch_bounds__(kThreads)
-    apply_kernel(const typename Pass<typename AccumulatorOf<T>::type>::Params p,
-                 const Tiling tiling, const typename AccumulatorOf<T>::type* partials) {
-  using A = typename AccumulatorOf<T>::type;
+    apply_kernel(const typename Pass<Accumulate<T>>::Params p, const Tiling tiling,
+                 const Accumulate<T>* partials) {
+  using A = Accumulate<T>;
   using P = Pass<A>;
   constexpr bool kWithTangent = P::kWithTangent;
   if (P::kExtraBlocks > 0 && blockIdx.x == 0) {
@@ -290,7 +293,8 @@ __global__ void __launch_bounds__(kThreads)
     apply<V, kWithTangent>(grad, f, tangent, g, out, s.vectors, s.vectors_end);
     if (V > 1) {
       apply<1, kWithTangent>(grad, f, tangent, g, out, s.begin, s.vectors);
-      apply<1, kWithTangent>(grad, f, tangent, g, out, s.vectors_end, s.end);
+      apply<1, kWithTangent>(grad, f, tangent, g, out, s.vectors_end,
+                             GK_MUTANT(penalty_tail, s.end, 0));
     }
   }
 }
@@ -302,7 +306,7 @@ unsigned int blocks_for(const Tiling& t) {
 // The passes of one storage type, in accesses of V elements.
 template <typename T, int V>
 struct Run {
-  using A = typename AccumulatorOf<T>::type;
+  using A = Accumulate<T>;
   const Tiling& tiling;
   A* partials;
   cudaStream_t stream;
@@ -343,16 +347,16 @@ struct Run {
 template <typename T, typename Params>
 const char* run(const Params& p, const Tiling& tiling, bool aligned, void* scratch,
                 cudaStream_t stream) {
-  auto* const partials = static_cast<typename AccumulatorOf<T>::type*>(scratch);
-  // A tensor alone is aligned with itself.
+  auto* const partials = static_cast<Accumulate<T>*>(scratch);
+  // A single tensor is always aligned with itself.
   if constexpr (!std::is_same_v<Params, GradientNormPenaltyForward>) {
     if (!aligned) return Run<T, 1>{tiling, partials, stream}.pass(p);
   }
   return Run<T, 16 / sizeof(T)>{tiling, partials, stream}.pass(p);
 }
 
-// `others`: the tensors beside grad. Where all of them lie in the same way to 16 bytes, only the
-// ends of a part are accessed one by one, whatever the alignment of its sample is.
+// `others`: the tensors other than grad. Where all of them have the same offset from a multiple of
+// 16 bytes, only the ends of a part are accessed one by one, whatever the alignment of its sample.
 template <typename Params>
 const char* run_pass(const Params& p, std::initializer_list<const void*> others, void* scratch,
                      int device, void* stream_pointer) {
@@ -361,19 +365,11 @@ const char* run_pass(const Params& p, std::initializer_list<const void*> others,
   bool aligned = true;
   for (const void* other : others) {
     const auto distance = reinterpret_cast<uintptr_t>(other) - reinterpret_cast<uintptr_t>(p.grad);
-    aligned = aligned && distance % 16 == 0;
+    aligned = aligned && distance % GK_MUTANT(penalty_alignment, 16, 2) == 0;
   }
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return run<float>(p, tiling, aligned, scratch, stream);
-    case DType::kFloat64:
-      return run<double>(p, tiling, aligned, scratch, stream);
-    case DType::kBFloat16:
-      return run<__nv_bfloat16>(p, tiling, aligned, scratch, stream);
-    case DType::kFloat16:
-      return run<__half>(p, tiling, aligned, scratch, stream);
-  }
-  return "gradient_norm_penalty: unknown dtype";
+  return with_type(p.dtype, [&](auto type) {
+    return run<typename decltype(type)::type>(p, tiling, aligned, scratch, stream);
+  });
 }
 
 }  // namespace gradient_norm_penalty

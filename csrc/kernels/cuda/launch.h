@@ -1,8 +1,8 @@
-// The host's side of every kernel: the one way to launch, device attributes. Kernels start on the
-// current device: making it current, and the device before it again, is the caller's part.
+// The host's side of every kernel: how it is launched, and device attributes. Kernels start on the
+// current device: the caller makes it current, and afterwards restores the previous one.
 //
 // No call here waits for the device or allocates, so all of it is safe while a CUDA graph is being
-// captured. Functions return a message that says what failed, or null.
+// captured. Functions return an error message, or null.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,9 +11,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace gankernels::cuda {
+#include "../common.h"
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+namespace gankernels::cuda {
 
 inline const char* error_message(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;

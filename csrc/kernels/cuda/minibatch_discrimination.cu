@@ -1,22 +1,20 @@
 // CUDA kernels of minibatch_discrimination: forward, backward, double backward.
 //
-// One launch to a pass. The kernels b are independent problems of N rows of C numbers each; a block
-// owns some rows i of one of them and lets all rows j pass by, a tile in shared memory at a time.
+// Every pass is one launch. The kernels b are independent problems of N rows of C numbers each. A
+// block owns some rows i of one of them and visits all rows j, a tile in shared memory at a time.
 // Nothing of N x N elements exists, and no two threads ever add to the same sum. That is also why
-// every pair is met twice, as (i, j) and as (j, i): what symmetry saves in arithmetic it would cost
-// in sums for j, which without atomics, whose order is not fixed, means a buffer of N sums for
-// every block.
+// every pair is computed twice, as (i, j) and as (j, i): using the symmetry would save arithmetic,
+// but need sums for j, and without atomics, whose order is not fixed, a buffer of N sums for every
+// block.
 //
 //   small_kernel   C <= 32 (float64: 16): a thread holds whole rows i in registers, and the lanes
-//   of
-//                  a warp read the same row j, a broadcast. C is padded to the next of a few sizes.
-//   large_kernel   any C: a thread holds the distances of 4 x 4 pairs (float64: 2 x 2), and C
-//   passes
-//                  by in chunks. The derivatives leave a tile's weights in shared memory and let
-//                  the chunks pass a second time, to be signed and summed.
+//                  of a warp read the same row j, a broadcast. C is padded to one of a few sizes.
+//   large_kernel   any C: a thread holds the distances of 4 x 4 pairs (float64: 2 x 2), and C is
+//                  processed in chunks. The derivatives write a tile's weights to shared memory and
+//                  process the chunks a second time, to sign and sum the weights.
 //
-// The inner loop is two additions to a pair and dimension, d = x_i - x_j and sum += |d|, where |.|
-// is a modifier of the addition; the derivatives sign and add a weight on top of that.
+// The inner loop is two additions per pair and dimension, d = x_i - x_j and sum += |d|, where |.|
+// is a modifier of the addition. The derivatives also sign and add a weight.
 
 #include <math.h>
 
@@ -24,23 +22,25 @@
 #include <type_traits>
 
 #include "../minibatch_discrimination.h"
+#include "../mutant.h"
 #include "launch.h"
 #include "reduce.h"
 #include "vector.h"
 
 namespace gankernels::cuda {
 
-// Names like these recur in other files, and a class has to be the same wherever it is linked.
+// A namespace of its own, since other files use the same names for other classes.
 namespace minibatch_discrimination {
 
 constexpr int kSmallThreads = 128, kSmallWarps = kSmallThreads / kWarp;
-constexpr int kSmallTile = kSmallThreads;  // rows j; the tile also takes a number of every thread
+constexpr int kSmallTile = kSmallThreads;  // rows j; merge_warps() needs one for every thread
 constexpr int kLargeThreads = 256;
-constexpr int kChunk = 16;  // dimensions; also threads side by side over rows j, or dimensions
-// Below this, warps of a block divide the rows j among themselves instead of owning further rows i.
+constexpr int kChunk = 16;  // dimensions; also neighboring threads over rows j, or dimensions
+// With fewer, the warps of a block divide the rows j among themselves instead of owning more rows
+// i.
 constexpr int64_t kBlocksPerMultiprocessor = 4;
 
-// What all three passes need, in one type. Pointers that a pass has no use for are null.
+// The parameters of all passes in one type. Pointers that a pass does not need are null.
 struct Problem {
   int n, c;
   int64_t b;
@@ -57,7 +57,7 @@ constexpr int kVector = 16 / sizeof(A);
 
 // exp(-d). Where the result would be subnormal it is zero, as it is on the CPU.
 __device__ inline float exp_of_minus(float d) {
-  // The rounding of this product weighs no more than that of one of the additions that made d.
+  // The error of this rounding is no larger than that of one of the additions that made d.
   const float exponent = d * -1.44269504f;
 #if defined(__CUDA_ARCH__)
   float e;
@@ -69,7 +69,7 @@ __device__ inline float exp_of_minus(float d) {
 }
 __device__ inline double exp_of_minus(double d) { return exp(-d); }
 
-// Adds w where d > 0, -w where d < 0, nothing where d = 0: by flipping w's sign bit.
+// Adds w if d > 0, -w if d < 0 and nothing if d = 0, by flipping w's sign bit.
 template <typename A>
 __device__ inline void add_with_sign_of(A d, A w, A& sum) {
   using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
@@ -79,10 +79,10 @@ __device__ inline void add_with_sign_of(A d, A w, A& sum) {
   memcpy(&of_w, &w, sizeof(A));
   of_w ^= of_d & kSign;
   memcpy(&w, &of_w, sizeof(A));
-  if (d != 0) sum += w;
+  if (GK_MUTANT(discrimination_ties, d != 0, true)) sum += w;
 }
 
-// The weight of a pair's signs in grad_m, and what the pair adds to the sums of row i.
+// Returns the weight of a pair's signs in grad_m, and adds the pair to the sum of row i.
 template <int D, typename A>
 __device__ inline A weigh(A e, A s, A g, A& sum) {
   if (D == 0) sum += e;
@@ -95,20 +95,6 @@ __device__ inline A gradient_of_output(const Problem& p, int64_t row, int64_t b)
   return row < p.n ? load_as<A>(p.g, p.dtype, row * p.g_strides[0] + b * p.g_strides[1]) : A(0);
 }
 
-// Calls f with `tensor` as a pointer to what it holds, which is double just where A is.
-template <typename A, typename F>
-__device__ inline void with_type(DType dtype, const void* tensor, const F& f) {
-  if constexpr (std::is_same_v<A, double>) {
-    f(static_cast<const double*>(tensor));
-  } else if (dtype == DType::kFloat32) {
-    f(static_cast<const float*>(tensor));
-  } else if (dtype == DType::kBFloat16) {
-    f(static_cast<const __nv_bfloat16*>(tensor));
-  } else {
-    f(static_cast<const __half*>(tensor));
-  }
-}
-
 // Copies `rows` x `columns` numbers from global to shared memory, and zeros up to kRows x kColumns.
 // A thread keeps to one column, so that it divides once and then only steps from row to row.
 template <int kThreads, int kRows, int kColumns, int kRowStride, int kColumnStride, typename A,
@@ -117,10 +103,10 @@ __device__ inline void stage_as(A* tile, const T* from, int64_t row_stride, int6
                                 int rows, int columns) {
   constexpr int kStep = kThreads / kColumns;  // rows at a time; threads beyond them are idle
   constexpr int kEach = (kRows + kStep - 1) / kStep;
-  constexpr int kBatch = kEach < 4 ? kEach : 4;  // loads that are on their way at once
+  constexpr int kBatch = kEach < 4 ? kEach : 4;  // loads issued before the first result is needed
   const int first = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
   if (first >= kStep) return;
-  const int there = column < columns ? rows : 0;
+  const int valid = column < columns ? rows : 0;
   from += first * row_stride + column * column_stride;
   tile += column * kColumnStride;
   const int64_t step = kStep * row_stride;
@@ -128,7 +114,7 @@ __device__ inline void stage_as(A* tile, const T* from, int64_t row_stride, int6
     A values[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
-      const bool inside = row + u * kStep < there;
+      const bool inside = row + u * kStep < valid;
       values[u] = inside ? static_cast<A>(accumulator(*from)) : A(0);
       from += step;
     }
@@ -144,7 +130,8 @@ template <int kThreads, int kRows, int kColumns, int kRowStride, int kColumnStri
 __device__ inline void stage(A* tile, const Problem& p, const void* tensor,
                              const int64_t (&strides)[3], int row, int64_t b, int c) {
   const int64_t offset = row * strides[0] + b * strides[1] + c * strides[2];
-  with_type<A>(p.dtype, tensor, [&](auto* from) {
+  with_type_in<A>(p.dtype, [&](auto type) {
+    const auto* const from = static_cast<const typename decltype(type)::type*>(tensor);
     stage_as<kThreads, kRows, kColumns, kRowStride, kColumnStride>(tile, from + offset, strides[0],
                                                                    strides[2], p.n - row, p.c - c);
   });
@@ -152,7 +139,7 @@ __device__ inline void stage(A* tile, const Problem& p, const void* tensor,
 
 // ---- small C ---------------------------------------------------------------------------------
 
-// Rows i of a thread: two, so that a number read from shared memory serves four additions.
+// Rows i of a thread: two, so that a number read from shared memory is used in four additions.
 template <int D>
 constexpr int kRowsPerThread = D == 0 ? 2 : 1;
 
@@ -169,8 +156,8 @@ __device__ inline void load_row(const A* row, A (&values)[kC]) {
   for (int c = kC / V * V; c < kC; ++c) values[c] = row[c];
 }
 
-// Adds up the warps of a block that have seen different rows j. The sums are those of warps that
-// have seen the first. `shared` has room for kCount numbers of every thread.
+// Adds up the sums of the warps of a block that visited different rows j, in the warps that visited
+// the first of them. `shared` has room for kCount numbers of every thread.
 template <int kCount, typename A>
 __device__ inline void merge_warps(A (&values)[kCount], int row_warps, A* shared) {
   if (row_warps == kSmallWarps) return;
@@ -180,14 +167,15 @@ __device__ inline void merge_warps(A (&values)[kCount], int row_warps, A* shared
   __syncthreads();
   const int step = row_warps * kWarp;
   if (static_cast<int>(threadIdx.x) >= step) return;
-  for (int from = threadIdx.x + step; from < kSmallThreads; from += step) {
+  for (int from = threadIdx.x + step; from < GK_MUTANT(discrimination_last_warp, kSmallThreads, 96);
+       from += step) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) values[k] += shared[k * kSmallThreads + from];
   }
 }
 
-// Left alone (0), ptxas makes room for one more block on a multiprocessor and spills a few
-// registers for it, of these kernels.
+// With 0, ptxas makes room for one more block on a multiprocessor and, in these kernels, spills a
+// few registers for it.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860 && __CUDA_ARCH__ < 900
 constexpr bool kSpillsAt24 = true;
 #else
@@ -197,7 +185,7 @@ template <typename A, int D, int kC>
 constexpr int kFewestBlocks =
     D == 0 && (sizeof(A) == 8 ? kC == 4 : kC == 24 && kSpillsAt24) ? 1 : 0;
 
-// The first `row_warps` warps of a block, and after them every as many, own the same rows i.
+// Warp w of a block owns the same rows i as warp w + row_warps.
 template <typename A, int D, int kC>
 __global__ void __launch_bounds__(kSmallThreads, (kFewestBlocks<A, D, kC>))
     small_kernel(const Problem p, const int row_warps) {
@@ -221,7 +209,8 @@ __global__ void __launch_bounds__(kSmallThreads, (kFewestBlocks<A, D, kC>))
   A x[I][kC], v[D == 2 ? kC : 1], g = 0;
   A sums[I] = {}, grads[D > 0 ? kC : 1] = {};
   const auto load_own = [&](A* values, const void* tensor, const int64_t (&strides)[3], int row) {
-    with_type<A>(p.dtype, tensor, [&](auto* from) {
+    with_type_in<A>(p.dtype, [&](auto type) {
+      const auto* from = static_cast<const typename decltype(type)::type*>(tensor);
       from += row * strides[0] + b * strides[1];
 #pragma unroll
       for (int c = 0; c < kC; ++c) {
@@ -236,15 +225,16 @@ __global__ void __launch_bounds__(kSmallThreads, (kFewestBlocks<A, D, kC>))
   if (D > 0) g = gradient_of_output<A>(p, first_row, b);
 
   for (int first = 0; first < p.n; first += kSmallTile) {
-    __syncthreads();  // the tile before has been read
+    // The previous tile has been read.
+    GK_MUTANT(discrimination_barrier_before_staging, __syncthreads(), void());
     stage_tile(x_tile, p.m, p.m_strides, first, b);
     if (D == 2) stage_tile(v_tile, p.v, p.v_strides, first, b);
     if (D > 0) {
       g_tile[threadIdx.x] = gradient_of_output<A>(p, first + static_cast<int>(threadIdx.x), b);
     }
-    __syncthreads();
+    GK_MUTANT(discrimination_barrier_after_staging, __syncthreads(), void());
     const int count = min(kSmallTile, p.n - first), own = first_row - first;
-    A tile_sums[I] = {};  // apart, which keeps the rounding errors of long sums small
+    A tile_sums[I] = {};  // separate, which keeps the rounding errors of long sums small
 #pragma unroll D == 0 && sizeof(A) == 4 ? 2 : 1
     for (int j = j_warp; j < count; j += j_warps) {
       A other[kC];
@@ -264,7 +254,7 @@ __global__ void __launch_bounds__(kSmallThreads, (kFewestBlocks<A, D, kC>))
         load_row(v_tile + j * kStride, other);
 #pragma unroll
         for (int c = 0; c < kC; ++c) {
-          // Used twice, and there are too few predicates to keep.
+          // The sign is used twice, and there are too few predicates to keep.
           difference[c] = difference[c] != 0 ? copysign(A(1), difference[c]) : A(0);
           s += difference[c] * (v[D == 2 ? c : 0] - other[c]);
         }
@@ -273,7 +263,7 @@ __global__ void __launch_bounds__(kSmallThreads, (kFewestBlocks<A, D, kC>))
 #pragma unroll
       for (int i = 0; i < I; ++i) {
         A e = exp_of_minus(distance[i]);
-        const bool itself = j == own + i * kWarp;
+        const bool itself = j == GK_MUTANT(discrimination_itself, own, -1 - own) + i * kWarp;
         if (itself) e = 0;
         weight = weigh<D>(e, s, D > 0 ? g + g_tile[j] : A(0), tile_sums[i]);
       }
@@ -310,7 +300,7 @@ __global__ void __launch_bounds__(kSmallThreads, (kFewestBlocks<A, D, kC>))
 
 // ---- large C ---------------------------------------------------------------------------------
 
-// Dimensions at a time. Four of the double backward spill on Blackwell, all of them do not.
+// Dimensions at a time. On Blackwell the double backward spills with four, but not with all.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <int D>
 constexpr int kUnroll = D == 2 ? kChunk : 4;
@@ -319,13 +309,13 @@ template <int D>
 constexpr int kUnroll = 4;
 #endif
 
-// __launch_bounds__: without the 2, the derivatives were seen to spill at 48 registers.
+// __launch_bounds__: without the 2, the derivatives spill at 48 registers.
 template <typename A, int D>
 __global__ void __launch_bounds__(kLargeThreads, 2) large_kernel(const Problem p) {
   constexpr int V = kVector<A>;  // rows of a thread, on both sides
   constexpr int kRows = V * (kLargeThreads / kChunk);
   constexpr int kStride = kRows + V;  // spreads the rows of a dimension over the banks
-  // Chunks are [dimension][row], weights [j][i].
+  // Chunks are stored as [dimension][row], weights as [j][i].
   __shared__ __align__(16) A x_i[kChunk * kStride], x_j[kChunk * kStride];
   __shared__ __align__(16) A v_i[D == 2 ? kChunk * kStride : 1], v_j[D == 2 ? kChunk * kStride : 1];
   __shared__ __align__(16) A weights[D > 0 ? kRows * kStride : 1];
@@ -348,7 +338,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_kernel(const Problem p
     const int first_j = static_cast<int>(first);
     A distance[V][V] = {}, s[V][V] = {};
     for (int c0 = 0; c0 < p.c; c0 += kChunk) {
-      __syncthreads();  // the chunk before, and the weights, have been read
+      __syncthreads();  // the previous chunk and the weights have been read
       stage_chunk(x_i, p.m, p.m_strides, first_i, b, c0);
       stage_chunk(x_j, p.m, p.m_strides, first_j, b, c0);
       if (D == 2) {
@@ -384,17 +374,21 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_kernel(const Problem p
       Vector<A, V> weight;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const bool visited = row_j < p.n && row_j != first_i + i0 + i;
+        const bool visited =
+            GK_MUTANT(discrimination_padding, row_j < p.n, true) && row_j != first_i + i0 + i;
         const A e = visited ? exp_of_minus(distance[i][j]) : A(0);
         weight.values[i] = weigh<D>(e, s[i][j], g[i] + g_j, tile_sums[i]);
       }
-      if (D > 0) store_shared<V>(weights + (D > 0 ? (j0 + j) * kStride + i0 : 0), weight);
+      if (D > 0)
+        GK_MUTANT(discrimination_global_weights, (store_shared<V, A>), (store<V, A>))(
+            weights + (D > 0 ? (j0 + j) * kStride + i0 : 0), weight);
     }
 #pragma unroll
     for (int i = 0; i < V; ++i) sums[i] += tile_sums[i];
     const bool last = first + kRows >= p.n;
     for (int c0 = 0; D > 0 && p.grads != nullptr && c0 < p.c; c0 += kChunk) {
-      __syncthreads();  // the weights are written, the chunk before has been read
+      // The weights are written, the previous chunk has been read.
+      GK_MUTANT(discrimination_barrier_after_weights, __syncthreads(), void());
       stage_chunk(x_i, p.m, p.m_strides, first_i, b, c0);
       stage_chunk(x_j, p.m, p.m_strides, first_j, b, c0);
       __syncthreads();
@@ -418,7 +412,8 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_kernel(const Problem p
         if (row >= p.n || c >= p.c) continue;
         const int64_t at = (row * p.b + b) * p.c + c;
         A* const so_far = static_cast<A*>(p.accumulated) + at;
-        const A grad = first == 0 ? grads[i] : *so_far + grads[i];
+        const A grad =
+            GK_MUTANT(discrimination_last_tile, first == 0, true) ? grads[i] : *so_far + grads[i];
         if (last) {
           store_as(static_cast<double>(grad), p.grads, p.dtype, at);
         } else {
@@ -450,7 +445,7 @@ int64_t largest_small_c(DType dtype) {
   return dtype == DType::kFloat64 ? kLargestSmallC<double> : kLargestSmallC<float>;
 }
 
-// Blocks that own `rows` rows of one of the kernels b each; 0 where they are too many to launch.
+// The number of blocks that own `rows` rows of one of the kernels b each; 0 if there are too many.
 unsigned int blocks_of(const Problem& p, int64_t rows) {
   const int64_t tiles = (p.n - 1) / rows + 1;
   const int64_t most = 0x7fffffff;
@@ -477,7 +472,7 @@ const char* run_small(const Problem& p, int device, cudaStream_t stream) {
                        stream, p, row_warps);
 }
 
-// The first of the sizes that C fits into.
+// Runs the smallest of the sizes that C fits into.
 template <typename A, int D, int kC, int... kLarger>
 const char* run_smallest(const Problem& p, int device, cudaStream_t stream) {
   if (p.c <= kC) return run_small<A, D, kC>(p, device, stream);
@@ -515,7 +510,7 @@ const char* run(const MinibatchDiscrimination& parameters, Problem p, void* scra
 
 using namespace minibatch_discrimination;
 
-// large_kernel adds to grad_m tile by tile: where grad_m is of half precision, in a copy.
+// large_kernel adds to grad_m tile by tile; for half precision, to a float32 copy of it.
 int64_t scratch_bytes(const MinibatchDiscrimination& p, int) {
   const bool needed = p.derivative > 0 && size_of(p.dtype) == 2 && p.c > largest_small_c(p.dtype);
   return needed ? p.n * p.b * p.c * static_cast<int64_t>(sizeof(float)) : 0;

@@ -1,10 +1,10 @@
 // CUDA kernels of minibatch_stddev: forward, backward, double backward.
 //
-// A thread takes V neighbouring positions of all members of their group, from the first sum to the
-// results, so that nothing is merged on the way but what is summed over positions. A block takes a
-// part of the positions of one group and feature, a cell:
+// A thread takes V neighboring positions of all members of their group, from the first sum to the
+// results, so that only the sums over positions have to be merged. A block takes a part of the
+// positions of one group and feature, which are called a cell:
 //
-//   cell_kernel     what the pass computes; a cell of one part has its sum finished here
+//   cell_kernel     computes the pass; it also finishes the sum of a cell of one part
 //   finish_kernel   merges the sums of a cell's parts
 //
 //                     launches, with parts   reads + writes, in sizes of x
@@ -12,40 +12,41 @@
 //   backward          cell                   x + grad_x
 //   double backward   cell (finish)          x, tangent + grad_x
 //
-// These are the fewest bytes: the elements of up to kHeld members are held in registers. Larger
-// groups are read again for each of the sums, which then comes from a cache: one vector of each of
-// some hundred members fits L1 for a few warps, and L2 for all.
+// No fewer bytes are possible: the elements of up to kHeld members are held in registers. Larger
+// groups are read again for each of the sums, from a cache: one vector of each of some hundred
+// members fits L1 for a few warps, and L2 for all.
 
 #include <math.h>
 
 #include <algorithm>
 
 #include "../minibatch_stddev.h"
+#include "../mutant.h"
 #include "launch.h"
 #include "reduce.h"
 #include "vector.h"
 
 namespace gankernels::cuda {
 
-// Names like these recur in other files, and a class has to be the same wherever it is linked.
+// A namespace of its own, since other files use the same names for other classes.
 namespace minibatch_stddev {
 
 constexpr int kThreads = 512;
 constexpr int kFinishThreads = 128;
-constexpr int kHeld = 4;  // members: what everyone's groups have
-// Positions to a thread: of more, or of two in float64, the second derivative's registers spill.
+constexpr int kHeld = 4;  // members of a group; the usual group size of the published networks
+// Positions of a thread. With more, or two in float64, the second derivative spills registers.
 template <typename T>
 constexpr int kVector = sizeof(T) > 4 ? 1 : 4;
 
-// A cell is divided until there are this many blocks, which is what a multiprocessor holds.
+// A cell is divided until there are as many blocks as a multiprocessor holds.
 constexpr int64_t kBlocksPerMultiprocessor = 2048 / kThreads;
-// But not into parts of less: four rounds of most types' vectors for every thread.
+// No part is smaller: four rounds of most types' vectors for every thread.
 constexpr int64_t kLeast = kThreads * 4 * kVector<float>;
-// Blocks find further work by themselves, so no more are started than are worth it.
+// A block takes further tasks by itself, so that more blocks would gain nothing.
 constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
-// Left alone (0), ptxas makes room for one more block on a multiprocessor and spills a few
-// registers for it: of these, which are not the kernels that most tensors take, on Blackwell.
+// With 0, ptxas makes room for one more block on a multiprocessor. On Blackwell it spills a few
+// registers for that in the kernels below, which few tensors take.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <int V>
 constexpr int kFewestBlocks = V == 1 ? 1 : 0;
@@ -56,10 +57,10 @@ constexpr int kFewestBlocks = 0;
 
 enum class Pass { kForward, kBackward, kDoubleBackward };
 
-// The passes' parameters in one: a pass ignores what it does not have.
+// The tensors of all passes. Those that a pass does not have are null.
 struct Tensors {
   const void *grad_stddev, *tangent;
-  void *grad_x, *result;  // the result that has one element per cell
+  void *grad_x, *result;  // result has one element per cell
 };
 
 struct Tiling {
@@ -80,8 +81,8 @@ Tiling make_tiling(const MinibatchStddev& p, int device) {
   return t;
 }
 
-// V neighbouring elements of every member: of at most kMembers, which are read once, or, where that
-// is 0, of any number.
+// V neighboring elements of every member: of at most kMembers, which are read once, or, where that
+// is 0, of any number of members.
 template <typename T, int V, int kMembers>
 class Members {
  public:
@@ -102,7 +103,7 @@ class Members {
       }
     } else {
 #pragma unroll 4
-      for (int64_t m = 0; m < count_; ++m) body(m);
+      for (int64_t m = 0; m < GK_MUTANT(stddev_last_member, count_, count_ - 1); ++m) body(m);
     }
   }
 
@@ -120,19 +121,19 @@ class Members {
   Vector<T, V> held_[kMembers > 0 ? kMembers : 1];
 };
 
-// What turns elements into distances from the mean of the members, by way of distances from the
-// first of them: those are exact where the mean is large beside them, when the mean itself could
-// not be held well enough.
+// Turns elements into distances from the mean of the members, by way of distances from the first of
+// them: those are exact even where the mean is so large that a rounded mean would spoil them.
 template <typename T, int V>
-struct Centre {
-  using A = typename AccumulatorOf<T>::type;
+struct Center {
+  using A = Accumulate<T>;
   A pivot[V], mean[V];
 
   template <int kMembers>
-  __device__ Centre(const Members<T, V, kMembers>& members, int64_t count) : mean{} {
+  __device__ Center(const Members<T, V, kMembers>& members, int64_t count) : mean{} {
     const Vector<T, V> first = members[0];
 #pragma unroll
-    for (int v = 0; v < V; ++v) pivot[v] = accumulator(first.values[v]);
+    for (int v = 0; v < V; ++v)
+      pivot[v] = GK_MUTANT(stddev_pivot, accumulator(first.values[v]), A(0));
     members.for_each([&](int64_t m) {
       const Vector<T, V> row = members[m];
 #pragma unroll
@@ -147,17 +148,17 @@ struct Centre {
   }
 };
 
-// V positions of a group, the first at from_x in its first member. Returns what the pass sums over
-// positions. u is grad_stddev / (P k).
+// Computes V positions of a group, the first at from_x in its first member. Returns their share of
+// the pass's sum over positions. u is grad_stddev / (P k).
 template <Pass kPass, typename T, int V, int kMembers, typename A>
 __device__ inline A visit(const T* from_x, const T* from_tangent, T* grad_x, int64_t stride,
                           int64_t count, A eps, A u) {
   constexpr bool kSecond = kPass == Pass::kDoubleBackward;
   using Group = Members<T, V, kMembers>;
   const Group x(from_x, stride, count);
-  // Here already, so that its elements and those of x are on their way together.
+  // Loaded here, so that its elements and those of x arrive together.
   const Group tangent(from_tangent, stride, kSecond ? count : 0);
-  const Centre<T, V> of_x(x, count);
+  const Center<T, V> of_x(x, count);
   A sum = 0, inverse[V], squares[V] = {};
   x.for_each([&](int64_t m) {
     const Vector<T, V> row = x[m];
@@ -184,7 +185,7 @@ __device__ inline A visit(const T* from_x, const T* from_tangent, T* grad_x, int
     });
   }
   if constexpr (kSecond) {
-    const Centre<T, V> of_tangent(tangent, count);
+    const Center<T, V> of_tangent(tangent, count);
     A q[V] = {};
     x.for_each([&](int64_t m) {
       const Vector<T, V> row = x[m], t = tangent[m];
@@ -198,7 +199,7 @@ __device__ inline A visit(const T* from_x, const T* from_tangent, T* grad_x, int
       q[v] *= inverse[v] / static_cast<A>(count);
     }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-    // Computes addresses anew: kept from the loads to the stores they were seen to spill.
+    // Makes the compiler compute addresses again, since it spilled those that it kept.
     asm volatile("" : "+l"(stride));
 #endif
     x.for_each([&](int64_t m) {
@@ -215,7 +216,7 @@ __device__ inline A visit(const T* from_x, const T* from_tangent, T* grad_x, int
   return sum;
 }
 
-// What a cell's sum is divided by.
+// A cell's sum is divided by this.
 template <Pass kPass>
 __device__ inline double divisor(const MinibatchStddev& p, const Tiling& tiling, int64_t cell) {
   const int64_t count = kPass == Pass::kForward ? 1 : members_of(p, cell / p.features);
@@ -226,7 +227,7 @@ template <Pass kPass, typename T, int V, int kMembers>
 __global__ void __launch_bounds__(kThreads, kFewestBlocks<V>)
     cell_kernel(const MinibatchStddev p, const Tensors tensors, const Tiling tiling,
                 double* partials) {
-  using A = typename AccumulatorOf<T>::type;
+  using A = Accumulate<T>;
   __shared__ Sums<double, 1> shared[kThreads / kWarp];
   const int64_t size = tiling.positions * p.features, stride = size * p.groups;
   for (int64_t task = blockIdx.x; task < tiling.tasks; task += gridDim.x) {
@@ -240,9 +241,13 @@ __global__ void __launch_bounds__(kThreads, kFewestBlocks<V>)
     }
     const int64_t begin = part * tiling.part_size;
     const int64_t end = min(tiling.positions, begin + tiling.part_size);
+    GK_MUTANT_ADDS(stddev_idle_threads_leave, if (begin + threadIdx.x * V >= end) return);
     A sum = 0;
-    for (int64_t i = begin + threadIdx.x * V; i < end; i += kThreads * V) {
-      const int64_t row = p.rows == 1 ? 0 : i / p.run;  // spares most tensors a division
+    for (int64_t i = begin + threadIdx.x * V; i < GK_MUTANT(stddev_last_positions, end, end - 4);
+         i += kThreads * V) {
+      // Most tensors have one row, which saves the division.
+      const bool single = GK_MUTANT(stddev_single_row, p.rows == 1, p.rows >= 1);
+      const int64_t row = single ? 0 : i / p.run;
       const int64_t at = group * size + (row * (p.features - 1) + feature) * p.run + i;
       const T* const x = static_cast<const T*>(p.x) + at;
       const T* tangent = nullptr;
@@ -274,7 +279,9 @@ __global__ void __launch_bounds__(kFinishThreads)
   __shared__ Sums<double, 1> shared[kFinishThreads / kWarp];
   for (int64_t cell = blockIdx.x; cell < p.groups * p.features; cell += gridDim.x) {
     Sums<double, 1> total[1] = {};
-    for (int64_t part = threadIdx.x; part < tiling.parts; part += kFinishThreads) {
+    for (int64_t part = threadIdx.x;
+         part < GK_MUTANT(stddev_last_part, tiling.parts, tiling.parts - 1);
+         part += kFinishThreads) {
       total[0].value[0] += partials[cell * tiling.parts + part];
     }
     block_reduce<Add>(total, 1, shared);
@@ -286,13 +293,14 @@ __global__ void __launch_bounds__(kFinishThreads)
 }
 
 unsigned int blocks_for(int64_t tasks) {
-  return static_cast<unsigned int>(std::min(tasks, kMaxBlocks));
+  return static_cast<unsigned int>(
+      std::min(tasks, GK_LIMIT(stddev_blocks, kMaxBlocks, int64_t{3})));
 }
 
 template <Pass kPass, typename T, int V, int kMembers>
 const char* run(const MinibatchStddev& p, const Tensors& tensors, const Tiling& tiling,
                 double* partials, cudaStream_t stream) {
-  using A = typename AccumulatorOf<T>::type;
+  using A = Accumulate<T>;
   const char* error = launch(cell_kernel<kPass, T, V, kMembers>, dim3(blocks_for(tiling.tasks)),
                              dim3(kThreads), 0, stream, p, tensors, tiling, partials);
   if constexpr (kPass != Pass::kBackward) {
@@ -312,7 +320,9 @@ const char* run(const MinibatchStddev& p, const Tensors& tensors, const Tiling& 
   const auto addresses = reinterpret_cast<uintptr_t>(p.x) |
                          reinterpret_cast<uintptr_t>(tensors.tangent) |
                          reinterpret_cast<uintptr_t>(tensors.grad_x);
-  const bool aligned = addresses % (V * sizeof(T)) == 0 && p.run % V == 0;
+  const bool aligned =
+      GK_MUTANT(stddev_alignment, addresses % (V * sizeof(T)) == 0, addresses > 0) &&
+      p.run % V == 0;
   const bool held = members_of(p, 0) <= kHeld;
   const auto chosen = aligned ? (held ? run<kPass, T, V, kHeld> : run<kPass, T, V, 0>)
                               : (held ? run<kPass, T, 1, kHeld> : run<kPass, T, 1, 0>);
@@ -325,17 +335,9 @@ const char* run_pass(const MinibatchStddev& p, const Tensors& tensors, void* scr
   const Tiling tiling = make_tiling(p, device);
   auto* const partials = static_cast<double*>(scratch);
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return run<kPass, float>(p, tensors, tiling, partials, stream);
-    case DType::kFloat64:
-      return run<kPass, double>(p, tensors, tiling, partials, stream);
-    case DType::kBFloat16:
-      return run<kPass, __nv_bfloat16>(p, tensors, tiling, partials, stream);
-    case DType::kFloat16:
-      return run<kPass, __half>(p, tensors, tiling, partials, stream);
-  }
-  return "minibatch_stddev: unknown dtype";
+  return with_type(p.dtype, [&](auto type) {
+    return run<kPass, typename decltype(type)::type>(p, tensors, tiling, partials, stream);
+  });
 }
 
 }  // namespace minibatch_stddev

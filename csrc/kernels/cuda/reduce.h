@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include "../mutant.h"
+
 namespace gankernels::cuda {
 
 constexpr int kWarp = 32;
@@ -29,7 +31,8 @@ __device__ inline Sums<A, K> shuffle_down(const Sums<A, K>& sums, int lanes) {
   Sums<A, K> other;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    other.value[k] = __shfl_down_sync(kWholeWarp, sums.value[k], lanes);
+    other.value[k] = __shfl_down_sync(GK_MUTANT(reduce_shuffle_mask, kWholeWarp, 0x7fffffffu),
+                                      sums.value[k], lanes);
   }
   return other;
 }
@@ -43,7 +46,9 @@ __device__ inline void block_reduce(Sums<A, K> (&sums)[kLanes], int columns,
                                     Sums<A, K> (&shared)[kShared]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warps = blockDim.x / kWarp;
-  for (int lanes = kWarp / 2; lanes >= columns; lanes /= 2) {
+  for (int lanes = GK_MUTANT(reduce_half_warp, kWarp / 2, kWarp / 4); lanes >= columns;
+       lanes /= 2) {
+    GK_MUTANT_ADDS(reduce_shuffle_in_a_branch, if (lane >= lanes) continue);
 #pragma unroll
     for (int l = 0; l < kLanes; ++l) sums[l] = Op::merge(sums[l], shuffle_down(sums[l], lanes));
   }
@@ -51,14 +56,15 @@ __device__ inline void block_reduce(Sums<A, K> (&sums)[kLanes], int columns,
   if (lane < columns) {
 #pragma unroll
     for (int l = 0; l < kLanes; ++l) shared[warp * width + lane * kLanes + l] = sums[l];
+    GK_MUTANT_ADDS(reduce_barrier_in_a_branch, __syncthreads());
   }
-  __syncthreads();
+  GK_MUTANT(reduce_barrier_before_merge, __syncthreads(), void());
   for (int i = threadIdx.x; i < width; i += blockDim.x) {
     Sums<A, K> total = shared[i];
     for (int w = 1; w < warps; ++w) total = Op::merge(total, shared[w * width + i]);
     shared[i] = total;
   }
-  __syncthreads();
+  GK_MUTANT(reduce_barrier_before_result, __syncthreads(), void());
 #pragma unroll
   for (int l = 0; l < kLanes; ++l) sums[l] = shared[lane % columns * kLanes + l];
 }

@@ -1,5 +1,5 @@
-// Elements in memory: conversion to and from the type that is computed in, accesses of up to 16
-// bytes, and arrays whose type is known at run time only.
+// Elements in memory: conversion to and from the accumulation type, accesses of up to 16 bytes, and
+// arrays whose type is known at run time only.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,19 +8,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../common.h"
 
 namespace gankernels::cuda {
-
-template <typename T>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
 
 __device__ inline float accumulator(float v) { return v; }
 __device__ inline double accumulator(double v) { return v; }
@@ -37,18 +29,26 @@ __device__ inline __half element<__half, float>(float v) {
   return __float2half_rn(v);
 }
 template <>
+__device__ inline __half element<__half, double>(double v) {
+  return __double2half(v);
+}
+template <>
 __device__ inline __nv_bfloat16 element<__nv_bfloat16, float>(float v) {
   return __float2bfloat16_rn(v);
 }
+template <>
+__device__ inline __nv_bfloat16 element<__nv_bfloat16, double>(double v) {
+  return __double2bfloat16(v);
+}
 
-// V neighbouring elements, read and written in one access; the address must be a multiple of their
+// V neighboring elements, read and written in one access, whose address must be a multiple of their
 // size together.
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Vector {
   T values[V];
 };
 
-// What the hardware moves in one access.
+// The type of one access of the hardware.
 template <int kBytes>
 struct WordOf;
 template <>
@@ -77,13 +77,13 @@ __device__ inline Vector<T, V> load(const T* from) {
   return vector;
 }
 
-// To global memory, whatever the pointer says: __stwb is st.global. Elsewhere: store_shared().
+// Writes to global memory, because __stwb is st.global. For shared memory: store_shared().
 template <int V, typename T>
 __device__ inline void store(T* to, const Vector<T, V>& vector) {
   using Word = typename WordOf<V * sizeof(T)>::type;
   Word word;
   memcpy(&word, &vector, sizeof(Word));
-  // A plain assignment was seen torn into one store per element.
+  // nvcc compiled a plain assignment to one store per element.
   __stwb(reinterpret_cast<Word*>(to), word);
 }
 
@@ -95,37 +95,47 @@ __device__ inline void store_shared(T* to, const Vector<T, V>& vector) {
   *reinterpret_cast<Word*>(to) = word;
 }
 
+// A type as a value, for what is called with one: `using T = typename decltype(type)::type`.
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Calls f with the Type that `dtype` names, which is one of those that are computed in A.
+#pragma nv_exec_check_disable
+template <typename A, typename F>
+GK_HOST_DEVICE inline auto with_type_in(DType dtype, const F& f) {
+  if constexpr (std::is_same_v<A, double>) {
+    return f(Type<double>{});
+  } else {
+    if (dtype == DType::kFloat32) return f(Type<float>{});
+    if (dtype == DType::kBFloat16) return f(Type<__nv_bfloat16>{});
+    return f(Type<__half>{});
+  }
+}
+
+// Calls f with the Type that `dtype` names.
+#pragma nv_exec_check_disable
+template <typename F>
+GK_HOST_DEVICE inline auto with_type(DType dtype, const F& f) {
+  if (dtype == DType::kFloat64) return f(Type<double>{});
+  return with_type_in<float>(dtype, f);
+}
+
 // Element `i` of an array whose type is known at run time: one value per channel, not per element.
 template <typename A>
 __device__ inline A load_as(const void* array, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return static_cast<A>(static_cast<const float*>(array)[i]);
-    case DType::kFloat64:
-      return static_cast<A>(static_cast<const double*>(array)[i]);
-    case DType::kBFloat16:
-      return static_cast<A>(accumulator(static_cast<const __nv_bfloat16*>(array)[i]));
-    case DType::kFloat16:
-      return static_cast<A>(accumulator(static_cast<const __half*>(array)[i]));
-  }
-  return A(0);
+  return with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return static_cast<A>(accumulator(static_cast<const T*>(array)[i]));
+  });
 }
 
-inline __device__ void store_as(double value, void* array, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(array)[i] = static_cast<float>(value);
-      break;
-    case DType::kFloat64:
-      static_cast<double*>(array)[i] = value;
-      break;
-    case DType::kBFloat16:
-      static_cast<__nv_bfloat16*>(array)[i] = __double2bfloat16(value);
-      break;
-    case DType::kFloat16:
-      static_cast<__half*>(array)[i] = __double2half(value);
-      break;
-  }
+__device__ inline void store_as(double value, void* array, DType dtype, int64_t i) {
+  with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    static_cast<T*>(array)[i] = element<T>(value);
+  });
 }
 
 }  // namespace gankernels::cuda

@@ -1,18 +1,18 @@
 // CUDA's execution model on the CPU: enough of it that g++ compiles this project's .cu files
-// unchanged and their results can be checked without a GPU. See emulation.cpp for how it runs.
+// unchanged and their results can be checked without a GPU. emulation.cpp explains how it runs.
 //
-// What is stricter than the hardware, on purpose:
-//   - between two synchronisations threads run one after the other, in an order drawn from a seed;
+// It is stricter than the hardware, on purpose:
+//   - between two synchronizations threads run one after the other, in an order drawn from a seed;
 //   - a barrier must be reached by every thread of the block, at the same line of the source;
 //   - a warp function must be called by exactly the lanes its mask names, all with the same mask;
 //   - shared memory holds NaNs when a block starts.
 //
-// What an intrinsic that is defined here states, it checks; others do not compile, atomics among
-// them, which no kernel of ours may use:
-//   - loads and stores with a cache operation (__ldg, __ldcs, __stwb, ...): the address is one of
-//     global memory, that is of device_memory(), and a multiple of the access;
-//   - vectors (uint2, uint4, float2, float4, double2): so is every address that one is copied from
-//     or to, as by a plain load or store;
+// Every intrinsic that is defined here checks its conditions. Others do not compile; among them are
+// atomics, which no kernel of this project may use:
+//   - loads and stores with a cache operation (__ldg, __ldcs, __stwb, ...): the address must be in
+//     global memory, as declared by add_device_memory(), and a multiple of the access's size;
+//   - vectors (uint2, uint4, float2, float4, double2): every address that one is copied from or to,
+//     as by a plain load or store, must be a multiple of its size;
 //   - __shfl_*, __ballot_sync, __any_sync, __all_sync, __syncwarp: the mask, as above, and that its
 //     lanes meet in the same function; of a shuffle also the width and the lane that is read;
 //   - __syncthreads: as above.
@@ -35,9 +35,9 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-// thread_local makes a variable of a function static, needs no further word and can follow
-// `extern`, all as __shared__ does. The emulation is one operating system thread, so a variable
-// exists once, and lies in this library's thread-local storage, where it can be found and poisoned.
+// Like __shared__, thread_local makes a variable of a function static, without another keyword, and
+// can follow `extern`. The emulation is one operating system thread, so that a variable exists
+// once, in this library's thread-local storage, where the emulation finds and poisons it.
 #define __shared__ thread_local
 
 // Dynamic shared memory: kernels declare `extern __shared__ unsigned char dynamic_shared[];`.
@@ -58,8 +58,7 @@ namespace emulation {
 
 void misaligned(const char* what);
 
-// A member that takes no place of every vector: looks at each address that one is copied from or
-// to.
+// An empty member of every vector, which checks each address that one is copied from or to.
 template <size_t kBytes>
 struct alignas(kBytes) Aligned {
   Aligned() = default;
@@ -71,7 +70,7 @@ struct alignas(kBytes) Aligned {
   }
   static void check(const char* what, const void* address) {
     uintptr_t bits = reinterpret_cast<uintptr_t>(address);
-    asm("" : "+r"(bits));  // or the compiler takes for granted what is to be checked
+    asm("" : "+r"(bits));  // otherwise the compiler assumes the alignment
     if (bits % kBytes != 0) misaligned(what);
   }
 };
@@ -132,10 +131,10 @@ void barrier(int line);
 void check_global(const char* function, const void* address, size_t bytes, const char* file,
                   int line);
 
-// Waits for the lanes in `mask`; lane i's value is then at the i-th place of what is returned.
+// Waits for the lanes in `mask` and returns their values, that of lane i as the i-th.
 const uint64_t* exchange(WarpFunction function, unsigned int mask, uint64_t value, int line);
 
-// `source`: of a lane in the warp; CUDA leaves undefined what a lane outside the mask would give.
+// `source` is a lane of the warp, which must be in the mask: otherwise CUDA's result is undefined.
 uint64_t shuffle(WarpFunction function, unsigned int mask, uint64_t value, int source, int line);
 unsigned int lane();
 
@@ -222,7 +221,7 @@ inline int __all_sync(unsigned int mask, int predicate, int line = __builtin_LIN
   return emulation::vote(emulation::WarpFunction::kAll, mask, predicate, line) == mask;
 }
 
-// Loads and stores with a cache operation, which are of global memory and one access each.
+// Loads and stores with a cache operation: one access to global memory each.
 #define EMULATE_LOAD(NAME)                                                                  \
   template <typename T>                                                                     \
   T NAME(const T* from, const char* file = __builtin_FILE(), int line = __builtin_LINE()) { \
@@ -268,7 +267,7 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
-// For cudaErrorLaunchFailure: what the emulation found, with the kernel, the block and the line.
+// For cudaErrorLaunchFailure: the error that the emulation found, its kernel, block and line.
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);

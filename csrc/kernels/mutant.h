@@ -1,0 +1,16 @@
+// Marks in the kernels, for the mutation tests in tests/emulation/test_mutants.py:
+//
+//   GK_MUTANT(name, right, wrong)     an expression: `right`, but `wrong` in the mutant `name`
+//   GK_MUTANT_ADDS(name, statement)   no statement at all, but `statement` in the mutant `name`
+//   GK_LIMIT(name, limit, small)      an expression: `limit`, or `small` where a test asks for it,
+//                                     since no test has enough elements to reach the limit itself
+//
+// Every other build sees the right code and nothing of its mutants. The emulation defines these
+// macros itself and selects the mutant while it runs.
+#pragma once
+
+#if !defined(GK_MUTANT)
+#define GK_MUTANT(name, right, wrong) (right)
+#define GK_MUTANT_ADDS(name, statement)
+#define GK_LIMIT(name, limit, small) (limit)
+#endif
