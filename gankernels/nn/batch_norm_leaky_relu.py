@@ -8,9 +8,9 @@ from torch import distributed as dist
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gankernels.functional import _batch_norm
 from gankernels.nn.pairs import Eps, Half, call_in_trace
-from gankernels.ops.batch_norm_leaky_relu import reference
+from gankernels.ops.batch_norm_dispatch import compute
+from gankernels.ops.batch_norm_leaky_relu import Options, reference
 from gankernels.ops.collectives import check_group, group_of_several
 
 
@@ -86,20 +86,18 @@ class _BatchNormActivation(Half, _BatchNorm):
                     f"expected input with {self.num_features} channels (num_features), "
                     f"got {input.shape[1]} in input of shape {tuple(input.shape)}"
                 )
-            return _batch_norm(
-                input,
-                running_mean,
-                running_var,
-                self.num_batches_tracked if tracking else None,
-                self.weight,
-                self.bias,
+            options = Options(
                 training,
                 # As in PyTorch: without a counter there is nothing to average over.
                 self.momentum if self.num_batches_tracked is not None else self.momentum or 0.0,
                 self.__dict__["eps"],
                 self.negative_slope,
-                activation_first=self._activation_first,
-                group=group_of_several(self.process_group) if self.sync and self.training else None,
+                self._activation_first,
+                group_of_several(self.process_group) if self.sync and self.training else None,
+            )
+            counter = self.num_batches_tracked if tracking else None
+            return compute(
+                input, running_mean, running_var, counter, self.weight, self.bias, options
             )
         # Scripted code is to run where there is no gankernels, as all that is exported.
         if self.sync and self.training:

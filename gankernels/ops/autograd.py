@@ -1,54 +1,149 @@
-"""How an op gets its derivatives."""
+"""Builds twice differentiable ops from their forward, backward and double backward passes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from gankernels._library import called_while_tracing
 
+Result: TypeAlias = Tensor | tuple[Tensor | None, ...]
+Pass: TypeAlias = Callable[..., Result]
+Saves: TypeAlias = Callable[[Sequence[Any], Any], Sequence[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class DifferentiableOp:
+    """What `define_op` returns: its arguments, and the op as a function that autograd records."""
+
+    apply: Callable[..., Any]
+    forward: Pass
+    saves: Saves
+    backward: Pass
+    double_backward: Pass
+
+
+def define_op(
+    name: str,
+    *,
+    forward: Pass,
+    saves: Saves,
+    backward: Pass,
+    double_backward: Pass,
+    collective: bool = False,
+) -> DifferentiableOp:
+    """Defines an op with a first and a second derivative; a third raises an error.
+
+    Every pass takes ``options``, one object with everything that is not a tensor. The derivatives
+    also take ``wanted``: a bool for each gradient that they return, False if it will not be used.
+    They may leave out gradients at the end, which are then None.
+
+    Args:
+        name: of the op, in snake_case.
+        forward: ``(*inputs, options)`` -> outputs, of which only the first is differentiable.
+        saves: ``(inputs, outputs)`` -> the tensors that the derivatives need.
+        backward: ``(grad_output, *saved, options, wanted)`` -> the gradients of the inputs.
+        double_backward: ``(*tangents, grad_output, *saved, options, wanted)`` -> the gradients of
+            ``grad_output`` and of the saved tensors. There is a tangent for each gradient that
+            ``backward`` returns; it is None if nothing depends on that gradient.
+        collective: the passes exchange tensors with other processes. Each of them then runs
+            whatever gradients are asked for, so that all processes run the same ones.
+    """
+
+    def save_for_backward(ctx: Any, inputs: tuple[Any, ...], outputs: Result) -> None:
+        ctx.set_materialize_grads(False)
+        if isinstance(outputs, tuple):
+            ctx.mark_non_differentiable(*outputs[1:])
+        ctx.save_for_backward(*saves(inputs[:-1], outputs))
+        ctx.options = inputs[-1]
+
+    def differentiate(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        if grad_output is None and not collective:
+            return (None,) * len(needed)
+        gradients = apply_backward(grad_output, *ctx.saved_tensors, ctx.options, needed)
+        return _padded(gradients, needed)
+
+    def save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], outputs: Result) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:-2])
+        ctx.options = inputs[-2]
+
+    def differentiate_twice(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        if not collective and all(tangent is None for tangent in tangents):
+            return (None,) * len(needed)
+        gradients = apply_double(*tangents, *ctx.saved_tensors, ctx.options, needed)
+        return _padded(gradients, needed)
+
+    def save_nothing(ctx: Any, inputs: tuple[Any, ...], outputs: Result) -> None:
+        pass
+
+    def raise_error(ctx: Any, *_: object) -> None:  # None would be taken for a gradient of zero
+        raise RuntimeError(f"{name} is differentiable twice, but a third derivative was asked for")
+
+    def function(suffix: str, *methods: Callable[..., Any]) -> Callable[..., Any]:
+        return differentiable(name + suffix, *methods, compilable=not collective)
+
+    apply_double = function("_double_backward", double_backward, save_nothing, raise_error)
+    apply_backward = function("_backward", backward, save_for_double_backward, differentiate_twice)
+    apply = function("", forward, save_for_backward, differentiate)
+    return DifferentiableOp(apply, forward, saves, backward, double_backward)
+
+
+def _padded(gradients: Result, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """One gradient for each input, None where it is not needed: some inputs may be None."""
+    if isinstance(gradients, Tensor):
+        gradients = (gradients,)
+    kept = [g if need else None for g, need in zip(gradients, needed, strict=False)]
+    return *kept, *(None,) * (len(needed) - len(kept))
+
 
 def differentiable(
     name: str,
-    compute: Callable,
-    setup_context: Callable,
-    backward: Callable,
+    compute: Pass,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Result | None],
     *,
     compilable: bool = True,
-) -> Callable:
+) -> Callable[..., Any]:
     """Returns ``compute`` as a differentiable function.
 
     ``compute(*inputs)`` returns tensors, ``setup_context(ctx, inputs, outputs)`` saves what
-    ``backward(ctx, *grad_outputs)`` needs, as in :class:`torch.autograd.Function`. Without
+    ``backward(ctx, *grad_outputs)`` needs, as in :class:`torch.autograd.Function`. If there are no
     gradients to record, ``compute`` is called directly.
 
-    PyTorch's two ways of writing a Function are both made from these: the one with a separate
-    ``setup_context``, which torch.func's transforms need, costs some 25 us a call more than the one
-    without, a quarter of a small layer's time, so it serves under a transform only.
+    PyTorch has two forms of a Function, and this makes both. The one with a separate
+    ``setup_context``, which torch.func's transforms need, costs about 25 us more per call, a
+    quarter of a small layer's time, and is therefore used under a transform only.
 
-    torch.compile does not look inside: where it traces a Function itself, the second derivative of
-    a step with torch.func.grad in it is lost without a word, since ``backward`` is recorded as if
-    nothing in it needed gradients (seen with torch 2.13). What is not ``compilable``, since it
-    exchanges something with other processes, breaks the graph.
+    torch.compile does not trace into the function: if it traces a Function itself, the second
+    derivative of a step with torch.func.grad inside is silently lost, since ``backward`` is
+    recorded as if nothing in it needed gradients (seen with torch 2.13). A function that is not
+    ``compilable``, since it exchanges tensors with other processes, breaks the graph.
     """
 
-    def forward(ctx, *inputs):
+    def forward(ctx: Any, *inputs: Any) -> Result:
         outputs = compute(*inputs)
         setup_context(ctx, inputs, outputs)
         return outputs
 
+    node = name.title().replace("_", "")  # PyTorch appends Backward to it
     shared = {
         "backward": staticmethod(backward),
         "jvp": _missing(f"{name} has no forward-mode derivative"),
         "vmap": _missing(f"{name} has no rule for torch.vmap"),
     }
-    eager = type(name, (Function,), {"forward": staticmethod(forward), **shared})
+    eager = type(node, (Function,), {"forward": staticmethod(forward), **shared})
     separate = {"forward": staticmethod(compute), "setup_context": staticmethod(setup_context)}
-    transformed = type(name, (Function,), {**separate, **shared})
+    transformed = type(node, (Function,), {**separate, **shared})
 
-    def apply(*inputs):
+    def apply(*inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*inputs)
         if not torch.is_grad_enabled() and forward_ad._current_level < 0:
@@ -59,32 +154,23 @@ def differentiable(
     def hide_from_compiler() -> None:
         torch.compiler.allow_in_graph(apply)
 
-    def function(*inputs):
+    def function(*inputs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             if not compilable:
                 return torch.compiler.disable(apply)(*inputs)
-            hide_from_compiler()  # now, since what it calls imports the compiler
+            hide_from_compiler()  # not earlier, since it imports the compiler
         return apply(*inputs)
 
     return function
 
 
-def _missing(what: str) -> staticmethod:
-    """Returns a method that raises, with the way out, where PyTorch tells how to write a rule."""
+def _missing(what: str) -> staticmethod[..., None]:
+    """A method that raises an error with the workaround; PyTorch's says how to write a rule."""
 
-    def raise_error(*_):
+    def raise_error(*_: object) -> None:
         raise NotImplementedError(
             f'{what}; with gankernels.use_backend("reference") it is computed by PyTorch\'s ops, '
             "which have one"
         )
 
     return staticmethod(raise_error)
-
-
-def no_third_derivative(name: str) -> Callable:
-    """Returns a backward that says so: silence would be taken for a gradient of zero."""
-
-    def backward(ctx, *_):
-        raise RuntimeError(f"{name} is differentiable twice, but a third derivative was asked for")
-
-    return backward

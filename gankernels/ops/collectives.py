@@ -61,7 +61,7 @@ def _sum_backward(ctx, grad):
     return sum_of_all(grad, ctx.group), None
 
 
-sum_of_all = differentiable("SumOfAll", _sum, _sum_context, _sum_backward, compilable=False)
+sum_of_all = differentiable("sum_of_all", _sum, _sum_context, _sum_backward, compilable=False)
 
 
 # ---- the rows of all processes, and one's own rows among them
@@ -106,14 +106,14 @@ def _rows_context(ctx, inputs, outputs) -> None:
 
 
 rows_of_all = differentiable(
-    "RowsOfAll",
+    "rows_of_all",
     _rows_of_all,
     _rows_context,
     lambda ctx, grad: (own_rows(grad, *ctx.options), None, None),
     compilable=False,
 )
 own_rows = differentiable(
-    "OwnRows",
+    "own_rows",
     _own_rows,
     _rows_context,
     lambda ctx, grad: (rows_of_all(grad, *ctx.options), None, None),

@@ -1,23 +1,23 @@
 """The penalty on the per-sample norms of a batch of gradients, differentiable twice.
 
-The schemas stand in csrc/ops/gradient_norm_penalty.cpp, the formulas in
+The schemas are in csrc/ops/gradient_norm_penalty.cpp, the formulas in
 csrc/kernels/gradient_norm_penalty.h.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from gankernels._library import LOADED
-from gankernels.ops.autograd import differentiable, no_third_derivative
-from gankernels.ops.fake import accumulation_dtype, register_fake
-
-_ops = torch.ops.gankernels
+from gankernels._library import has_kernel
+from gankernels.ops.autograd import define_op
+from gankernels.ops.kernel import accumulation_dtype, kernel
 
 TWO_SIDED, ONE_SIDED, SQUARED = range(3)
 
-# What each public kind is to the kernel.
+# The kernels' number for each public kind.
 KINDS = {
     "wgan-gp": TWO_SIDED,
     "wgan-lp": ONE_SIDED,
@@ -28,7 +28,7 @@ KINDS = {
 
 
 def reference(grad: Tensor, kind: int, center: float) -> Tensor:
-    """The op in plain PyTorch: the oracle of the tests, and what runs where there is no kernel."""
+    """The op in plain PyTorch: the tests compare with it, and it runs where there is no kernel."""
     wide = grad if grad.dtype == torch.float64 else grad.float()
     squared = wide.flatten(1).square().sum(1) if grad.dim() > 1 else wide.square()
     if kind == SQUARED:
@@ -40,80 +40,8 @@ def reference(grad: Tensor, kind: int, center: float) -> Tensor:
     return (excess.clamp(min=0) if kind == ONE_SIDED else excess).square().mean()
 
 
-# ---- forward: (grad, kind, center) -> (penalty, squared_norms)
-
-
-def _forward(grad, kind, center):
-    return _ops.gradient_norm_penalty.default(grad, kind, center)
-
-
-def _forward_context(ctx, inputs, outputs) -> None:
-    ctx.mark_non_differentiable(outputs[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], outputs[1])
-    ctx.options = inputs[1:]
-
-
-def _forward_backward(ctx, grad_penalty, _):
-    if grad_penalty is None:
-        return None, None, None
-    return _backward(grad_penalty, *ctx.saved_tensors, *ctx.options), None, None
-
-
-gradient_norm_penalty = differentiable(
-    "GradientNormPenalty", _forward, _forward_context, _forward_backward
-)
-
-
-# ---- backward: (grad_penalty, grad, squared_norms, kind, center) -> grad_grad
-
-
-def _backward_compute(grad_penalty, grad, squared_norms, kind, center):
-    return _ops.gradient_norm_penalty_backward.default(
-        grad_penalty, grad, squared_norms, kind, center
-    )
-
-
-def _backward_context(ctx, inputs, outputs) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
-
-
-def _backward_backward(ctx, tangent):
-    if tangent is None:
-        return (None,) * 5
-    return *_double_backward(tangent, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-_backward = differentiable(
-    "GradientNormPenaltyBackward", _backward_compute, _backward_context, _backward_backward
-)
-
-
-# ---- double backward: (tangent, grad_penalty, grad, squared_norms, kind, center)
-#      -> (grad_grad_penalty, grad_grad)
-
-
-def _double_backward_compute(tangent, grad_penalty, grad, squared_norms, kind, center):
-    return _ops.gradient_norm_penalty_double_backward.default(
-        tangent, grad_penalty, grad, squared_norms, kind, center
-    )
-
-
-_double_backward = differentiable(
-    "GradientNormPenaltyDoubleBackward",
-    _double_backward_compute,
-    lambda ctx, inputs, outputs: None,
-    no_third_derivative("gradient_norm_penalty"),
-)
-
-
-# ---- fake kernels ------------------------------------------------------------------------------
-
-
 def _has_dense_samples(grad: Tensor) -> bool:
-    """Whether the ops take grad as it lies: the rule of with_dense_samples() in csrc/ops."""
+    """Whether the kernels read grad without a copy, as with_dense_samples() in csrc/ops decides."""
     block, found = 1, True
     while found:
         found = False
@@ -130,20 +58,46 @@ def _like(grad: Tensor) -> Tensor:
     return torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
 
 
-def _register_fakes() -> None:
-    @register_fake("gradient_norm_penalty")
-    def _(grad, kind, center):
-        dtype = accumulation_dtype(grad)
-        return grad.new_empty((), dtype=dtype), grad.new_empty((grad.shape[0],), dtype=dtype)
-
-    @register_fake("gradient_norm_penalty_backward")
-    def _(grad_penalty, grad, squared_norms, kind, center):
-        return _like(grad)
-
-    @register_fake("gradient_norm_penalty_double_backward")
-    def _(tangent, grad_penalty, grad, squared_norms, kind, center):
-        return grad.new_empty((), dtype=accumulation_dtype(grad)), _like(grad)
+class Options(NamedTuple):
+    kind: int
+    center: float
 
 
-if LOADED:
-    _register_fakes()
+def _penalty_like(grad: Tensor) -> Tensor:
+    return grad.new_empty((), dtype=accumulation_dtype(grad))
+
+
+_forward = kernel(
+    "gradient_norm_penalty",
+    lambda grad, *options: (
+        _penalty_like(grad),
+        grad.new_empty((grad.shape[0],), dtype=accumulation_dtype(grad)),
+    ),
+)
+_backward = kernel(
+    "gradient_norm_penalty_backward",
+    lambda grad_penalty, grad, squared_norms, *options: _like(grad),
+)
+_double_backward = kernel(
+    "gradient_norm_penalty_double_backward",
+    lambda tangent, grad_penalty, grad, squared_norms, *options: (_penalty_like(grad), _like(grad)),
+)
+
+fused = define_op(
+    "gradient_norm_penalty",
+    forward=lambda grad, options: _forward(grad, *options),
+    saves=lambda inputs, outputs: (*inputs, outputs[1]),
+    backward=lambda grad_penalty, grad, squared_norms, options, wanted: _backward(
+        grad_penalty, grad, squared_norms, *options
+    ),
+    double_backward=lambda tangent, grad_penalty, grad, squared_norms, options, wanted: (
+        _double_backward(tangent, grad_penalty, grad, squared_norms, *options)
+    ),
+)
+
+
+def compute(grad: Tensor, kind: int, center: float) -> Tensor:
+    """The op by its kernels, or by the reference where there are none."""
+    if has_kernel(grad, "gradient_norm_penalty"):
+        return fused.apply(grad, Options(kind, center))[0]
+    return reference(grad, kind, center)

@@ -1,34 +1,34 @@
 """The minibatch standard deviation, differentiable twice.
 
-The schemas stand in csrc/ops/minibatch_stddev.cpp, the formulas in
-csrc/kernels/minibatch_stddev.h. The kernels compute one number per group and feature; what spreads
-these over samples and space is PyTorch's, and costs next to nothing. Saved for backward is x alone.
+The schemas are in csrc/ops/minibatch_stddev.cpp, the formulas in csrc/kernels/minibatch_stddev.h.
+The kernels compute one number per group and feature map; PyTorch's ops expand these over samples
+and space at almost no cost. Only x is saved for backward.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from gankernels._library import LOADED
-from gankernels.ops.autograd import differentiable, no_third_derivative
-from gankernels.ops.fake import accumulation_dtype, empty_like_dense, register_fake
-
-_ops = torch.ops.gankernels
+from gankernels._library import has_kernel
+from gankernels.ops.autograd import define_op
+from gankernels.ops.kernel import accumulation_dtype, empty_like_dense, kernel
 
 EPS = 1e-8  # added to the variance, for a finite derivative where all members of a group agree
 
 
 def reference(x: Tensor, group_size: int, num_channels: int, eps: float = EPS) -> Tensor:
-    """The op in plain PyTorch: the oracle of the tests, and what runs where there is no kernel."""
+    """The op in plain PyTorch: the tests compare with it, and it runs where there is no kernel."""
     if x.numel() == 0:
         return x[:, :num_channels]
     samples = x.shape[0]
     # In half precision EPS would vanish, and so would small deviations.
     half = x.dtype in (torch.bfloat16, torch.float16)
     y = (x.float() if half else x).reshape(samples, num_channels, -1)
-    # Sample n belongs to group n % groups. Where the groups are of two sizes, zeros fill up the
-    # smaller ones, and the sums are divided by what is really there.
+    # Sample n belongs to group n % groups. If the groups have two sizes, the smaller ones are
+    # padded with zeros, and the sums divided by the number of their members.
     groups = _groups(samples, group_size)
     members = -(-samples // groups)
     missing = groups * members - samples
@@ -47,11 +47,6 @@ def reference(x: Tensor, group_size: int, num_channels: int, eps: float = EPS) -
     return _feature_maps((variance + eps).sqrt().mean(-1), x)
 
 
-def fused(x: Tensor, group_size: int, num_channels: int) -> Tensor:
-    """The same with kernels, for an x that is not empty."""
-    return _feature_maps(minibatch_stddev(x, group_size, num_channels, EPS), x)
-
-
 def _groups(samples: int, group_size: int) -> int:
     return -(-samples // group_size)
 
@@ -64,90 +59,38 @@ def _feature_maps(stddev: Tensor, x: Tensor) -> Tensor:
     return features.reshape(shape[:2] + [1] * len(shape[2:])).expand(shape)
 
 
-# ---- forward: (x, group_size, num_channels, eps) -> stddev
+class Options(NamedTuple):
+    group_size: int
+    num_channels: int
+    eps: float = EPS
 
 
-def _forward(x, group_size, num_channels, eps):
-    return _ops.minibatch_stddev.default(x, group_size, num_channels, eps)
+def _stddev_like(x: Tensor, group_size: int, num_channels: int, eps: float) -> Tensor:
+    return x.new_empty((_groups(x.shape[0], group_size), num_channels), dtype=accumulation_dtype(x))
 
 
-def _forward_context(ctx, inputs, outputs) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0])
-    ctx.options = inputs[1:]
+_forward = kernel("minibatch_stddev", _stddev_like)
+_backward = kernel(
+    "minibatch_stddev_backward", lambda grad_stddev, x, *options: empty_like_dense(x)
+)
+_double_backward = kernel(
+    "minibatch_stddev_double_backward",
+    lambda tangent, grad_stddev, x, *options: (_stddev_like(x, *options), empty_like_dense(x)),
+)
 
-
-def _forward_backward(ctx, grad_stddev):
-    if grad_stddev is None:
-        return (None,) * 4
-    return _backward(grad_stddev, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-minibatch_stddev = differentiable("MinibatchStddev", _forward, _forward_context, _forward_backward)
-
-
-# ---- backward: (grad_stddev, x, group_size, num_channels, eps) -> grad_x
-
-
-def _backward_compute(grad_stddev, x, group_size, num_channels, eps):
-    return _ops.minibatch_stddev_backward.default(grad_stddev, x, group_size, num_channels, eps)
-
-
-def _backward_context(ctx, inputs, outputs) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:2])
-    ctx.options = inputs[2:]
-
-
-def _backward_backward(ctx, tangent):
-    if tangent is None:
-        return (None,) * 5
-    return *_double_backward(tangent, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-_backward = differentiable(
-    "MinibatchStddevBackward", _backward_compute, _backward_context, _backward_backward
+fused = define_op(
+    "minibatch_stddev",
+    forward=lambda x, options: _forward(x, *options),
+    saves=lambda inputs, outputs: inputs,
+    backward=lambda grad_stddev, x, options, wanted: _backward(grad_stddev, x, *options),
+    double_backward=lambda tangent, grad_stddev, x, options, wanted: _double_backward(
+        tangent, grad_stddev, x, *options
+    ),
 )
 
 
-# ---- double backward: (tangent, grad_stddev, x, group_size, num_channels, eps)
-#      -> (grad_grad_stddev, grad_x)
-
-
-def _double_backward_compute(tangent, grad_stddev, x, group_size, num_channels, eps):
-    return _ops.minibatch_stddev_double_backward.default(
-        tangent, grad_stddev, x, group_size, num_channels, eps
-    )
-
-
-_double_backward = differentiable(
-    "MinibatchStddevDoubleBackward",
-    _double_backward_compute,
-    lambda ctx, inputs, outputs: None,
-    no_third_derivative("minibatch_stddev"),
-)
-
-
-# ---- fake kernels ------------------------------------------------------------------------------
-
-
-def _register_fakes() -> None:
-    def stddev_like(x: Tensor, group_size: int, num_channels: int) -> Tensor:
-        sizes = (_groups(x.shape[0], group_size), num_channels)
-        return x.new_empty(sizes, dtype=accumulation_dtype(x))
-
-    @register_fake("minibatch_stddev")
-    def _(x, group_size, num_channels, eps):
-        return stddev_like(x, group_size, num_channels)
-
-    @register_fake("minibatch_stddev_backward")
-    def _(grad_stddev, x, group_size, num_channels, eps):
-        return empty_like_dense(x)
-
-    @register_fake("minibatch_stddev_double_backward")
-    def _(tangent, grad_stddev, x, group_size, num_channels, eps):
-        return stddev_like(x, group_size, num_channels), empty_like_dense(x)
-
-
-if LOADED:
-    _register_fakes()
+def compute(x: Tensor, group_size: int, num_channels: int) -> Tensor:
+    """The op by its kernels, or by the reference where there are none."""
+    if x.numel() and has_kernel(x, "minibatch_stddev"):
+        return _feature_maps(fused.apply(x, Options(group_size, num_channels)), x)
+    return reference(x, group_size, num_channels)

@@ -60,5 +60,5 @@ def test_ops_run_on_the_device_of_their_tensors(op, dtype):
 
 def test_parameters_on_another_device_are_refused():
     x = torch.randn(4, 3, 5, device="cuda")
-    with pytest.raises(RuntimeError, match="weight is on cpu, but x is on cuda:0"):
+    with pytest.raises(RuntimeError, match="weight must be on cuda:0 like x, got cpu"):
         gk.functional.batch_norm_leaky_relu(x, None, None, torch.ones(3), training=True)

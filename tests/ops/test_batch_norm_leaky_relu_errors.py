@@ -55,63 +55,64 @@ ERRORS = {
     ),
     "size of weight": (
         {"weight": torch.ones(4)}, RuntimeError,
-        r"weight should contain 3 elements.*shape \(4,\)", True,
+        r"weight must have shape \(3,\), .*got \(4,\)", True,
     ),
     "size of bias": (
         {"bias": torch.ones(2)}, RuntimeError,
-        r"bias should contain 3 elements.*shape \(2,\)", True,
+        r"bias must have shape \(3,\), .*got \(2,\)", True,
     ),
     "size of running_mean": (
         {"running_mean": torch.ones(2)}, RuntimeError,
-        r"running_mean should contain 3 elements.*shape \(2,\)", True,
+        r"running_mean must have shape \(3,\), .*got \(2,\)", True,
     ),
     "size of running_var": (
         {"running_var": torch.ones(5)}, RuntimeError,
-        r"running_var should contain 3 elements.*shape \(5,\)", True,
+        r"running_var must have shape \(3,\), .*got \(5,\)", True,
     ),
     "dimensions of weight": (
         {"weight": torch.ones(3, 1)}, RuntimeError,
-        r"weight should contain 3 elements.*shape \(3, 1\)", False,
+        r"weight must have shape \(3,\), .*got \(3, 1\)", False,
     ),
     "dtype of weight": (
         {"weight": torch.ones(3, dtype=f64)}, RuntimeError,
-        "weight has dtype torch.float64, but x has torch.float32.*accepted are torch.float32", True,
+        "weight must have dtype torch.float32 for an x of torch.float32, got torch.float64", True,
     ),
     "dtype of bias": (
-        {"bias": torch.ones(3, dtype=f64)}, RuntimeError, "bias has dtype torch.float64", True,
+        {"bias": torch.ones(3, dtype=f64)}, RuntimeError, "bias must .*got torch.float64", True,
     ),
     "half parameters of float32": (
         {"weight": torch.ones(3, dtype=bf16)}, RuntimeError,
-        "weight has dtype torch.bfloat16", True,
+        "weight must have dtype .*got torch.bfloat16", True,
     ),
     "float64 parameters of half": (
         {"x": torch.randn(4, 3, 5, dtype=bf16), "weight": torch.ones(3, dtype=f64)}, RuntimeError,
-        "running_mean|weight has dtype torch.float64.*accepted are torch.bfloat16 or torch.float32",
+        "weight must have dtype torch.bfloat16 or torch.float32 for an x of torch.bfloat16, got "
+        "torch.float64",
         True,
     ),
     "parameters of two dtypes": (
         {"x": torch.randn(4, 3, 5, dtype=bf16), "weight": torch.ones(3, dtype=bf16)}, RuntimeError,
-        "weight has dtype torch.bfloat16, but running_mean has torch.float32.*share one dtype",
+        "weight must have the dtype of running_mean, torch.float32, got torch.bfloat16",
         True,
     ),
     "weight on another device": (
         {"weight": torch.ones(3, device="meta")}, RuntimeError,
-        r"weight is on meta, but x is on (cpu|cuda:0)", False,
+        "weight must be on (cpu|cuda:0) like x, got meta", False,
     ),
     "x of integers": (
         {"x": torch.ones(4, 3, 5, dtype=torch.int64)}, TypeError,
-        "x has dtype torch.int64; accepted are torch.float32", False,
+        "x must have one of the dtypes torch.float32, .*got torch.int64", False,
     ),
     "x complex": (
-        {"x": torch.ones(4, 3, 5, dtype=torch.complex64)}, TypeError, "x has dtype torch.complex64",
+        {"x": torch.ones(4, 3, 5, dtype=torch.complex64)}, TypeError, "x must .*torch.complex64",
         False,
     ),
-    "x a list": ({"x": [1.0, 2.0]}, TypeError, "x is a list; a Tensor is needed", False),
-    "x None": ({"x": None}, TypeError, "x is a NoneType; a Tensor is needed", False),
+    "x a list": ({"x": [1.0, 2.0]}, TypeError, "x must be a Tensor, got list", False),
+    "x None": ({"x": None}, TypeError, "x must be a Tensor, got NoneType", False),
     "x of six dimensions": (
-        {"x": (2, 3, 1, 1, 1, 2)}, ValueError, "x has 6 dimensions; accepted are 2 to 5", False,
+        {"x": (2, 3, 1, 1, 1, 2)}, ValueError, "x must have 2 to 5 dimensions, got shape", False,
     ),
-    "momentum None": ({"momentum": None}, TypeError, "momentum is None; a float is needed", True),
+    "momentum None": ({"momentum": None}, TypeError, "momentum must be a float, got None", True),
 }  # fmt: skip
 
 
@@ -170,5 +171,5 @@ def test_half_statistics_beside_float32_parameters_are_refused():
     """Casting statistics to the half type would lose what float32 kept."""
     x = torch.randn(4, 3, 5, dtype=bf16)
     mean, var = torch.zeros(3, dtype=bf16), torch.ones(3, dtype=bf16)
-    with pytest.raises(RuntimeError, match=r"weight has dtype torch\.float32, but running_mean"):
+    with pytest.raises(RuntimeError, match="weight must have the dtype of running_mean"):
         functional.batch_norm_leaky_relu(x, mean, var, torch.ones(3), training=True)

@@ -1,4 +1,4 @@
-"""Gradient penalties: where to take the critic's gradient, and what to do with its norm."""
+"""Gradient penalties: where to take the critic's gradient, and how to penalize its norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gankernels._shard import per_sample
-from gankernels.functional import _check_floating, gradient_norm_penalty, interpolate
+from gankernels.functional.gradient_norm_penalty import gradient_norm_penalty, interpolate
+from gankernels.ops.checks import check_choice, check_floating, check_same_shape
 from gankernels.ops.gradient_norm_penalty import KINDS
 
 _METHODS = ("exact", "finite-difference")
@@ -51,11 +52,11 @@ def gradient_penalty(
     Args:
         critic: a module or function from ``(N, ...)`` to ``(N,)``, ``(N, 1)`` or a map of patches
             ``(N, 1, h, w)``; what it returns is summed, so the samples' gradients must not mix
-            unless that is meant (batch normalisation mixes them).
+            unless that is intended (batch normalization mixes them).
         real: ``(N, ...)``, floating-point. Not differentiated through.
-        fake: of the same shape; only ``dragan`` and ``r1`` do without. Not differentiated through.
+        fake: of the same shape; not needed for ``dragan`` and ``r1``. Not differentiated through.
         kind: one of the above.
-        center: the norm c that is asked for.
+        center: the target norm c.
         method: ``"exact"`` differentiates the gradient, which needs every layer of the critic to be
             twice differentiable and costs a second-order graph. ``"finite-difference"`` gets the
             same parameter gradient from two more evaluations of the critic, at
@@ -64,40 +65,38 @@ def gradient_penalty(
             exact; h moves the furthest sample by the cube root of the dtype's rounding error,
             relative to the samples' norm. The gradient's error, as measured on critics with smooth
             activations, is 5e-5 relative in float32 and 1e-10 in float64. A piecewise linear critic
-            (LeakyReLU) has kinks that the exact second derivative passes over in silence; where the
-            step crosses some, as in float32 it does, the two gradients of one batch differ by as
-            much as their own size, while in float64 they agree. Buffers such as running statistics
-            see three evaluations instead of one; random layers draw the same numbers in all three.
-            In neither method is there a gradient with respect to ``real`` and ``fake``.
+            (LeakyReLU) has kinks that the exact second derivative ignores. If the step crosses
+            kinks, as it does in float32, the two gradients of one batch differ by as much as their
+            own size; in float64 they agree. Buffers such as running statistics see three
+            evaluations instead of one; random layers draw the same numbers in all three. Neither
+            method has a gradient with respect to ``real`` and ``fake``.
         critic_args: further positional arguments of the critic, such as labels.
-        generator: of the random numbers, on the device of ``real``; by default the device's own.
+        generator: for random numbers, on the device of ``real``; default: that of the device.
 
     Returns:
         A scalar in float32 (float64 for float64): the mean over the batch, without weight or
         factor 1/2.
 
     Raises:
-        TypeError: where ``real`` or ``fake`` is no floating-point tensor.
-        ValueError: where they differ in shape, or ``kind`` or ``method`` is none of the above.
-        RuntimeError: where the critic does not depend on its input, or, with ``"exact"``, has a
-            layer that cannot be differentiated twice; the message names the layer. (A module's
-            first penalty is differentiated on the spot to find out.)
+        TypeError: if ``real`` or ``fake`` is not a floating-point tensor.
+        ValueError: if they differ in shape, or ``kind`` or ``method`` is none of the above.
+        RuntimeError: if the critic does not depend on its input, or, with ``"exact"``, has a layer
+            that cannot be differentiated twice; the message names the layer. (A module's first
+            penalty is differentiated at once to find out.)
 
-    Under autocast the critic runs as autocast says and the norm is taken in float32. Finite
-    differences leave autocast for their two evaluations, and are of no use with a critic that is of
-    half precision itself: the differences drown in its rounding. Frozen parameters stay without
-    gradients. Under torch.no_grad() and torch.inference_mode() there is the value alone, without a
-    second-order graph. A gradient of zero contributes a derivative of zero.
+    Under autocast the critic runs in autocast's dtype and the norm is computed in float32. Finite
+    differences disable autocast for their two evaluations. They do not work for a critic with
+    half-precision weights, whose rounding errors exceed the differences. Frozen parameters get no
+    gradients. Under torch.no_grad() and torch.inference_mode() only the value is computed, without
+    a second-order graph. A gradient of zero contributes a derivative of zero.
 
     References: Gulrajani et al., 2017, arXiv:1704.00028 (wgan-gp); Petzka et al., 2018,
     arXiv:1709.08894 (wgan-lp); Kodali et al., 2017, arXiv:1705.07215 (dragan); Mescheder et al.,
     2018, arXiv:1801.04406 (r1, r2).
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; accepted are {', '.join(map(repr, KINDS))}")
-    if method not in _METHODS:
-        raise ValueError(f"method is {method!r}; accepted are {', '.join(map(repr, _METHODS))}")
-    wanted = torch.is_grad_enabled()  # or the value alone?
+    check_choice("kind", kind, KINDS)
+    check_choice("method", method, _METHODS)
+    wanted = torch.is_grad_enabled()  # otherwise the value alone
     with _recording():
         with torch.no_grad():
             x = _ordinary(_points(real, fake, kind, generator))
@@ -114,7 +113,7 @@ def gradient_penalty(
 
 
 def _recording() -> AbstractContextManager:
-    """Lets autograd record, also where torch.inference_mode() has forbidden it."""
+    """Lets autograd record, even under torch.inference_mode()."""
     forbidden = torch.is_inference_mode_enabled()
     return torch.inference_mode(False) if forbidden else torch.enable_grad()
 
@@ -127,10 +126,10 @@ def _ordinary(value: object) -> object:
 def _points(
     real: Tensor, fake: Tensor | None, kind: str, generator: torch.Generator | None
 ) -> Tensor:
-    """Where the gradient is taken."""
-    _check_floating("real", real)
+    """The points at which the gradient is taken."""
+    check_floating("real", real)
     if real.dim() == 0:
-        raise ValueError("real is a scalar; a batch (N, ...) is needed")
+        raise ValueError("real must have shape (N, ...), got a scalar")
     if kind == "r1":
         return real
     where = {"dtype": real.dtype, "device": real.device, "generator": generator}
@@ -138,13 +137,9 @@ def _points(
         noise = per_sample(lambda n: torch.rand(n, *real.shape[1:], **where), len(real))
         return real + 0.5 * real.std() * noise
     if fake is None:
-        raise ValueError(f"fake is None, but kind {kind!r} needs generated samples")
-    _check_floating("fake", fake)
-    if fake.shape != real.shape:
-        raise ValueError(
-            f"fake has shape {tuple(fake.shape)}, but real has {tuple(real.shape)}: "
-            "they must be the same"
-        )
+        raise ValueError(f"fake must be a Tensor for kind {kind!r}, got None")
+    check_floating("fake", fake)
+    check_same_shape("fake", fake, "real", real)
     fake = fake.to(real.dtype)  # under autocast a generator's output may be of half precision
     if kind == "r2":
         return fake
@@ -160,21 +155,21 @@ def _gradient(
     create_graph: bool = False,
     thorough: bool = False,
 ) -> Tensor:
-    """The critic's gradient. A ``thorough`` one records every layer's part in it, even those that
-    keep it to themselves where no gradient of their output is asked for (once_differentiable)."""
+    """The critic's gradient. With ``thorough=True``, layers that use once_differentiable are
+    recorded too; they are otherwise left out unless a gradient of their output is requested."""
     out = critic(x, *critic_args)
     if not isinstance(out, Tensor):
-        raise TypeError(f"critic returned a {type(out).__name__}; a Tensor is needed")
+        raise TypeError(f"critic must return a Tensor, got {type(out).__name__}")
     gradient = None
     if out.requires_grad:
-        # That of the sum, without the sum.
+        # The gradient of the sum, without computing the sum.
         ones = torch.ones_like(out, requires_grad=thorough)
         (gradient,) = torch.autograd.grad(
             out, x, ones, create_graph=create_graph, allow_unused=True
         )
     if gradient is None:
         raise RuntimeError(
-            "critic's output does not depend on its input: there is no gradient to penalise "
+            "critic's output does not depend on its input: there is no gradient to penalize "
             "(was it detached, or computed under torch.no_grad()?)"
         )
     return gradient
@@ -218,13 +213,13 @@ def _finite_difference(
 
 
 def _norms(x: Tensor) -> Tensor:
-    """Of every sample."""
+    """The norm of each sample."""
     return x.flatten(1).norm(dim=1) if x.dim() > 1 else x.abs()
 
 
 @contextmanager
 def _repeatable_randomness(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Yields a function that puts the random number generators back to where they were here."""
+    """Yields a function that resets the random number generators to their present state."""
     cpu = torch.get_rng_state()
     on_cuda = device.type == "cuda"
     cuda = torch.cuda.get_rng_state(device) if on_cuda else None
@@ -237,11 +232,11 @@ def _repeatable_randomness(device: torch.device) -> Iterator[Callable[[], None]]
     yield again
 
 
-# ---- which layer is to blame -------------------------------------------------------------------
+# ---- finding the layer without a second derivative ---------------------------------------------
 
 
 def _prove(critic: nn.Module, penalty: Tensor, x: Tensor, critic_args: Sequence[object]) -> None:
-    """Differentiates a critic's first penalty, to name the layer if that cannot be done."""
+    """Differentiates a critic's first penalty, and names the layer if that fails."""
     try:
         _differentiate(penalty)
     except RuntimeError as error:
@@ -260,10 +255,10 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _differentiate(result: Tensor) -> None:
-    """Goes back through all of the graph, keeps it, and leaves every ``.grad`` as it is.
+    """Differentiates with respect to every leaf of the graph, without changing any ``.grad``.
 
-    once_differentiable puts its error in front of a leaf of its own, so that a derivative with
-    respect to parameters alone would pass by it and be silently wrong.
+    once_differentiable raises its error at a leaf of its own: a derivative with respect to the
+    parameters alone would not reach it, and be silently wrong.
     """
     leaves, seen, pending = [], {None}, [result.grad_fn]
     while pending:
@@ -298,11 +293,11 @@ def _blame(critic: nn.Module, x: Tensor, critic_args: Sequence[object]) -> str:
     try:
         for name, module in critic.named_modules():
             if module._modules.keys() <= {"parametrizations"}:
-                # As nn.Module does it: a fused layer would take the hook for someone else's.
+                # nn.Module's own method: a fused layer would take the hook for a user's.
                 register = nn.Module.register_forward_hook
                 handles.append(register(module, try_alone(name), with_kwargs=True))
         critic(x, *critic_args)
-    except Exception:  # the search is a help: what failed is the penalty, and that is told anyway
+    except Exception:  # the search is optional: the error of the penalty is raised anyway
         if not culprits:
             return "which of its layers is to blame could not be found out"
     finally:
@@ -312,15 +307,15 @@ def _blame(critic: nn.Module, x: Tensor, critic_args: Sequence[object]) -> str:
 
 
 def _twice_differentiable(module: nn.Module, args: tuple, kwargs: dict) -> bool:
-    """Runs the layer's forward once more by itself, without its hooks, and differentiates it twice.
-    Its buffers, attributes and gradients stay as they are."""
+    """Runs the layer's forward once more, without its hooks, and differentiates it twice. Its
+    buffers, attributes and gradients do not change."""
     leaves: list[Tensor] = []
 
     def own(value: object) -> object:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         leaves.append(value.detach().clone().requires_grad_())
-        return leaves[-1].clone()  # a layer that works in place may not do so on a leaf
+        return leaves[-1].clone()  # a leaf must not be modified in place
 
     args, kwargs = tree_map(own, (args, kwargs))
     kept = dict(vars(module))
