@@ -191,7 +191,7 @@ class Score(Callback):
         values = {"score/frechet": scores.frechet}
         if scores.accuracy is not None:
             values["score/accuracy"] = scores.accuracy
-        trainer.tell("on_report", values)
+        trainer.notify("on_report", values)
         if self.best is None or scores.frechet < self.best:
             self.best = scores.frechet
             checkpoint.keep_best(trainer.run, path, self.best)

@@ -9,9 +9,8 @@ from PIL import Image
 
 from gankernels import data
 from gankernels.data import stream
-from gankernels.train import CheckpointError, latest_checkpoint, load_game, start
+from gankernels.train import CheckpointError, latest_checkpoint, load_game, start, state
 from gankernels.train import checkpoint as checkpoint_module
-from gankernels.train import trainer as trainer_module
 from gankernels.train.checkpoint import list_classes
 from gankernels.train.config import RESUMABLE, Config
 
@@ -42,7 +41,7 @@ def train(tmp_path):
     def run(steps, model="gan", **settings):
         settings = {"out": str(tmp_path / "run"), **TINY, "steps": steps, **settings}
         trainer = start(model, resume=True, **settings)
-        trainer.callbacks = []
+        trainer.callbacks.clear()
         trainer.fit()
         return trainer
 
@@ -172,7 +171,7 @@ def test_earlier_checkpoints_are_refused(train, tmp_path):
 
 def test_another_number_of_threads_is_told(train, tmp_path, monkeypatch):
     train(1, data=save(tmp_path / "set.npz"))
-    monkeypatch.setattr(trainer_module, "threads", lambda: 77)
+    monkeypatch.setattr(state, "threads", lambda: 77)
     with pytest.warns(UserWarning, match="now there are 77: results will differ .* by rounding"):
         train(2)
 
@@ -182,7 +181,7 @@ def test_images_are_where_they_were(train, tmp_path):
     train(1, data=save(tmp_path / "set.npz"), workers=0)
     path = latest_checkpoint(tmp_path / "run")
     torch.save({**checkpoint_module.read(path), "resident": False}, path)
-    assert not train(2).resident
+    assert not train(2).batches.resident
 
 
 def test_home_is_meant_in_every_path(train, tmp_path, monkeypatch):

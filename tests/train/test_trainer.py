@@ -102,7 +102,7 @@ def test_batches_are_real_images_with_their_labels(run, digits):
     trainer = run("dcgan", width=4)
     pairs = digits.images, digits.labels
     known = {(image.numpy().tobytes(), int(y)) for image, y in zip(*pairs, strict=True)}
-    first, second = trainer.draw(), trainer.draw()
+    first, second = trainer.batches.draw(), trainer.batches.draw()
     assert first.images.shape == (16, 1, 8, 8)
     assert first.images.is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(first.images, second.images)
@@ -160,7 +160,7 @@ def test_streamed_batches_are_the_files(run, folder, digits):
     inner = player.loss
     object.__setattr__(player, "loss", lambda batch, rng: seen.append(batch) or inner(batch, rng))
     trainer.iterate()
-    trainer._close_loader()
+    trainer.batches.close()
     for image, label in zip(seen[0].images, seen[0].labels, strict=True):
         pixels = ((image + 1) * 127.5).round().to(torch.uint8).contiguous().numpy()
         assert known[pixels.tobytes()] == int(label)
@@ -365,7 +365,8 @@ def test_the_end_is_told_after_an_error_too(run):
 def test_a_discriminator_left_alone_learns_to_tell(run):
     trainer = run("gan")
     (discriminator, _) = trainer.players
-    moves = (trainer.move(discriminator, discriminator.loss, trainer.draw()) for _ in range(60))
+    batches = (trainer.batches.draw() for _ in range(60))
+    moves = (trainer.move(discriminator, discriminator.loss, batch) for batch in batches)
     losses = [sum(terms.values()) for terms in moves]
     assert losses[0] > 1.2
     assert losses[-1] < 0.2
