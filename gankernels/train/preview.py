@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gankernels._files import make_way
 from gankernels._random import default_generators
-from gankernels.data.pictures import arrange
+from gankernels.data._pictures import arrange
 from gankernels.games import Game
 from gankernels.train.batches import Batches
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from gankernels import _archive as archive
 from gankernels._paths import expand
 from gankernels._random import default_generator
 from gankernels._threads import threads
 from gankernels.data import Data
 from gankernels.games import Game, Player
-from gankernels.train import archive, checkpoint
+from gankernels.train import checkpoint
 from gankernels.train.batches import Batches
 from gankernels.train.config import Config, to_dict
 from gankernels.train.ranks import Ranks

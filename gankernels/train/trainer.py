@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import gankernels
+from gankernels import metrics
 from gankernels._devices import choose_device
 from gankernels._memory import require
 from gankernels._modes import evaluating
@@ -22,14 +22,14 @@ from gankernels._paths import expand
 from gankernels._random import kept_random_state
 from gankernels._shard import shard
 from gankernels._threads import bound_threads
-from gankernels.data import Data, Image
+from gankernels.data import Data
 from gankernels.games import Batch, Game, Loss, Player
 from gankernels.train import checkpoint
 from gankernels.train.adam import Adam
 from gankernels.train.averages import MovingAverages
 from gankernels.train.batches import Batches
 from gankernels.train.callbacks import Board, Callback, Metrics, Progress, Report, Score
-from gankernels.train.config import Config
+from gankernels.train.config import Config, settle
 from gankernels.train.cpu import accelerate, prepare_casts, use_casts
 from gankernels.train.graph import Call, choose_call
 from gankernels.train.losses import GRADIENT_NORM, DivergenceError, Losses, Name
@@ -76,10 +76,10 @@ class Trainer(State):
         config: Config,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        _check_fit(game, data)
-        if config.score:
-            Score.check(data)
-        self.config = replace(config, **_size_of(data))
+        game.check(data.spec)
+        scores = metrics.parse(config.score) if config.score else []
+        metrics.check(scores, data, game.makes, game.given)
+        self.config = settle(config, data.spec)
         self.run = expand(config.out)
         self.device = choose_device(config.device)
         self.ranks = Ranks(self.device)
@@ -147,8 +147,8 @@ class Trainer(State):
         self.losses = Losses(self.ranks.average)
         self.call = self._choose_call()
         builtin: list[Callback] = [Progress(), Metrics(), Board(), Report()]
-        if config.score:
-            builtin.append(Score())
+        if scores:
+            builtin.append(Score(scores))
         self.callbacks = [*builtin, *callbacks] if self.ranks.first else []
         self.has_user_callbacks = len(callbacks) > 0
         self.notifier = Notifier(self, self.callbacks)
@@ -439,26 +439,6 @@ def make_optimizer(player: Player, parameters: list[nn.Parameter]) -> torch.opti
             rate = torch.as_tensor(group["lr"], dtype=torch.float32)
             group["lr"] = rate.to(parameters[0].device, copy=True)
     return optimizer
-
-
-def _check_fit(game: Game, data: Data) -> None:
-    for name in game.reads:
-        if name not in data.spec:
-            raise ValueError(
-                f"the data must have a column {name!r} for {game.name}, got {', '.join(data.spec)}"
-            )
-        if data.spec[name] != game.spec.get(name):
-            raise ValueError(
-                f"{name} of the data must be {game.spec.get(name)}, for which the game is built, "
-                f"got {data.spec[name]}; build the game with data.spec"
-            )
-
-
-def _size_of(data: Data) -> dict[str, int]:
-    """The sizes of images that config.json tells, so that it reruns the run."""
-    field = data.spec.get("images")
-    square = isinstance(field, Image) and field.height == field.width
-    return {"size": field.height, "channels": field.channels} if square else {}
 
 
 def _due(step: int, every: int) -> bool:
