@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from gankernels.data import ImageData, to_float
-from gankernels.data.pixels import resize
+from gankernels.data._pixels import resize
 
 LATENT = 100
 CLASSES = 10

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 import gankernels as gk
 from gankernels import games, metrics
 from gankernels.data import ImageData, Spec, load
-from gankernels.data.pixels import resize
+from gankernels.data._pixels import resize
 from gankernels.games import Adversarial, Batch, Game, Player, Round
 from gankernels.games.wgan_gp import WGANGP, WGANGPOptions
 from gankernels.train import Config, Trainer
@@ -434,19 +434,21 @@ def score(run: Run, job: dict[str, Any], data: ImageData) -> dict[str, float]:
     seconds = time.process_time() - start
     size = SIZES[job["model"]]
     real = ImageData(resize(data.images, size), data.labels, data.classes, data.name)
-    classifier, _ = metrics.load_or_train_classifier(real, job["cache"])
     generator = run.generator.eval()
     conditional = getattr(pytorch_gan.SCRIPTS[job["model"]], "conditional", False)
 
     @torch.no_grad()
-    def sample(labels: Tensor | None, n: int, rng: torch.Generator) -> Tensor:
+    def sample(n: int, *, rng: torch.Generator, labels: Tensor | None = None) -> Tensor:
         return generator(torch.randn(n, pytorch_gan.LATENT, generator=rng), labels)
 
-    scores = metrics.evaluate(sample, real, classifier, conditional=conditional)
+    given = ("labels",) if conditional else ()
+    chosen = metrics.suitable(real, "images", given)
+    evaluation = metrics.Evaluation(chosen, real, metrics.Cache(Path(job["cache"])), given=given)
+    scores = {k: v for found in evaluation.score(sample).values() for k, v in found.items()}
     return {
-        "frechet": scores.frechet,
-        "accuracy": scores.accuracy,
-        "diversity_ratio": scores.diversity_ratio,
+        "frechet": scores["frechet"],
+        "accuracy": scores.get("accuracy"),
+        "diversity_ratio": scores.get("diversity"),
         "cpu_seconds": seconds,
     }
 

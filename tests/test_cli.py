@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from gankernels import data, games
-from gankernels.cli import describe_build, main
+from gankernels.cli import main
+from gankernels.cli.info import describe_build
 
 FAST = ["--steps", "4", "--batch-size", "8", "--device", "cpu", "--set", "size=12"]
 
@@ -268,12 +269,12 @@ def test_samples_that_would_not_fit_on_the_disk(trained, tmp_path, capsys):
         (b"[" * 100_000, "is not a JSON file: "),
         (b'{"format": ' + b"9" * 5000 + b"}", "is not a JSON file: "),
         (b"\x80\x02", "is not a JSON file: "),
-        (b'{"format": 1, "model": "gan", "lr": NaN}', "lr must be a finite number, got nan"),
-        (b'{"format": 1, "model": "gan", "steps": 1e400}', "steps must be a whole number, got inf"),
-        (b'{"format": 1, "model": "gan", "data": [1]}', "data must be text, got [1]"),
-        (b'{"format": 1, "model": ["gan"]}', "model must be the name of a game, got ['gan']"),
-        (b'{"format": 1, "model": "gan", "' + b"a" * 10**6 + b'": 1}', "unknown setting 'aaaa"),
-        (b'{"format": 1, "model": "gan", "score": 2}', "score must be true or false, got 2"),
+        (b'{"format": 2, "game": "gan", "lr": NaN}', "lr must be a finite number, got nan"),
+        (b'{"format": 2, "game": "gan", "steps": 1e400}', "steps must be a whole number, got inf"),
+        (b'{"format": 2, "game": "gan", "data": [1]}', "data must be text, got [1]"),
+        (b'{"format": 2, "game": ["gan"]}', "game must be the name of a game, got ['gan']"),
+        (b'{"format": 2, "game": "gan", "' + b"a" * 10**6 + b'": 1}', "unknown setting 'aaaa"),
+        (b'{"format": 2, "game": "gan", "score": 2}', "score must be text, got 2"),
     ],
 )
 def test_configurations_that_are_none(tmp_path, capsys, content, message):

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gankernels.data.files import one_line, open_regular, open_unpacked
+from gankernels.data._files import one_line, open_regular, open_unpacked
+from gankernels.data._images import ImageData, ImageOptions, image_data
+from gankernels.data._kind import Kind
 
 # Unpacked, either set takes 186 MB, and no file of them more than 400,000 steps to unpickle.
 _MAX_BYTES = 1 << 28
@@ -65,6 +67,25 @@ _SETS = (
 _SET_OF = {name: each for each in _SETS for name in each.files}
 _ADVICE = "the only archives that are read: unpack it"
 _ARCHIVES = (".tar.gz", ".tgz", ".tar")
+
+
+class CIFAR(Kind):
+    Options = ImageOptions
+    accepted = "the python archive (.tar.gz) of CIFAR-10 or CIFAR-100 or its folder"
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return is_folder(path) if path.is_dir() else is_archive(path.name)
+
+    @classmethod
+    def find(cls, folder: Path, training: bool = True) -> list[Path]:
+        return find(folder) if training else []
+
+    @classmethod
+    def open(cls, source: str, options: ImageOptions, name: str) -> ImageData:
+        path = Path(source)
+        read = read_folder if path.is_dir() else read_archive
+        return image_data(*read(path), source, options, name)
 
 
 def is_archive(name: str) -> bool:

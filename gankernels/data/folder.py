@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from gankernels.data.files import check_memory, suffixes, visible
-from gankernels.data.pillow import SUFFIXES, import_pillow, open_image
+from gankernels.data._decode import decode, each, read_header
+from gankernels.data._files import check_memory, either, suffixes, visible
+from gankernels.data._image_files import ImageFiles
+from gankernels.data._images import ImageData, ImageOptions, image_data
+from gankernels.data._kind import Kind
+from gankernels.data._pillow import SUFFIXES
+from gankernels.data._search import search as search_packed
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-# Files handed to the threads at once, so that a folder of millions makes no millions of tasks.
-_AHEAD = 1024
-_GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"})
-# Of 32 bits or floating point nobody can say which values are black and white.
-_NO_RANGE = frozenset({"I", "F"})
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 _ACCEPTED = " ".join(sorted(SUFFIXES))
 # Levels down to which folders are searched for those that hold the classes.
 _DEPTH = 4
@@ -34,69 +26,74 @@ class NoClassesError(ValueError):
     """A folder does not hold one subfolder of images per class."""
 
 
-@dataclass(frozen=True)
-class Folder:
-    """What a folder of images holds, before any is decoded.
+class Folder(Kind):
+    Options = ImageOptions
+    accepted = "a folder with one subfolder of images per class"
 
-    The paths are an array of bytes, since a list of str would be copied into every process that
-    reads it, as its reference counts change.
-    """
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return path.is_dir() and has_classes(path)
 
-    files: np.ndarray
-    labels: Tensor
-    classes: tuple[str, ...]
-    size: int
-    channels: int
+    @classmethod
+    def open(cls, source: str, options: ImageOptions, name: str) -> ImageData | ImageFiles:
+        try:
+            files = scan(Path(source), options, name)
+        except NoClassesError as error:
+            raise _with_advice(error, Path(source)) from None
+        return files if options.stream else read(Path(source), files)
 
 
-def scan(folder: Path, size: int | None, channels: int | None) -> Folder:
-    """List the images; what ``size`` and ``channels`` leave open is read from their headers.
+def _with_advice(error: NoClassesError, path: Path) -> ValueError:
+    """The error, and what to load instead where there is something further down."""
+    images = sorted(search(path), key=lambda each: not each.name.startswith("train"))
+    if found := [place for _, place in search_packed(path)] + images:
+        return ValueError(f"{error}; for what lies deeper load {either(found)} instead")
+    if tests := [place for _, place in search_packed(path, training=False)]:
+        return ValueError(f"{path}: no training images; load {either(tests)} instead")
+    return error
+
+
+def scan(folder: Path, options: ImageOptions, name: str) -> ImageFiles:
+    """List the images; a size and channels that the options leave open are read from the headers.
 
     Raises:
         NoClassesError: the folder is no folder of classes.
         ValueError: an image is damaged, or is not as large as the others. It is named.
     """
     files, labels, classes = _list(folder)
-    grey = True
+    size, channels = options.size, options.channels
+    gray = True
     if size is None or channels is None:
         first = None
-        for file, (is_grey, dimensions) in zip(files, _each(_read_header, files), strict=False):
-            grey = grey and is_grey
+        for file, (is_gray, dimensions) in zip(files, each(read_header, files), strict=False):
+            gray = gray and is_gray
             if size is None:
                 first = first or dimensions
                 _check_size(file, dimensions, files[0], first)
-            elif not grey:
+            elif not gray:
                 break
         size = size or first[0]
-    channels = channels or (1 if grey else 3)
+    channels = channels or (1 if gray else 3)
     _check_fits(folder, 1, channels, size)
-    return Folder(
-        np.array([os.fsencode(file) for file in files]),
-        torch.tensor(labels),
-        classes,
-        size,
-        channels,
-    )
+    encoded = np.array([os.fsencode(file) for file in files])
+    return ImageFiles(encoded, torch.tensor(labels), classes, size, channels, name)
 
 
-def read(
-    folder: Path, size: int | None, channels: int | None
-) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Images uint8 ``(N, C, S, S)``, labels int64 ``(N,)`` and the names of the subfolders.
+def read(folder: Path, files: ImageFiles) -> ImageData:
+    """All images in memory.
 
-    Images that are not square are cut to their central square where ``size`` is given.
-    Transparent pixels are shown on white, EXIF orientation is applied, of deeper grey the upper
-    eight bits are kept, of an animation the first frame.
+    Images that are not square are cut to their central square where a size is given. Transparent
+    pixels are shown on white, EXIF orientation is applied, of deeper gray the upper eight bits are
+    kept, of an animation the first frame.
     """
-    found = scan(folder, size, channels)
-    _check_fits(folder, len(found.files), found.channels, found.size)
-    images = torch.empty(
-        len(found.files), found.channels, found.size, found.size, dtype=torch.uint8
-    )
-    decoded = _each(lambda file: decode(file, found.size, found.channels), found.files)
+    size, channels = files.size, files.channels
+    _check_fits(folder, len(files), channels, size)
+    images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
+    decoded = each(lambda file: decode(file, size, channels), files.files)
     for image, pixels in zip(images, decoded, strict=True):
         image.copy_(pixels)
-    return images, found.labels, found.classes
+    options = ImageOptions(size, channels)
+    return image_data(images, files.labels, files.classes, str(folder), options, files.name)
 
 
 def _check_fits(folder: Path, count: int, channels: int, size: int) -> None:
@@ -107,26 +104,13 @@ def _check_fits(folder: Path, count: int, channels: int, size: int) -> None:
         raise ValueError(f"{folder}: {count} of {size}x{size} {error}; {advice}") from error
 
 
-def decode(file: bytes, size: int, channels: int) -> Tensor:
-    """One image as uint8 ``(C, S, S)``."""
-    pixels = _decode(os.fsdecode(file), size, channels)
-    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)
-
-
-def _each(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """``function`` of every item in order, computed by threads not far ahead of what is taken."""
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(items), _AHEAD):
-            yield from pool.map(function, items[start : start + _AHEAD])
-
-
 def has_classes(folder: Path) -> bool:
     """Whether a subfolder holds images."""
     subfolders = (entry for entry in visible(folder) if entry.is_dir())
     return any(_is_image(entry) for subfolder in subfolders for entry in visible(subfolder))
 
 
-def search(folder: str | os.PathLike, depth: int = _DEPTH) -> Iterator[Path]:
+def search(folder: str | os.PathLike[str], depth: int = _DEPTH) -> Iterator[Path]:
     """The folders of classes further down, which can be loaded instead."""
     for entry in visible(folder) if depth else ():
         if entry.is_dir() and not any(map(_is_image, visible(entry.path))):
@@ -137,7 +121,7 @@ def search(folder: str | os.PathLike, depth: int = _DEPTH) -> Iterator[Path]:
                 yield from search(entry.path, depth - 1)
 
 
-def _list(folder: str | os.PathLike) -> tuple[list[str], list[int], tuple[str, ...]]:
+def _list(folder: str | os.PathLike[str]) -> tuple[list[str], list[int], tuple[str, ...]]:
     entries = visible(folder)
     subfolders = [entry for entry in entries if entry.is_dir()]
     if not subfolders:
@@ -175,11 +159,11 @@ def _list(folder: str | os.PathLike) -> tuple[list[str], list[int], tuple[str, .
     return files, labels, tuple(subfolder.name for subfolder in subfolders)
 
 
-def _is_image(entry: os.DirEntry) -> bool:
+def _is_image(entry: os.DirEntry[str]) -> bool:
     return os.path.splitext(entry.name)[1].lower() in SUFFIXES and not entry.is_dir()
 
 
-def _kinds(entries: Sequence[os.DirEntry]) -> str:
+def _kinds(entries: Sequence[os.DirEntry[str]]) -> str:
     return suffixes(entry.name for entry in entries)
 
 
@@ -196,59 +180,3 @@ def _check_size(
         raise ValueError(
             f"{file}: is {height}x{width}, not square; give size= to cut and resize all"
         )
-
-
-def _read_header(file: str) -> tuple[bool, tuple[int, int]]:
-    """Whether an image is grey, and its width and height."""
-    with open_image(file) as image:
-        _deep_bits(image)
-        # Pillow makes RGBA of a PNG's 16-bit grey with alpha.
-        stored = image.tile[0].args if image.tile else None
-        return image.mode in _GREY_MODES or "LA;16B" in (stored, *(stored or ())), image.size
-
-
-def _deep_bits(image: Image) -> int:
-    """Bits of a grey that has more than eight of them, otherwise 0."""
-    if image.mode.startswith("I;16"):
-        return getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
-    if image.mode == "I" and image.format in ("PNG", "PPM"):
-        return 16
-    if image.mode in _NO_RANGE:
-        raise ValueError(
-            f"pixels of mode {image.mode!r} have no fixed range; save them with 8 or 16 bits"
-        )
-    return 0
-
-
-def _upper_bits(image: Image, bits: int, inverted: bool) -> np.ndarray:
-    deep = np.asarray(image)
-    pixels = (deep >> (bits - 8)).astype(np.uint8)
-    if inverted:
-        pixels = ~pixels
-    if isinstance(transparent := image.info.get("transparency"), int):
-        pixels[deep == transparent] = 255
-    return pixels
-
-
-def _decode(file: str, size: int, channels: int) -> np.ndarray:
-    Image, ImageOps = import_pillow()
-    with open_image(file) as image:
-        bits = _deep_bits(image)
-        inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
-        image = ImageOps.exif_transpose(image)
-        if bits:
-            image = Image.fromarray(_upper_bits(image, bits, inverted))
-        if image.mode in ("La", "RGBa"):  # colours times alpha, which nothing else converts from
-            image = image.convert(image.mode.upper())
-        if "A" in image.getbands() or "transparency" in image.info:
-            opaque = Image.new("RGBA", image.size, "white")
-            opaque.alpha_composite(image.convert("RGBA"))
-            image = opaque.convert("RGB")
-        image = image.convert("L" if channels == 1 else "RGB")
-        if image.size != (size, size):
-            # Cut, then resize: as one call, the filter would reach beyond the square.
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        return np.array(image)

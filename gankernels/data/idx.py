@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gankernels.data.files import check_promise, open_unpacked, visible
+from gankernels.data._files import check_promise, either, open_unpacked, visible
+from gankernels.data._images import ImageData, ImageOptions, image_data, numbered
+from gankernels.data._kind import Kind
 
 _IMAGES_FILE = re.compile(r"(.+)-images([-.])idx3-ubyte(\.gz)?")
 # DEFLATE cannot expand by more than this, so a header that promises more is wrong.
@@ -24,6 +26,30 @@ _IMAGES = ((8, 3),)
 # QMNIST's have columns of numbers, the first of which is the class.
 _LABELS = ((8, 1), (12, 2), *((kind, 1) for kind in (9, 11, 12)))
 _QMNIST_COLUMNS = 8
+
+
+class IDX(Kind):
+    Options = ImageOptions
+    accepted = "a folder with train-images-idx3-ubyte[.gz] and its labels, such an images file"
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return bool(find(path)) if path.is_dir() else is_images_file(path)
+
+    @classmethod
+    def find(cls, folder: Path, training: bool = True) -> list[Path]:
+        return find(folder, training)
+
+    @classmethod
+    def open(cls, source: str, options: ImageOptions, name: str) -> ImageData:
+        path = Path(source)
+        if path.is_dir():
+            path, *more = find(path)
+            if more:
+                sets = either([path, *more])
+                raise ValueError(f"{source}: several data sets; load {sets} instead")
+        images, values = read(path)
+        return image_data(images, *numbered(values), source, options, name)
 
 
 def is_images_file(path: Path) -> bool:

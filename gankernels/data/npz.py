@@ -16,7 +16,9 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from gankernels.data.files import check_promise, one_line, open_regular, visible
+from gankernels.data._files import check_promise, one_line, open_regular, visible
+from gankernels.data._images import ImageData, ImageOptions, image_data, numbered
+from gankernels.data._kind import Kind
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 _MAX_HEADER = 1 << 16
@@ -27,6 +29,24 @@ class _Array(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+
+class NPZ(Kind):
+    Options = ImageOptions
+    accepted = "an .npz with images and labels"
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return is_file(path.name) and not path.is_dir()
+
+    @classmethod
+    def find(cls, folder: Path, training: bool = True) -> list[Path]:
+        return find(folder) if training else []
+
+    @classmethod
+    def open(cls, source: str, options: ImageOptions, name: str) -> ImageData:
+        images, values = read(Path(source))
+        return image_data(images, *numbered(values), source, options, name)
 
 
 def find(folder: Path) -> list[Path]:

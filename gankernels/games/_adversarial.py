@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from gankernels import networks
-from gankernels.data.fields import Spec
+from gankernels._options import option
+from gankernels.data import Spec
 from gankernels.functional import gradient_penalty
-from gankernels.games._game import BareOptions, Batch, Game, Options, Player, option
+from gankernels.games._game import BareOptions, Batch, Game, Options, Player
 from gankernels.ops.gradient_norm_penalty import KINDS as PENALTIES
 
 

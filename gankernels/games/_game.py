@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gankernels._options import option
+from gankernels._registry import Registry
 from gankernels._shard import per_sample
-from gankernels.data.fields import Spec, image_spec
+from gankernels.data import Spec, image_spec
 
 #: The spec of square images in numbered classes: `DataSpec(channels, size, num_classes)`.
 DataSpec = image_spec
@@ -113,11 +115,6 @@ class Player:
         return self.lazy_loss if lazy else self.loss
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of an options class, with the line that `train --help` prints for it."""
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class BareOptions:
     """Hyperparameters of a game that draws no noise; subclasses add fields and change defaults."""
@@ -184,8 +181,8 @@ class Game(nn.Module):
 
     @property
     def name(self) -> str:
-        """What the command line calls the game: the name of the module that defines it."""
-        return type(self).__module__.rpartition(".")[2].replace("_", "-")
+        """The game's name on the command line, by default that of the module that defines it."""
+        return registry.name_of(type(self))
 
     @property
     def conditional(self) -> bool:
@@ -199,6 +196,19 @@ class Game(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def check(self, spec: Spec) -> None:
+        """Raises ValueError where data of these fields do not fit the game."""
+        for name in self.reads:
+            if name not in spec:
+                raise ValueError(
+                    f"the data must have a column {name!r} for {self.name}, got {', '.join(spec)}"
+                )
+            if spec[name] != self.spec.get(name):
+                raise ValueError(
+                    f"{name} of the data must be {self.spec.get(name)}, for which the game is "
+                    f"built, got {spec[name]}; build the game with data.spec"
+                )
 
     def noise(self, n: int, rng: torch.Generator | None = None) -> Tensor:
         """Standard normal `(n, latent_dim)`, drawn where `rng` lives, on the game's device."""
@@ -291,3 +301,6 @@ class Game(nn.Module):
         if column.dtype == torch.int64:
             self.spec[name].check(name, column)
         return column.to(self.device)
+
+
+registry = Registry("gankernels.games", "game", Game)

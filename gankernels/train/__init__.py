@@ -3,7 +3,7 @@
     trainer = Trainer(game, data, Config(out="runs/mine", steps=2000))
     trainer.fit()
 
-or, all of it from settings as the command line does, `start(model="cgan", data="digits", ...)`.
+or, all of it from settings as the command line does, `start("cgan", data="digits", ...)`.
 """
 
 from gankernels.train.callback import Callback

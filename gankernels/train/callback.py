@@ -29,7 +29,7 @@ class Run(Protocol):
     def stop(self) -> None:
         """End the run after this iteration, saved as always."""
 
-    def tell(self, event: str, *details: Any) -> None:
+    def notify(self, event: str, *details: Any) -> None:
         """Call the method of that name of every callback."""
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gankernels import _console as console
+from gankernels import metrics
 from gankernels._files import append, make_way, set_aside, write_atomically
-from gankernels.data import ImageData, ImageFiles
 from gankernels.train import checkpoint, report
 from gankernels.train.callback import Callback, Run
 from gankernels.train.losses import GRADIENT_NORM
@@ -138,10 +139,10 @@ class Report(Callback):
 
 
 class Score(Callback):
-    """Scores samples at every checkpoint, and keeps that of the least Fréchet distance as best.pt.
+    """Scores samples at every checkpoint, and keeps the best one as best.pt.
 
-    Reported are score/frechet and, of a conditional game, score/accuracy. The classifier in whose
-    features images are compared is trained at the first score, unless the run folder has it.
+    Args:
+        names: the metrics, whose scores are reported as score/<name>; the first decides.
     """
 
     shows = "score"
@@ -149,21 +150,22 @@ class Score(Callback):
     #: Samples per score: enough to tell generators apart, few enough not to hold up a run.
     COUNT = 2000
 
-    @classmethod
-    def check(cls, data: ImageData | ImageFiles) -> None:
-        """Raises ValueError where samples cannot be scored against these data."""
-        if not isinstance(data, ImageData):
-            raise ValueError("score compares with all images: it needs them in memory")
-        if len(data) < 2:
-            raise ValueError(f"score needs at least 2 images, got {len(data)}")
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
 
     def on_start(self, trainer: Run) -> None:
-        self.classifier = None
-        self.best = None
+        self.evaluation: metrics.Evaluation | None = None
+        self.best: float | None = None
         best = trainer.run / checkpoint.FOLDER / "best.pt"
         try:
-            if best.is_file():
-                self.best = checkpoint.best_score(trainer.run)
+            if best.is_file() and (kept := checkpoint.best_score(trainer.run)):
+                metric, score = kept
+                if metric == self.names[0]:
+                    self.best = score
+                else:
+                    console.warn(
+                        f"{best} is the best by {metric}: the best by {self.names[0]} replaces it"
+                    )
         except (ValueError, KeyError, TypeError, OSError) as error:
             for path in (best.with_suffix(".json"), best):
                 set_aside(path, f"has no score that can be read ({console.describe(error)})")
@@ -171,27 +173,27 @@ class Score(Callback):
             make_way(path)
 
     def on_checkpoint(self, trainer: Run, path: Path) -> None:
-        from gankernels import metrics
-
-        if self.classifier is None:
-            self.classifier, _ = metrics.load_or_train_classifier(
-                trainer.data, trainer.run, device=trainer.device
+        game = trainer.game
+        if self.evaluation is None:
+            cache = metrics.Cache(trainer.run, trainer.device)
+            self.evaluation = metrics.Evaluation(
+                self.names, trainer.data, cache, game.makes, game.given
             )
-            self.features = metrics.features(self.classifier, trainer.data.images)
         with trainer.sampling() as game:
-            scores = metrics.evaluate(
-                lambda labels, n, rng: game.sample(n, rng=rng, labels=labels),
-                trainer.data,
-                self.classifier,
-                n=min(self.COUNT, len(trainer.data)),
-                conditional=game.conditional,
+            scores = self.evaluation.score(
+                game.sample,
+                n=min(self.COUNT, self.evaluation.count(None)),
                 seed=trainer.config.seed,
-                real_features=self.features,
             )
-        values = {"score/frechet": scores.frechet}
-        if scores.accuracy is not None:
-            values["score/accuracy"] = scores.accuracy
-        trainer.tell("on_report", values)
-        if self.best is None or scores.frechet < self.best:
-            self.best = scores.frechet
-            checkpoint.keep_best(trainer.run, path, self.best)
+        values = {f"score/{k}": v for found in scores.values() for k, v in found.items()}
+        trainer.notify("on_report", values)
+        decisive = next(iter(scores[self.names[0]].values()), None)
+        if decisive is not None and self._is_best(decisive):
+            self.best = decisive
+            checkpoint.keep_best(trainer.run, path, self.names[0], decisive)
+
+    def _is_best(self, score: float) -> bool:
+        if self.best is None:
+            return True
+        lower = metrics.get(self.names[0]).lower_is_better
+        return score < self.best if lower else score > self.best

@@ -20,19 +20,19 @@ from typing import Any
 
 import torch
 
+from gankernels import _archive as archive
 from gankernels import games
 from gankernels._files import copy_atomically, read_json, write_atomically, write_json
 from gankernels._memory import exhausted
 from gankernels._paths import expand
 from gankernels.data import Data, Label, Spec
 from gankernels.games import Game
-from gankernels.train import archive
 from gankernels.train.blueprint import blueprint
 from gankernels.train.config import configure, from_dict, to_dict
 from gankernels.train.cpu import accelerate
 
 MAGIC = "gankernels checkpoint"
-VERSION = 3
+VERSION = 4
 FOLDER = "checkpoints"
 #: What every checkpoint has, whatever the game, and of which types.
 FIELDS = {
@@ -118,22 +118,25 @@ def save(run: Path, step: int, content: dict[str, Any], keep: int) -> Path:
     return path
 
 
-def keep_best(run: Path, path: Path, score: float) -> None:
-    """Keep the checkpoint `path` as best.pt, under its score, whatever becomes of `path`."""
+def keep_best(run: Path, path: Path, metric: str, score: float) -> None:
+    """Copy the checkpoint `path` to best.pt, with its score by a metric."""
     best = run / FOLDER / "best.pt"
     copy_atomically(path, best)
-    write_json(best.with_suffix(".json"), {"checkpoint": path.name, "frechet": score})
+    write_json(
+        best.with_suffix(".json"), {"checkpoint": path.name, "metric": metric, "score": score}
+    )
 
 
-def best_score(run: Path) -> float | None:
-    """The score under which best.pt was kept, if there is one."""
+def best_score(run: Path) -> tuple[str, float] | None:
+    """The metric by which best.pt is the best, and its score, if there is one."""
     best = run / FOLDER / "best.json"
     if not best.exists():
         return None
-    score = float(read_json(best)["frechet"])
+    content = read_json(best)
+    metric, score = str(content["metric"]), float(content["score"])
     if not math.isfinite(score):
         raise ValueError(f"{best} holds a score of {score}")
-    return score
+    return metric, score
 
 
 def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -233,13 +236,13 @@ def load_game(
     path = latest_checkpoint(run_or_checkpoint)
     content = read(path, device)
     settings = from_dict(content["config"], path)
-    model = settings.pop("model")
-    if game is None and model not in games.names():
+    name = settings.pop("game")
+    if game is None and name not in games.names():
         raise ValueError(
-            f"{path} is of the game {model!r}, which is not one of gankernels': give its class to "
+            f"{path} is of the game {name!r}, which is not one of gankernels': give its class to "
             "gankernels.train.load_game(path, game=...)"
         )
-    game_class = game or games.get(model)
+    game_class = game or games.get(name)
     with checking(path):
         config, options = configure(game_class, settings)
         spec = Spec.from_dict(content["spec"])
@@ -247,11 +250,11 @@ def load_game(
             compare(plan, content["game"], path)
     game = game_class(spec, options)
     load_state(game, content["game"], path)
-    for name, state in content["ema"].items():
-        load_state(getattr(game, name), state, path)
+    for network, state in content["ema"].items():
+        load_state(getattr(game, network), state, path)
     if torch.device(device).type == "cpu":
         accelerate(game)  # so that it samples what it sampled in training, to the last bit
-    return game.to(device).eval(), to_dict(model, config, options)
+    return game.to(device).eval(), to_dict(name, config, options)
 
 
 def check_data(content: dict[str, Any], data: Data, identity: str, path: Path) -> None:

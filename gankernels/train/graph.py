@@ -1,23 +1,41 @@
-"""Whole iterations as CUDA graphs: one launch in the place of thousands."""
+"""How the functions of an iteration are called: as they are, or as CUDA graphs.
+
+A graph is one launch in the place of thousands.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gankernels.train.config import Config
+from gankernels.train.ranks import Ranks
+
 #: Calls that run as they are before one is captured: PyTorch asks for it, since libraries set
-#: themselves up and optimisers allocate their state in the first.
+#: themselves up and optimizers allocate their state in the first.
 WARM_UP = 3
+
+
+class Call(Protocol):
+    """Calls a function of device tensors; functions of equal keys compute the same."""
+
+    def __call__(
+        self,
+        key: Hashable,
+        function: Callable[[Sequence[Tensor]], tuple[Any, Tensor]],
+        inputs: Sequence[Tensor],
+    ) -> tuple[Any, Tensor]:
+        """`function(inputs)`: anything that is the same for every call, and a tensor."""
 
 
 class Graphs:
     """Calls functions of device tensors; from the fourth call on it replays a graph instead.
 
     There is a graph for every key, since what a graph computes is fixed: an iteration with a
-    regulariser that does not come every time has two. Random numbers go on as they would without
+    regularizer that does not come every time has two. Random numbers go on as they would without
     a graph.
 
     Args:
@@ -88,5 +106,23 @@ def run_eagerly(
     function: Callable[[Sequence[Tensor]], tuple[Any, Tensor]],
     inputs: Sequence[Tensor],
 ) -> tuple[Any, Tensor]:
-    """What stands in for Graphs where there are none."""
+    """Call the function as it is, where CUDA graphs are off."""
     return function(inputs)
+
+
+def choose_call(
+    config: Config,
+    device: torch.device,
+    ranks: Ranks,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    rng: torch.Generator,
+) -> Call:
+    """CUDA graphs where the settings, the device and the optimizers allow them."""
+    if not config.graph or device.type != "cuda" or ranks.size > 1:
+        return run_eagerly
+    # Where an optimizer cannot skip a step on the device, its scaler asks the host.
+    if config.precision == "fp16" and not all(
+        getattr(o, "_step_supports_amp_scaling", False) for o in optimizers.values()
+    ):
+        return run_eagerly
+    return Graphs([rng])

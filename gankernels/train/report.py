@@ -71,7 +71,7 @@ def write_report(
     rows = read_metrics(run / "metrics.jsonl")
     series = collect(rows)
     data = str(config.get("data", "unknown data"))
-    title = f"{config.get('model', 'GAN')} on {Path(data).name or data}"
+    title = f"{config.get('game', 'GAN')} on {Path(data).name or data}"
 
     page = Page(title)
     page.facts(dict(_state(config, rows)))

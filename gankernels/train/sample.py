@@ -24,7 +24,7 @@ from torch import Tensor
 from gankernels._files import fill_folder, write_atomically
 from gankernels._paths import expand
 from gankernels.data import to_uint8
-from gankernels.data.pictures import to_picture
+from gankernels.data._pictures import to_picture
 from gankernels.games import Game
 from gankernels.train.checkpoint import list_classes
 

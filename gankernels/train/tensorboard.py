@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from gankernels._paths import expand
-from gankernels.data.pillow import open_image
+from gankernels.data._pillow import open_image
 
 
 class TensorBoard:

@@ -1,15 +1,12 @@
-"""The loop."""
+"""The training loop."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +14,41 @@ import torch
 from torch import Tensor, nn
 
 import gankernels
-from gankernels._console import describe, warn
+from gankernels import metrics
 from gankernels._devices import choose_device
-from gankernels._files import delete_leftovers, make_way, temporary_file, write_json
 from gankernels._memory import require
 from gankernels._modes import evaluating
 from gankernels._paths import expand
+from gankernels._random import kept_random_state
 from gankernels._shard import shard
-from gankernels._threads import bound_threads, threads
-from gankernels.data import BatchLoader, Data, Image, Table
-from gankernels.data.pictures import arrange
+from gankernels._threads import bound_threads
+from gankernels.data import Data
 from gankernels.games import Batch, Game, Loss, Player
-from gankernels.train import archive, checkpoint
+from gankernels.train import checkpoint
 from gankernels.train.adam import Adam
+from gankernels.train.averages import MovingAverages
+from gankernels.train.batches import Batches
 from gankernels.train.callbacks import Board, Callback, Metrics, Progress, Report, Score
-from gankernels.train.config import Config, to_dict
+from gankernels.train.config import Config, settle
 from gankernels.train.cpu import accelerate, prepare_casts, use_casts
-from gankernels.train.graph import Graphs, run_eagerly
-from gankernels.train.lock import RunLock
+from gankernels.train.graph import Call, choose_call
 from gankernels.train.losses import GRADIENT_NORM, DivergenceError, Losses, Name
+from gankernels.train.notifier import Notifier
+from gankernels.train.preview import save_preview
 from gankernels.train.ranks import Ranks, synchronise
+from gankernels.train.run_folder import RunFolder
 from gankernels.train.signals import StopRequest
+from gankernels.train.state import State
 
-#: Images in the grids that a run saves.
-GRID = 80
 #: Several processes agree on stopping every so many iterations.
 AGREE_EVERY = 10
 #: Below this the gradients have been infinite or NaN some thirty times in a row.
 LEAST_SCALE = 1e-4
-#: Bytes that a step leaves behind until its iteration ends, and that a process takes, at least.
+#: Bytes that a step takes until its iteration ends, and bytes that a process takes, at least.
 LEAST_STEP, LEAST_WORKER = 1024, 16 * 1024**2
 
 
-class Trainer:
+class Trainer(State):
     """Trains a game on a data set and writes a run folder.
 
     The folder `config.out` gets config.json (reruns the run), metrics.jsonl, samples/step_*,
@@ -77,21 +76,19 @@ class Trainer:
         config: Config,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        _check_fit(game, data)
-        if config.score:
-            Score.check(data)
-        self.config = replace(config, **_size_of(data))
+        game.check(data.spec)
+        scores = metrics.parse(config.score) if config.score else []
+        metrics.check(scores, data, game.makes, game.given)
+        self.config = settle(config, data.spec)
         self.run = expand(config.out)
         self.device = choose_device(config.device)
         self.ranks = Ranks(self.device)
-        self.share = self.ranks.share(config.batch_size)
         self.data = data
         self.identity = data.identity()
-        self.draws = 0  # batches drawn so far
-        self._place(_fits(data, self.device))
-        self._loader = None
-        self.layout = torch.channels_last if game.channels_last else torch.contiguous_format
-        self.game = game.to(self.device, memory_format=self.layout)
+        self.rng = torch.Generator(self.device).manual_seed(config.seed)
+        layout = torch.channels_last if game.channels_last else torch.contiguous_format
+        self.batches = Batches(data, config, self.ranks, self.rng, layout)
+        self.game = game.to(self.device, memory_format=layout)
         if not game.training:
             warnings.warn(
                 "the game is in evaluation mode and stays so: without dropout, and with the "
@@ -105,19 +102,18 @@ class Trainer:
             self.ranks.broadcast(self.game)
             synchronise(self.game)
             torch.manual_seed((config.seed + self.ranks.rank) % 2**64)  # each drops out on its own
-        self.rng = torch.Generator(self.device).manual_seed(config.seed)
         self.players = game.players()
         steps = sum(player.steps for player in self.players)
         require(steps * LEAST_STEP, f"an iteration of {steps} steps")
-        if not self.resident:
+        if not self.batches.resident:
             require(config.workers * LEAST_WORKER, f"workers={config.workers}")
         self.parameters = {
             player.name: [p for p in player.network.parameters() if p.requires_grad]
             for player in self.players
         }
-        self.everyones = list(self.game.parameters())
+        self.all_parameters = list(self.game.parameters())
         self.others = {
-            name: [p for p in self.everyones if p not in own]
+            name: [p for p in self.all_parameters if p not in own]
             for name, own in ((name, set(own)) for name, own in self.parameters.items())
         }
         self.optimizers = {
@@ -146,35 +142,21 @@ class Trainer:
             for player in self.players
             if player.schedule is not None
         }
-        #: Moving averages of the networks that make samples, by name.
-        self.ema: dict[str, nn.Module] = {}
-        if config.ema:
-            networks = {name: getattr(game, name) for name in game.averaged}
-            self.ema = {
-                name: copy.deepcopy(network).requires_grad_(False).eval()
-                for name, network in networks.items()
-            }
-            self._averaged = (
-                [t for network in self.ema.values() for t in _floating(network)],
-                [t for network in networks.values() for t in _floating(network)],
-            )
+        self.ema = MovingAverages(game, game.averaged, config.ema)
         self.step = 0
         self.losses = Losses(self.ranks.average)
-        self.call = self._graphs() or run_eagerly
-        own = [Progress(), Metrics(), Board(), Report()]
-        if config.score:
-            own.append(Score())
-        self.callbacks = [*own, *callbacks] if self.ranks.first else []
-        self.foreign = len(callbacks) > 0
-        self.lock = RunLock(self.run)
-        self._off: set[str | int] = set()
-        self._failure: BaseException | None = None
+        self.call = self._choose_call()
+        builtin: list[Callback] = [Progress(), Metrics(), Board(), Report()]
+        if scores:
+            builtin.append(Score(scores))
+        self.callbacks = [*builtin, *callbacks] if self.ranks.first else []
+        self.has_user_callbacks = len(callbacks) > 0
+        self.notifier = Notifier(self, self.callbacks)
+        self.folder = RunFolder(self.run, self.settings)
         self._stop = StopRequest()
 
-    def _place(self, resident: bool) -> None:
-        """Keep the columns on the device or not; batches are then drawn in another way."""
-        self.resident = resident
-        self.columns = [_on(self.device, table) for table in self.data.tables] if resident else []
+    def optimizer_of(self, player: Player, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return make_optimizer(player, parameters)
 
     @bound_threads()
     def fit(self) -> None:
@@ -186,56 +168,33 @@ class Trainer:
         to. What a callback raises is raised after a last checkpoint.
         """
         gankernels.tune_allocator()
-        self._stop, self._off, self._failure = StopRequest(), set(), None
+        self._stop = StopRequest()
+        self.notifier.reset()
         try:
             self._take_folder()
             try:
-                self.tell("on_start")
+                self.notify("on_start")
                 with self._stop:
-                    if not self.ranks.any(self._failure is not None):
+                    if not self.ranks.any(self.notifier.failure is not None):
                         self._train()
             finally:
-                self._close_loader()
-                self.tell("on_end")
+                self.batches.close()
+                self.notify("on_end")
         finally:
-            self.lock.release()
-        if self._failure is not None:
-            raise self._failure
+            self.folder.release()
+        if self.notifier.failure is not None:
+            raise self.notifier.failure
 
     def _take_folder(self) -> None:
-        """Take the folder, and find out whether it can be written to before there is work to lose.
-
-        All processes raise what the one that writes raises.
-        """
+        """All processes raise what the one that writes raises."""
         error = None
         if self.ranks.first:
             try:
-                self.lock.acquire()
-                self._check_folder()
+                self.folder.take(self.step)
             except (ValueError, OSError) as raised:
                 error = raised
         if (error := self.ranks.gather(error)[0]) is not None:
             raise error
-
-    def _check_folder(self) -> None:
-        saved = checkpoint.checkpoints(self.run)
-        if saved and checkpoint.step_of(saved[-1]) > self.step:
-            raise ValueError(
-                f"{self.run} already holds a run beyond step {self.step}: "
-                "load its latest checkpoint or choose another folder"
-            )
-        path = checkpoint.path_of(self.run, self.step)
-        make_way(path)
-        path.parent.mkdir(exist_ok=True)
-        delete_leftovers(self.run, path.parent, self.run / "samples")
-        with temporary_file(path.parent):
-            pass
-        self._write_settings()
-
-    def _write_settings(self) -> None:
-        path = self.run / "config.json"
-        make_way(path)
-        write_json(path, to_dict(self.game.name, self.config, self.game.options))
 
     def _train(self) -> None:
         config = self.config
@@ -245,8 +204,8 @@ class Trainer:
             self.save()
         while self.step < config.steps and not last:
             self.iterate()
-            self.tell("on_step")
-            if self.foreign:
+            self.notify("on_step")
+            if self.has_user_callbacks:
                 self._count_change()
             last = self._stopping() or self.step == config.steps
             values = None
@@ -255,16 +214,16 @@ class Trainer:
                 self._check_scales()
                 speed = (self.step - reported) / (time.perf_counter() - began)
                 values = {"it_per_s": float(f"{speed:.4g}"), **values}
-            # First save, then tell: nobody's ability to read decides what there is to go on from.
+            # Saved before anybody is notified: no callback decides what there is to resume from.
             path = self._save() if _due(self.step, config.checkpoint_every) or last else None
             if values is not None:
-                self.tell("on_report", values)
+                self.notify("on_report", values)
                 began, reported = time.perf_counter(), self.step
             if _due(self.step, config.sample_every):
                 self._show_samples(self.run / "samples" / f"step_{self.step:08d}")
             if path is not None:
-                self.tell("on_checkpoint", path)
-            if self._failure is not None and not last and self.ranks.size == 1:
+                self.notify("on_checkpoint", path)
+            if self.notifier.failure is not None and not last and self.ranks.size == 1:
                 last = True
                 if path is None:
                     self._save()
@@ -274,33 +233,9 @@ class Trainer:
         """End `fit` after this iteration, as if a signal had asked for it."""
         self._stop.requested = True
 
-    def tell(self, event: str, *details: Any) -> None:
-        """Call the method of that name of every callback.
-
-        One of the trainer's own that fails is not called again. Where another one fails, the run
-        ends after a checkpoint, and all that this one still hears of is the end.
-        """
-        for callback in list(self.callbacks):
-            method = getattr(callback, event)
-            if callback.shows is not None:
-                self._attempt(callback.shows, method, self, *details)
-            elif id(callback) not in self._off or event == "on_end":
-                try:
-                    method(self, *details)
-                except (Exception, SystemExit) as error:
-                    self._off.add(id(callback))
-                    self._failure = self._failure or error
-                    self.stop()
-
-    def _attempt(self, what: str, action: Callable[..., None], *arguments: Any) -> None:
-        """Do what only shows the run: where it fails it is not done again, and training goes on."""
-        if what in self._off:
-            return
-        try:
-            action(*arguments)
-        except Exception as error:
-            self._off.add(what)
-            warn(f"{self.run}: there is no {what} from step {self.step} on: {describe(error)}")
+    def notify(self, event: str, *details: Any) -> None:
+        """Call the method of that name of every callback."""
+        self.notifier.notify(event, *details)
 
     def iterate(self) -> None:
         """One iteration: every player that plays makes its steps, then the averages follow."""
@@ -315,15 +250,15 @@ class Trainer:
         measured = (self.step + 1) % self.config.log_every == 0
         key = (measured, self._settings(), *(loss for _, loss in moves))
         fresh = sum(not player.shared for player, _ in moves[1:]) + 1
-        streamed = [] if self.resident else [t for _ in range(fresh) for t in self._next_batch()]
+        fetched = self.batches.fetch(fresh)
         names, values = self.call(
-            key, lambda inputs: self._iterate(moves, measured, inputs), streamed
+            key, lambda inputs: self._iterate(moves, measured, inputs), fetched
         )
         for player in players:
             if player.name in self.schedulers:
                 self.schedulers[player.name].step()
         self.step += 1
-        self.draws += fresh
+        self.batches.drawn += fresh
         self.losses.add(self.step, names, values)
 
     def _settings(self) -> Hashable:
@@ -344,18 +279,18 @@ class Trainer:
         return tuple(settings)
 
     def _iterate(
-        self, moves: Sequence[tuple[Player, Loss]], measured: bool, streamed: Sequence[Tensor]
+        self, moves: Sequence[tuple[Player, Loss]], measured: bool, fetched: Sequence[Tensor]
     ) -> tuple[list[Name], Tensor]:
-        names, values = [], []
-        streamed, batch = list(streamed), None
+        names: list[Name] = []
+        values: list[Tensor] = []
+        remaining, batch = list(fetched), None
         for player, loss in moves:
             if batch is None or not player.shared:
-                batch = self.draw() if self.resident else self._take(streamed)
+                batch = self.batches.take(remaining)
             terms = self.move(player, loss, batch, measured)
             names += [(player.name, term) for term in terms]
             values += [value.detach().float() for value in terms.values()]
-        if self.ema:
-            self.update_ema()
+        self.ema.follow()
         return names, torch.stack(values)
 
     def move(
@@ -423,54 +358,7 @@ class Trainer:
 
     def _count_change(self) -> None:
         """After what may have written to `.data` of any weight, for cpu.use_casts."""
-        torch.autograd.graph.increment_version(self.everyones)
-
-    def draw(self) -> Batch:
-        """A batch of the data, drawn with replacement."""
-        raw = {}
-        for columns in self.columns:
-            length = len(next(iter(columns.values())))
-            n = self.config.batch_size
-            rows = torch.randint(length, (n,), generator=self.rng, device=self.device)
-            rows = self.ranks.own(rows)
-            raw |= {name: partial(column.index_select, 0, rows) for name, column in columns.items()}
-        return self._batch(raw)
-
-    def _take(self, streamed: list[Tensor]) -> Batch:
-        """The next batch of those that were streamed."""
-        return self._batch({name: streamed.pop(0) for name in self.data.spec})
-
-    def _batch(self, raw: Mapping[str, Tensor | Callable[[], Tensor]]) -> Batch:
-        return Batch({name: partial(self._decode, name, raw[name]) for name in raw}, self.share)
-
-    def _decode(self, name: str, raw: Tensor | Callable[[], Tensor]) -> Tensor:
-        values = self.data.spec[name].decode(raw if isinstance(raw, Tensor) else raw())
-        return values.contiguous(memory_format=self.layout) if values.dim() == 4 else values
-
-    def _next_batch(self) -> Sequence[Tensor]:
-        if self._loader is None:
-            self._loader = BatchLoader(
-                self.data,
-                self.config.batch_size,
-                seed=self.config.seed,
-                first=self.draws,
-                part=(self.ranks.rank, self.ranks.size),
-                workers=self.config.workers,
-                device=self.device,
-            )
-        columns = next(self._loader)
-        return [columns[name] for name in self.data.spec]
-
-    def _close_loader(self) -> None:
-        if self._loader is not None:
-            self._loader.close()
-            self._loader = None
-
-    @torch.no_grad()
-    def update_ema(self) -> None:
-        """Move the averages of weights and floating-point buffers towards the networks."""
-        averages, current = self._averaged
-        torch._foreach_lerp_(averages, current, 1 - self.config.ema)
+        torch.autograd.graph.increment_version(self.all_parameters)
 
     @contextmanager
     def sampling(self) -> Iterator[Game]:
@@ -479,57 +367,25 @@ class Trainer:
         Then every module is in its own mode again, and PyTorch's default generators are where they
         were: a run computes the same however often somebody looks at samples.
         """
-        networks = {name: getattr(self.game, name) for name in self.ema}
-        states = [(rng, rng.get_state()) for rng in self._default_rngs()]
-        with evaluating(self.game):
-            for name, average in self.ema.items():
-                setattr(self.game, name, average)
-            try:
-                yield self.game
-            finally:
-                for name, network in networks.items():
-                    setattr(self.game, name, network)
-                for rng, state in states:
-                    rng.set_state(state)
+        with kept_random_state(self.device), evaluating(self.game), self.ema.in_place():
+            yield self.game
 
     def save_samples(self, path: Path) -> Path:
-        """Save samples of the same noise every time, and return the path with its right ending.
-
-        In a class-conditional game columns are classes; other columns that samples are made from
-        are the first of the data.
-        """
-        field = self.game.spec[self.game.makes]
-        path = path.with_suffix(field.suffix)
-        if not self.ranks.first:
-            return path
-        given, columns = self._given_samples()
-        fixed = torch.Generator().manual_seed(self.config.seed)
-        with self.sampling() as game:
-            make_way(path)
-            for rng in self._default_rngs():  # of a generator that draws more noise by itself
-                rng.manual_seed(self.config.seed)
-            field.save(field.encode(game.sample(GRID, rng=fixed, **given)), path, columns)
-        self.tell("on_samples", path)
+        """Save samples of the same noise every time, and return the path with its right ending."""
+        path = path.with_suffix(self.game.spec[self.game.makes].suffix)
+        if self.ranks.first:
+            with self.sampling() as game:
+                save_preview(game, self.batches, self.config.seed, path)
+            self.notify("on_samples", path)
         return path
 
-    def _given_samples(self) -> tuple[dict[str, Tensor], int]:
-        """What the samples are made from, and how many stand side by side."""
-        classes = list(range(self.game.num_classes)) if self.game.conditional else None
-        labels, columns = arrange(GRID, classes)
-        given = {} if labels is None else {"labels": labels}
-        for table in self.data.tables:
-            if wanted := table.spec.keys() & set(self.game.given) - given.keys():
-                raw = table.read(torch.arange(GRID) % len(table))
-                given |= {name: self._decode(name, raw[name]) for name in wanted}
-        return given, columns
-
     def _show_samples(self, path: Path) -> None:
-        self._attempt("samples", self.save_samples, path)
+        self.notifier.attempt("samples", self.save_samples, path)
 
     def save(self) -> Path:
         """Write a checkpoint; DivergenceError where a loss or a weight is no longer finite."""
         path = self._save()
-        self.tell("on_checkpoint", path)
+        self.notify("on_checkpoint", path)
         return path
 
     def _save(self) -> Path:
@@ -543,138 +399,17 @@ class Trainer:
         path = checkpoint.path_of(self.run, self.step)
         content = self.state_dict()
         if self.ranks.first:
-            self.lock.check()
-            make_way(path)
-            checkpoint.save(self.run, self.step, content, self.config.keep)
+            self.folder.save(self.step, content, self.config.keep)
             if not (self.run / "config.json").exists():  # somebody has tidied up
-                self._attempt("config.json", self._write_settings)
+                self.notifier.attempt("config.json", self.folder.write_settings)
         return path
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on bit for bit: what a checkpoint holds."""
-        return {
-            "config": to_dict(self.game.name, self.config, self.game.options),
-            "spec": self.game.spec.to_dict(),
-            "rows": [len(table) for table in self.data.tables],
-            "identity": self.identity,
-            "device": self.device.type,
-            "threads": threads(),
-            "resident": self.resident,
-            "game": self.game.state_dict(),
-            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
-            "schedulers": {name: s.state_dict() for name, s in self.schedulers.items()},
-            "scalers": {name: s.state_dict() for name, s in self.scalers.items()},
-            "ema": {name: average.state_dict() for name, average in self.ema.items()},
-            "draws": self.draws,
-            "rng": self.rng.get_state(),
-            "default_rng": self.ranks.gather(self._default_rng().get_state()),
-        }
+    def load(self, path: str | Path) -> None:
+        super().load(path)
+        self.call = self._choose_call()  # what was captured holds older tensors
 
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint of this game, bit for bit.
-
-        With another number of processes dropout goes on with other random numbers; with another
-        number of threads results differ by rounding, of which a warning tells.
-
-        Raises:
-            CheckpointError: the file cannot be used, or it is of other data: of another number,
-                size or other classes, or of other content. Where they lie does not matter.
-        """
-        path = expand(path)
-        content = checkpoint.read(path, self.device)
-        checkpoint.check_data(content, self.data, self.identity, path)
-        if content["device"] != self.device.type:
-            raise checkpoint.CheckpointError(
-                f"{path} was written on {content['device']}, whose random numbers cannot go on "
-                f"on {self.device.type}: resume there with --device {content['device']}"
-            )
-        if content["optimizers"].keys() != self.optimizers.keys():
-            raise checkpoint.CheckpointError(f"{path} is of another game than {self.game.name}")
-        self._check(content, path)
-        checkpoint.load_state(self.game, content["game"], path)
-        for name, average in self.ema.items():
-            checkpoint.load_state(average, content["ema"][name], path)
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(content["optimizers"][name])
-            self.scalers[name].load_state_dict(content["scalers"][name])
-        for name, scheduler in self.schedulers.items():
-            scheduler.load_state_dict(content["schedulers"][name])
-        self.rng.set_state(content["rng"].cpu())
-        states = content["default_rng"]
-        if len(states) == self.ranks.size:
-            self._default_rng().set_state(states[self.ranks.rank].cpu())
-        else:
-            torch.manual_seed(hash((self.config.seed, content["step"], self.ranks.rank)))
-        self.step, self.draws = content["step"], content["draws"]
-        if content["resident"] != self.resident:
-            self._place(content["resident"])
-        if content["threads"] != threads() and self.device.type == "cpu":
-            warnings.warn(
-                f"{path} was written with {content['threads']} threads, now there are {threads()}: "
-                "results will differ from those of a run in one piece by rounding",
-                stacklevel=2,
-            )
-        self._close_loader()
-        self.call = self._graphs() or run_eagerly  # what was captured holds older tensors
-
-    def _check(self, content: dict[str, Any], path: Path) -> None:
-        """Raises CheckpointError unless all states can be used, and changes nothing."""
-        checkpoint.compare(self.game, content["game"], path)
-        if content["ema"].keys() != self.ema.keys():
-            raise checkpoint.CheckpointError(
-                f"{path}: ema must be of {list(self.ema)}, got {list(content['ema'])}"
-            )
-        for name, average in self.ema.items():
-            checkpoint.compare(average, content["ema"][name], path)
-        rngs, rng = (content["rng"], *content["default_rng"]), self.rng.get_state()
-        scalers = {name: scaler.state_dict() for name, scaler in self.scalers.items()}
-        with checkpoint.checking(path):
-            archive.conform(rngs, [rng] * len(rngs), "rng")
-            archive.conform(content["scalers"], scalers, "scalers")
-        for state in rngs:
-            with checkpoint.rehearsing(path, "rng"):
-                torch.Generator(self.device).set_state(state.cpu())
-        for player in self.players:
-            name = player.name
-            parameters = [torch.zeros_like(p) for p in self.parameters[name]]
-            for parameter in parameters:
-                parameter.requires_grad_().grad = torch.zeros_like(parameter)
-            optimizer, state = make_optimizer(player, parameters), content["optimizers"][name]
-            optimizer.step()
-            with checkpoint.checking(path):
-                archive.conform_optimizer(
-                    state, optimizer.state_dict(), f"optimizers.{name}", content["step"] > 0
-                )
-            scaler = torch.amp.GradScaler(self.device.type, enabled=self.scalers[name].is_enabled())
-            with checkpoint.rehearsing(path, f"the state of player {name!r}"):
-                scaler.load_state_dict(content["scalers"][name])
-                scaler.scale(torch.zeros((), device=self.device))
-                optimizer.load_state_dict(copy.deepcopy(state))  # which it would write to
-                optimizer.step()
-                if player.schedule is not None:
-                    scheduler = player.schedule(optimizer)
-                    scheduler.load_state_dict(copy.deepcopy(content["schedulers"][name]))
-                    scheduler.step()
-
-    def _graphs(self) -> Graphs | None:
-        if not self.config.graph or self.device.type != "cuda" or self.ranks.size > 1:
-            return None
-        # Where an optimiser cannot skip a step on the device, its scaler asks the host.
-        if self.config.precision == "fp16" and not all(
-            getattr(o, "_step_supports_amp_scaling", False) for o in self.optimizers.values()
-        ):
-            return None
-        return Graphs([self.rng])
-
-    def _default_rngs(self) -> list[torch.Generator]:
-        own = self._default_rng()
-        return [own] if self.device.type == "cpu" else [torch.default_generator, own]
-
-    def _default_rng(self) -> torch.Generator:
-        if self.device.type != "cuda":
-            return torch.default_generator
-        torch.cuda.init()
-        return torch.cuda.default_generators[self.device.index]
+    def _choose_call(self) -> Call:
+        return choose_call(self.config, self.device, self.ranks, self.optimizers, self.rng)
 
     def _stopping(self) -> bool:
         if self.ranks.size == 1:
@@ -704,46 +439,6 @@ def make_optimizer(player: Player, parameters: list[nn.Parameter]) -> torch.opti
             rate = torch.as_tensor(group["lr"], dtype=torch.float32)
             group["lr"] = rate.to(parameters[0].device, copy=True)
     return optimizer
-
-
-def _check_fit(game: Game, data: Data) -> None:
-    for name in game.reads:
-        if name not in data.spec:
-            raise ValueError(
-                f"the data must have a column {name!r} for {game.name}, got {', '.join(data.spec)}"
-            )
-        if data.spec[name] != game.spec.get(name):
-            raise ValueError(
-                f"{name} of the data must be {game.spec.get(name)}, for which the game is built, "
-                f"got {data.spec[name]}; build the game with data.spec"
-            )
-
-
-def _size_of(data: Data) -> dict[str, int]:
-    """The sizes of images that config.json tells, so that it reruns the run."""
-    field = data.spec.get("images")
-    square = isinstance(field, Image) and field.height == field.width
-    return {"size": field.height, "channels": field.channels} if square else {}
-
-
-def _fits(data: Data, device: torch.device) -> bool:
-    """Whether the columns can stay on the device and leave half of what is free to training."""
-    columns = [table.columns for table in data.tables]
-    if None in columns:
-        return False
-    if device.type != "cuda":
-        return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return sum(t.nbytes for part in columns for t in part.values()) <= free // 2
-
-
-def _on(device: torch.device, table: Table) -> dict[str, Tensor]:
-    return {name: column.to(device) for name, column in table.columns.items()}
-
-
-def _floating(module: nn.Module) -> list[Tensor]:
-    """Weights and statistics, without the counters of batches."""
-    return [t for t in module.state_dict().values() if t.is_floating_point()]
 
 
 def _due(step: int, every: int) -> bool:

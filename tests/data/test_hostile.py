@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gankernels.data import _files as files
 from gankernels.data import cifar as cifar_module
-from gankernels.data import files, load
+from gankernels.data import load
 
 GIB = 1 << 30
 RNG = np.random.default_rng(0)

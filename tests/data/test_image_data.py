@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from gankernels.data import ImageData, to_float, to_uint8
-from gankernels.data.pixels import convert_channels, resize
+from gankernels.data._pixels import convert_channels, resize
 
 
 def make(n=10, channels=1, size=4, num_classes=2, name="made"):
@@ -133,7 +133,7 @@ def test_resize_is_pillows(shape, size):
 def test_conversions_go_beyond_one_chunk(monkeypatch, chunk):
     images = torch.randint(0, 256, (250, 3, 4, 4), dtype=torch.uint8)
     resized, grey = resize(images, 8), convert_channels(images, 1)
-    monkeypatch.setattr("gankernels.data.pixels._CHUNK", chunk)
+    monkeypatch.setattr("gankernels.data._pixels._CHUNK", chunk)
     result = resize(images, 8)
     assert result.shape == (250, 3, 8, 8)
     assert result.equal(resized)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gankernels.data import ImageFiles, absolute, load
+from gankernels.data import ImageFiles, canonical, load
 from gankernels.train.start import start
 
 RNG = np.random.default_rng(0)
@@ -350,14 +350,14 @@ def test_images_and_packed_sets_in_a_root(put):
 def test_a_folder_called_digits(put, tmp_path, monkeypatch):
     put("digits/a/1.png")
     assert len(load("digits")) == 1797
-    assert absolute("digits") == "digits"
+    assert canonical("digits") == "digits"
     for source in ("./digits", tmp_path / "digits", "digits/"):
         assert len(load(source)) == 1
-        assert absolute(source) == str(tmp_path / "digits")
-    assert absolute("nowhere") == "nowhere"
+        assert canonical(source) == f"folder:{tmp_path}/digits"
+    assert canonical("nowhere") == "nowhere"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert len(load("~/digits")) == 1
-    assert absolute("~/digits") == str(tmp_path / "digits")
+    assert canonical("~/digits") == f"folder:{tmp_path}/digits"
 
 
 def test_a_run_called_digits(put):

@@ -10,7 +10,7 @@ from gankernels.data import load
 
 
 def test_digits_as_they_are():
-    data = load("digits")
+    data = load("digits", size=8)
     assert repr(data) == "ImageData('digits': 1797 images, 1x8x8, 10 classes)"
     assert data.classes == tuple("0123456789")
     digits = load_digits()
@@ -26,7 +26,7 @@ def test_digits_resized():
     assert data.images.shape == (1797, 3, 28, 28)
     assert data.images[:, 0].equal(data.images[:, 2])
     # Bilinear: no overshoot, and the average brightness stays.
-    native = load("digits").images.float().mean()
+    native = load("digits", size=8).images.float().mean()
     assert abs(data.images.float().mean() - native) < 0.03 * native
     assert data.images.is_contiguous()
     assert data.images.dtype == torch.uint8
@@ -35,7 +35,7 @@ def test_digits_resized():
 @pytest.mark.parametrize("path", ["no/such/place", "digit"])
 def test_unknown_source_lists_what_is_accepted(path):
     with pytest.raises(
-        ValueError, match=rf"'{path}' is not the name.*accepted: 'digits', a folder"
+        ValueError, match=rf"'{path}' is not the name.*accepted: .*'digits', a folder"
     ):
         load(path)
 
@@ -43,7 +43,7 @@ def test_unknown_source_lists_what_is_accepted(path):
 def test_unknown_file(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text("1,2,3")
-    with pytest.raises(ValueError, match=r"data\.csv' is of no known kind; accepted: 'digits'"):
+    with pytest.raises(ValueError, match=r"data\.csv' is of no known kind; accepted: .*'digits'"):
         load(path)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gankernels.data.pictures import arrange, make_grid, save_grid
+from gankernels.data._pictures import arrange, make_grid, save_grid
 
 
 @pytest.mark.parametrize("channels", [1, 3])

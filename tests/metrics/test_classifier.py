@@ -10,7 +10,7 @@ from gankernels.metrics import (
     load_or_train_classifier,
     train_classifier,
 )
-from gankernels.metrics import cache as cache_module
+from gankernels.metrics import _cache as cache_module
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def evaluate(source, tmp_path, *more):
 
 def test_prints_and_writes_every_score(cgan, tmp_path, capsys):
     scores = evaluate(cgan, tmp_path)
-    assert scores["model"] == "cgan"
+    assert scores["game"] == "cgan"
     assert scores["data"] == "digits"
     assert scores["n"] == 200
     assert scores["classifier_accuracy"] > 0.95
@@ -42,7 +42,7 @@ def test_prints_and_writes_every_score(cgan, tmp_path, capsys):
     for expected in (
         f"held-out real images {scores['classifier_accuracy']:.2%}",
         f"accuracy of the samples {scores['accuracy']:.2%}",
-        f"relative to real {scores['diversity_ratio']:.1%}",
+        f"relative to real {scores['diversity']:.1%}",
         f"(classifier features) {scores['frechet']:.3f}",
         f"untrained generator {scores['untrained_frechet']:.3f}",
         f"ratio of the two {scores['frechet_ratio']:.4f}",
@@ -56,14 +56,12 @@ def test_the_trained_generator_is_the_one_scored(cgan, tmp_path):
     scores = evaluate(cgan, tmp_path, "--seed", "3")
     game, _ = load_game(cgan)
     data = load("digits", size=SIZE)
-    classifier, _ = metrics.load_or_train_classifier(data, cgan)
-    expected = metrics.evaluate(
-        lambda labels, n, rng: game.sample(n, rng=rng, labels=labels),
-        data, classifier, n=200, conditional=True, seed=3,
-    )  # fmt: skip
-    assert scores["frechet"] == pytest.approx(expected.frechet)
-    assert scores["accuracy"] == expected.accuracy
-    assert scores["untrained_frechet"] != pytest.approx(expected.frechet)
+    chosen = ["frechet", "accuracy"]
+    evaluation = metrics.Evaluation(chosen, data, metrics.Cache(cgan), given=("labels",))
+    expected = evaluation.score(game.sample, n=200, seed=3)
+    assert scores["frechet"] == pytest.approx(expected["frechet"]["frechet"])
+    assert scores["accuracy"] == expected["accuracy"]["accuracy"]
+    assert scores["untrained_frechet"] != pytest.approx(scores["frechet"])
 
 
 def test_the_classifier_is_kept_in_the_run_folder(cgan, tmp_path, monkeypatch):
@@ -72,11 +70,18 @@ def test_the_classifier_is_kept_in_the_run_folder(cgan, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("trained a second time")
 
-    monkeypatch.setattr(metrics.cache, "train_classifier", fail)
+    monkeypatch.setattr(metrics._cache, "train_classifier", fail)
     (checkpoint,) = (cgan / "checkpoints").glob("*.pt")
     by_folder, by_file = evaluate(cgan, tmp_path), evaluate(checkpoint, tmp_path)
     assert by_folder == by_file
     assert by_folder["checkpoint"] == str(checkpoint)
+
+
+def test_chosen_metrics(cgan, tmp_path, capsys):
+    scores = evaluate(cgan, tmp_path, "--metrics", "accuracy")
+    assert {"accuracy", "classifier_accuracy"} <= scores.keys()
+    assert not {"frechet", "diversity", "untrained_frechet"} & scores.keys()
+    assert "Fréchet" not in capsys.readouterr().out
 
 
 def test_seed_decides_the_samples(cgan, tmp_path):
@@ -92,11 +97,12 @@ def test_unconditional(tmp_path, cgan, capsys):
         (out / classifier.name).write_bytes(classifier.read_bytes())
     capsys.readouterr()
     scores = evaluate(out, tmp_path)
-    assert scores["accuracy"] is None
-    assert scores["diversity_ratio"] is None
+    assert not {"accuracy", "diversity"} & scores.keys()
     printed = capsys.readouterr().out
     assert "untrained generator" in printed
     assert "class-conditional" not in printed
+    assert main(["evaluate", str(out), "--metrics", "accuracy", "--device", "cpu"]) == 2
+    assert "must be of type Image made from Label, got of type Image" in capsys.readouterr().err
 
 
 def test_other_data_are_brought_to_the_size_of_the_model(cgan, tmp_path):
@@ -112,7 +118,7 @@ def test_other_data_are_brought_to_the_size_of_the_model(cgan, tmp_path):
         (["{run}/none"], "none does not exist"),
         (["{run}", "--data", "nowhere"], "'nowhere' is not the name of a data set"),
         (["{run}", "--count", "1"], "n must be at least 2, got 1"),
-        (["{run}", "--features", "pixels"], "invalid choice: 'pixels'"),
+        (["{run}", "--metrics", "frechet,kidd"], "unknown metric 'kidd'"),
         (["{run}", "--data", "{tmp}/two.npz"], "other classes than two.npz has: 0, 1, 2, 3,"),
         (["{run}", "--data", "{tmp}/same.npz"], "4, 5, 6, 7, 8, 9 there, 0, 1, 2, 3, 4, 5, 6,"),
         (["{run}", "--seed", str(2**64)], "seed must fit into 64 bits, got 18446744073709551616"),

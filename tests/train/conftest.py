@@ -21,4 +21,4 @@ def run(tmp_path):
 
 @pytest.fixture(scope="session")
 def digits():
-    return load("digits")
+    return load("digits", size=8)

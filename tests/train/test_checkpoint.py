@@ -105,7 +105,7 @@ def test_a_trainer_does_not_overwrite_a_run_either(run, digits, tmp_path):
         ({"lr": 1e-3}, "lr cannot change when a run is resumed: 0.0002 in .*, 0.001 given"),
         ({"batch_size": 8}, "batch_size cannot change"),
         ({"seed": "4"}, "seed cannot change"),
-        ({"model": "gan"}, "a run of another model, not of gan"),
+        ({"game": "gan"}, "a run of another game, not of gan"),
     ],
 )
 def test_resume_refuses_other_settings(run, change, message):
@@ -215,7 +215,7 @@ def test_load_game_has_the_averaged_generator(run, tmp_path):
     trainer.fit()
     game, config = load_game(tmp_path / "run")
     assert not game.training
-    assert config["model"] == "cgan"
+    assert config["game"] == "cgan"
     labels = torch.arange(10)
     with trainer.sampling() as trained:
         expected = trained.sample(10, labels=labels, rng=torch.Generator().manual_seed(1))
@@ -332,7 +332,7 @@ def test_a_part_that_is_missing_or_of_another_kind(whole, monkeypatch):
         (("rng",), torch.zeros(5056, dtype=torch.uint8), "rng cannot be used: "),
         (("step",), -1, "step must not be negative, got -1"),
         (("step",), True, "step must be a int, got True"),
-        (("config", "model"), "gan", "unknown setting 'width'"),
+        (("config", "game"), "gan", "unknown setting 'width'"),
         (("config", "latent_dim"), 10**9, "holds other networks than these"),
         (("config", "latent_dim"), 2**62, "the networks of these settings are too large"),
         (("config", "zzz"), 1, "unknown setting 'zzz'"),

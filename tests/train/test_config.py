@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 
-from gankernels import games
+from gankernels import data, games
 from gankernels.games import Game, Options, option
 from gankernels.train.config import Config, configure, from_dict, parse_assignments, to_dict
 
@@ -41,7 +41,7 @@ class Sample(Game):
 )
 def test_values(name, given, value):
     config, options = configure(Sample, {name: given})
-    found = {**vars(config), **vars(options)}[name]
+    found = {**vars(config), **vars(config.data_options), **vars(options)}[name]
     assert found == value
     assert type(found) is type(value)
 
@@ -77,7 +77,11 @@ def test_a_game_has_its_own_defaults():
 @pytest.mark.parametrize("name", games.names())
 def test_no_option_shadows_a_setting_and_all_are_explained(name):
     options = {f.name: f for f in fields(games.get(name).Options)}
-    settings = {f.name: f for f in fields(Config)}
+    settings = {f.name: f for f in fields(Config) if f.name != "data_options"}
+    for kind in data.kinds():
+        more = {f.name: f for f in fields(data.get_kind(kind).Options)}
+        assert not more.keys() & (options.keys() | settings.keys())
+        assert all(f.metadata["help"] for f in more.values())
     assert not options.keys() & settings.keys()
     for f in (options | settings).values():
         assert f.metadata["help"]
@@ -89,15 +93,15 @@ def test_round_trip():
     content = to_dict("wgan", config, options)
     assert "out" not in content
     settings = from_dict(content, "here")
-    assert settings.pop("model") == "wgan"
+    assert settings.pop("game") == "wgan"
     assert configure(games.get("wgan"), settings) == (config, options)
 
 
 def test_foreign_configurations():
     with pytest.raises(ValueError, match="here is not a configuration"):
         from_dict([1], "here")
-    with pytest.raises(ValueError, match="here has format 9, this version reads 1"):
-        from_dict({"format": 9, "model": "gan"}, "here")
+    with pytest.raises(ValueError, match="here has format 9, this version reads 2"):
+        from_dict({"format": 9, "game": "gan"}, "here")
 
 
 def test_assignments():

@@ -199,7 +199,7 @@ def test_a_trainer_in_bf16_computes_what_it_did_with_plain_layers(how, run, tmp_
             )
         elif how == "callback":
             trainer.callbacks.append(Clip())
-            trainer.foreign = True
+            trainer.has_user_callbacks = True
         trainer.fit()
         return [*norms, *trainer.game.state_dict().values()]
 
@@ -242,7 +242,7 @@ def test_gradients_that_a_game_asks_for_are_float32(run):
     # And after training: anything that PyTorch has trains the networks on.
     for p in player.network.parameters():
         p.requires_grad_(True)
-    batch = trainer.draw()
+    batch = trainer.batches.draw()
     with torch.autocast("cpu", torch.bfloat16):
         sum(player.loss(batch, trainer.rng).values()).backward()
     assert {p.grad.dtype for p in player.network.parameters()} == {torch.float32}

@@ -156,12 +156,12 @@ DAMAGE = {
     "config: a list": ("config.json", content(b"[]"), None),
     "config: of another format": (
         "config.json",
-        content(b'{"format": 7, "model": "cdcgan"}'),
+        content(b'{"format": 7, "game": "cdcgan"}'),
         None,
     ),
     "config: wrong values": (
         "config.json",
-        content(b'{"format": 1, "model": "cdcgan", "batch_size": "many"}'),
+        content(b'{"format": 2, "game": "cdcgan", "batch_size": "many"}'),
         None,
     ),
     "config: no UTF-8": ("config.json", content(b'{"\xff": 1}'), None),
@@ -294,7 +294,7 @@ def test_a_damaged_score_of_the_best_checkpoint(tmp_path, content):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/best.pt").write_text("weights")
     (tmp_path / "checkpoints/best.json").write_bytes(content)
-    score = Score()
+    score = Score(["frechet"])
     with pytest.warns(RuntimeWarning, match=r"best\.json has no score that can be read"):
         score.on_start(SimpleNamespace(run=tmp_path))
     assert score.best is None

@@ -35,11 +35,11 @@ for name, settings in {cases}.items():
         get(name), dict(settings, out=sys.argv[1], device="cpu", batch_size=12, log_every=1)
     )
     torch.manual_seed(int(os.environ.get("RANK", 0)))  # what they start with is the first one's
-    game = get(name)(DataSpec(1, config.size, 10), options)
+    game = get(name)(DataSpec(1, config.data_options.size, 10), options)
     for module in game.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # each process drops out on its own
-    trainer = Trainer(game, load("digits", size=config.size), config)
+    trainer = Trainer(game, load("digits", size=config.data_options.size), config)
     found = {{}}
     for player, optimizer in trainer.optimizers.items():
         def keep(*_, player=player):
@@ -138,7 +138,7 @@ from gankernels.games import DataSpec, get
 from gankernels.train import Config, Trainer
 
 config = Config(out=sys.argv[1], device="cpu", batch_size=8, precision="bf16", log_every=3)
-trainer = Trainer(get("gan")(DataSpec(1, 8, 10)), load("digits"), config)
+trainer = Trainer(get("gan")(DataSpec(1, 8, 10)), load("digits", size=8), config)
 for _ in range(4):
     trainer.iterate()
 weights = torch.cat([p.detach().flatten() for p in trainer.game.parameters()])

@@ -13,7 +13,7 @@ from gankernels.train import report
 from gankernels.train.report import collect, plot, read_metrics, smooth, thin, write_report
 
 CONFIG = {
-    "format": 1, "model": "wgan-gp", "data": "/data/<mnist>", "steps": 3000, "batch_size": 64,
+    "format": 2, "game": "wgan-gp", "data": "/data/<mnist>", "steps": 3000, "batch_size": 64,
     "precision": "bf16", "penalty": None, "lr": 1e-4, "minibatch_stddev": False,
 }  # fmt: skip
 

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gankernels import metrics
 from gankernels._devices import choose_device
 from gankernels.games import DataSpec, Game, Player
+from gankernels.metrics.accuracy import Accuracy
+from gankernels.metrics.frechet import Frechet
 from gankernels.train import Callback, Config, DivergenceError, Trainer, load_game, start
 from gankernels.train import trainer as trainer_module
 from gankernels.train.callbacks import Score
@@ -102,7 +103,7 @@ def test_batches_are_real_images_with_their_labels(run, digits):
     trainer = run("dcgan", width=4)
     pairs = digits.images, digits.labels
     known = {(image.numpy().tobytes(), int(y)) for image, y in zip(*pairs, strict=True)}
-    first, second = trainer.draw(), trainer.draw()
+    first, second = trainer.batches.draw(), trainer.batches.draw()
     assert first.images.shape == (16, 1, 8, 8)
     assert first.images.is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(first.images, second.images)
@@ -160,7 +161,7 @@ def test_streamed_batches_are_the_files(run, folder, digits):
     inner = player.loss
     object.__setattr__(player, "loss", lambda batch, rng: seen.append(batch) or inner(batch, rng))
     trainer.iterate()
-    trainer._close_loader()
+    trainer.batches.close()
     for image, label in zip(seen[0].images, seen[0].labels, strict=True):
         pixels = ((image + 1) * 127.5).round().to(torch.uint8).contiguous().numpy()
         assert known[pixels.tobytes()] == int(label)
@@ -172,13 +173,8 @@ def test_scores_and_the_best_checkpoint(run, tmp_path, monkeypatch):
     plain = run(out=str(tmp_path / "plain"), **settings)
     plain.fit()
     distances = iter([5.0, 2.0, 3.0, 4.0])
-    inner = metrics.evaluate
-
-    def evaluate(*arguments, **more):
-        return replace(inner(*arguments, **more), frechet=next(distances))
-
-    monkeypatch.setattr(metrics, "evaluate", evaluate)
-    trainer = run(score=True, **settings)
+    monkeypatch.setattr(Frechet, "score", lambda self, samples: {"frechet": next(distances)})
+    trainer = run(score="frechet,accuracy", **settings)
     trainer.fit()
     # Scores change nothing.
     for name, value in plain.game.state_dict().items():
@@ -186,20 +182,38 @@ def test_scores_and_the_best_checkpoint(run, tmp_path, monkeypatch):
     rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     scored = {row["step"]: row["score/frechet"] for row in rows if "score/frechet" in row}
     assert scored == {3: 5.0, 6: 2.0, 9: 3.0, 12: 4.0}
-    assert all(0 <= row["score/accuracy"] <= 1 for row in rows if "score/accuracy" in row)
+    accuracies = [row["score/accuracy"] for row in rows if "score/accuracy" in row]
+    assert len(accuracies) == 4
+    assert all(0 <= accuracy <= 1 for accuracy in accuracies)
     checkpoints = tmp_path / "run/checkpoints"
     assert sorted(p.name for p in checkpoints.glob("*.pt")) == ["best.pt", "step_00000012.pt"]
     assert torch.load(checkpoints / "best.pt")["step"] == 6
     load_game(checkpoints / "best.pt")
+    assert json.loads((checkpoints / "best.json").read_text()) == {
+        "checkpoint": "step_00000006.pt", "metric": "frechet", "score": 2.0,
+    }  # fmt: skip
     # A resumed run knows how good the best one was.
     distances = iter([2.5])
     start("cgan", resume=True, out=str(tmp_path / "run"), steps=15).fit()
     assert torch.load(checkpoints / "best.pt")["step"] == 6
 
 
+def test_another_metric_decides_anew(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Score, "COUNT", 64)
+    monkeypatch.setattr(Frechet, "score", lambda self, samples: {"frechet": 0.001})
+    accuracies = iter([0.5, 0.75, 0.25])
+    monkeypatch.setattr(Accuracy, "score", lambda self, samples: {"accuracy": next(accuracies)})
+    settings = {"checkpoint_every": 1, "keep": 1}
+    run(steps=1, score="frechet", **settings).fit()
+    with pytest.warns(RuntimeWarning, match="is the best by frechet: the best by accuracy replac"):
+        start("cgan", resume=True, out=str(tmp_path / "run"), steps=4, score="accuracy").fit()
+    kept = json.loads((tmp_path / "run/checkpoints/best.json").read_text())
+    assert kept == {"checkpoint": "step_00000003.pt", "metric": "accuracy", "score": 0.75}
+
+
 def test_scores_need_the_images_in_memory(run, folder):
-    with pytest.raises(ValueError, match="score compares with all images: it needs them in memory"):
-        run("gan", data=str(folder), stream=True, score=True)
+    with pytest.raises(ValueError, match="'frechet' must be labeled images in memory, got"):
+        run("gan", data=str(folder), stream=True, score="frechet")
 
 
 def test_average_follows_weights_and_statistics(run):
@@ -365,7 +379,8 @@ def test_the_end_is_told_after_an_error_too(run):
 def test_a_discriminator_left_alone_learns_to_tell(run):
     trainer = run("gan")
     (discriminator, _) = trainer.players
-    moves = (trainer.move(discriminator, discriminator.loss, trainer.draw()) for _ in range(60))
+    batches = (trainer.batches.draw() for _ in range(60))
+    moves = (trainer.move(discriminator, discriminator.loss, batch) for batch in batches)
     losses = [sum(terms.values()) for terms in moves]
     assert losses[0] > 1.2
     assert losses[-1] < 0.2
@@ -397,7 +412,7 @@ def test_run_folder(run, tmp_path):
     assert grid.shape == (8 * 10 + 2, 10 * 10 + 2)  # 80 digits, a column per class
     assert grid.std() > 10
     config = json.loads((folder / "config.json").read_text())
-    assert (config["model"], config["batch_size"], config["lr"]) == ("cgan", 16, 2e-4)
+    assert (config["game"], config["batch_size"], config["lr"]) == ("cgan", 16, 2e-4)
 
 
 def test_config_json_reruns_the_run(run, tmp_path):

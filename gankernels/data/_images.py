@@ -1,19 +1,48 @@
-"""Labeled images in memory."""
+"""Labeled images in memory, and what the kinds of data that hold them have in common."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gankernels.data.fields import Image, Label, Spec
+from gankernels._options import option
+from gankernels.data._fields import Image, Label, Spec
+from gankernels.data._files import check_memory
+from gankernels.data._kind import DataOptions
+from gankernels.data._pixels import convert_channels, resize
+
+
+@dataclass(frozen=True)
+class ImageOptions(DataOptions):
+    """The settings of all kinds of image data."""
+
+    size: int | None = option(None, "resize images to size x size (default: as stored)")
+    channels: int | None = option(None, "1 (gray) or 3 (color) (default: as stored)")
+    stream: bool = option(False, "decode the files of an image folder when they are drawn")
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            if not isinstance(self.size, int) or isinstance(self.size, bool):
+                raise TypeError(f"size must be an int or None, got {type(self.size).__name__}")
+            if self.size < 1:
+                raise ValueError(f"size must be at least 1, got {self.size}")
+        if self.channels not in (None, 1, 3):
+            raise ValueError(f"channels must be 1, 3 or None, got {self.channels!r}")
+
+    def settled(self, spec: Spec) -> ImageOptions:
+        field = spec.get("images")
+        if not isinstance(field, Image) or field.height != field.width:
+            return self
+        return replace(self, size=field.height, channels=field.channels)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageData:
-    """A labelled set of square images.
+    """A labeled set of square images.
 
     Args:
         images: uint8 tensor ``(N, C, S, S)``, N >= 1, C 1 (grey) or 3 (RGB).
@@ -135,3 +164,42 @@ def digest_of(images: Tensor, labels: Tensor, *more: object) -> str:
     for tensor in (images, labels):
         digest.update(tensor.contiguous().cpu().numpy())
     return digest.hexdigest()
+
+
+def image_data(
+    images: Tensor,
+    labels: Tensor,
+    classes: tuple[str, ...],
+    source: str,
+    options: ImageOptions,
+    name: str,
+) -> ImageData:
+    """Images as they are stored, uint8 `(N, C, H, W)`, brought to the size and channels asked for.
+
+    Raises ValueError, beginning with `source`, where they are not square or too large for memory.
+    """
+    size, channels = options.size, options.channels
+    if images.shape[2] != images.shape[3] and size is None:
+        height, width = images.shape[2:]
+        raise ValueError(
+            f"{source}: images are {height}x{width}, not square; give size= to cut and resize them"
+        )
+    try:
+        check_memory(len(images) * (channels or images.shape[1]) * (size or images.shape[2]) ** 2)
+    except ValueError as error:
+        raise ValueError(f"{source}: {len(images)} images of size {size}: {error}") from error
+    if channels is not None:
+        images = convert_channels(images, channels)
+    stored = images
+    if size is not None:
+        images = resize(stored, size)
+    resized = images.shape != stored.shape
+    digest = digest_of(stored, labels) if resized else None
+    return ImageData(images.contiguous(), labels, classes, name, digest)
+
+
+def numbered(values: np.ndarray) -> tuple[Tensor, tuple[str, ...]]:
+    """Label values as indices into the sorted distinct ones, and these as names of the classes."""
+    distinct, labels = np.unique(values, return_inverse=True)
+    indices = torch.from_numpy(labels.astype(np.int64).reshape(-1))
+    return indices, tuple(str(value) for value in distinct)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gankernels.data.fields import Field, Spec
+from gankernels.data._fields import Field, Spec
 
 
 class Data(Protocol):

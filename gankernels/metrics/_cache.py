@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from gankernels import _archive as archive
 from gankernels._files import write_atomically
 from gankernels._paths import expand
 from gankernels.data import ImageData
-from gankernels.metrics.classifier import Classifier, train_classifier
+from gankernels.metrics._classifier import Classifier, train_classifier
 
 _logger = logging.getLogger(__name__)
 
@@ -52,9 +53,6 @@ def load_or_train_classifier(
 
 
 def _load(path: Path, data: ImageData) -> Classifier:
-    # Here and not above: the trainer may measure while it trains, and then imports this package.
-    from gankernels.train import archive
-
     classifier = Classifier(data.channels, data.size, data.num_classes)
     state = archive.load(path)
     archive.conform(state, classifier.state_dict(), "state")

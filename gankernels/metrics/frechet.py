@@ -1,9 +1,28 @@
-"""Distances between sets of features."""
+"""Fréchet distance to the real images (Heusel et al. 2017, arXiv:1706.08500)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from gankernels.metrics._judge import ClassifierMetric, Samples
+
+
+class Frechet(ClassifierMetric):
+    """The Fréchet distance to the real images in the features of the classifier.
+
+    In squared units of these features: comparable only under the same classifier.
+    """
+
+    relative = True
+    labels = ClassifierMetric.labels | {
+        "frechet": ("Fréchet distance (classifier features)", "{:.3f}"),
+        "untrained_frechet": ("Fréchet distance of an untrained generator", "{:.3f}"),
+        "frechet_ratio": ("ratio of the two", "{:.4f}"),
+    }
+
+    def score(self, samples: Samples) -> dict[str, float]:
+        return {"frechet": frechet_distance(self.judge.features(samples), self.judge.real)}
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -12,7 +31,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     ``|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))`` with the unbiased covariances A and B.
 
     The last trace is computed as the sum of singular values of ``R_a R_b^T``, where R is the
-    triangular factor of the centred features and so ``A = R_a^T R_a``. No product of features is
+    triangular factor of the centered features and so ``A = R_a^T R_a``. No product of features is
     formed and no root taken of a rounded matrix, so nearly singular covariances lose no digits.
 
     Args:
@@ -44,34 +63,3 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def _covariance_root(x: Tensor) -> Tensor:
     """R with ``R.T @ R`` the unbiased covariance of the rows of ``x``."""
     return torch.linalg.qr(x - x.mean(0), mode="r").R / (len(x) - 1) ** 0.5
-
-
-def within_class_diversity(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Mean Euclidean distance between two different members of a class, for each class.
-
-    Args:
-        features: floating point ``(N, F)``.
-        labels: int64 ``(N,)`` in [0, num_classes).
-
-    Returns:
-        float64 ``(num_classes,)`` on the CPU; NaN for a class with fewer than two members.
-    """
-    if features.dim() != 2 or labels.shape != (len(features),):
-        raise ValueError(
-            "features must be (N, F) and labels (N,), "
-            f"got {tuple(features.shape)} and {tuple(labels.shape)}"
-        )
-    features, labels = features.double().cpu(), labels.cpu()
-    result = torch.full((num_classes,), float("nan"), dtype=torch.float64)
-    for label in range(num_classes):
-        members = features[labels == label]
-        count = len(members)
-        if count > 1:
-            # By rows, so that no matrix of all pairs is stored; without the matrix product of the
-            # quick way, which cannot tell a collapsed class from distances of 1e-3.
-            total = sum(
-                torch.cdist(rows, members, compute_mode="donot_use_mm_for_euclid_dist").sum()
-                for rows in members.split(256)
-            )
-            result[label] = total / (count * (count - 1))
-    return result

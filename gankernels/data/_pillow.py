@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gankernels.data.files import one_line, open_regular
+from gankernels.data._files import one_line, open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image

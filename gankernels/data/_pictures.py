@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gankernels._files import write_atomically
 from gankernels._paths import expand
-from gankernels.data.pixels import to_uint8
+from gankernels.data._pixels import to_uint8
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,8 +8,8 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from gankernels.metrics import cache
-from gankernels.train import archive
+from gankernels import _archive as archive
+from gankernels.metrics import _cache as cache
 
 
 def test_what_was_saved_is_read(tmp_path):

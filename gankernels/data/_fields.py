@@ -6,6 +6,7 @@ built for a spec, draw batches of its columns, and make values of one of its fie
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from gankernels._files import write_atomically
 from gankernels._html import import_matplotlib
-from gankernels.data.pictures import save_grid
-from gankernels.data.pixels import to_float, to_uint8
+from gankernels.data._pictures import save_grid
+from gankernels.data._pixels import to_float, to_uint8
 
 
 class Field(ABC):
@@ -38,6 +39,11 @@ class Field(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The shape of one raw value."""
+
+    @property
+    def nbytes(self) -> int:
+        """The size of one raw value."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def decode(self, raw: Tensor) -> Tensor:
         """Raw values as networks see them. Any number of leading dimensions."""

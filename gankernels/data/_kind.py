@@ -1,0 +1,67 @@
+"""The base class of the kinds of data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from gankernels._registry import Registry
+from gankernels.data._columns import Data
+from gankernels.data._fields import Spec
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The settings of a kind of data that has none; subclasses add fields, each an `option`."""
+
+    def settled(self, spec: Spec) -> DataOptions:
+        """These options, with those that were left open as the data turned out to be."""
+        return self
+
+
+class Kind(ABC):
+    """A kind of data, such as a file format: how it is recognized and opened.
+
+    A new kind is a new file in this folder that defines a subclass.
+    """
+
+    #: The settings of `open`, which `gankernels train --set` takes.
+    Options: ClassVar[type[DataOptions]] = DataOptions
+    #: What is accepted, in words, for error messages.
+    accepted: ClassVar[str]
+    #: Data sets that have a name and no path.
+    names: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        """Whether a file or folder is of this kind, by the names of files: nothing is opened."""
+        return False
+
+    @classmethod
+    def find(cls, folder: Path, training: bool = True) -> list[Path]:
+        """The sources of this kind in a folder, or those that hold no training data.
+
+        A folder that no kind accepts is searched by this for the one data set in it.
+        """
+        return []
+
+    @classmethod
+    @abstractmethod
+    def open(cls, source: str, options: Any, name: str) -> Data:
+        """Open one of `names`, or a path that the kind accepts.
+
+        Args:
+            options: an instance of `Options`.
+            name: what the data are called in logs and reports.
+
+        Raises:
+            ValueError: the source is damaged or does not fit the options. The file is named.
+            ImportError: an optional library is missing.
+        """
+
+
+_registry: Registry[Kind] = Registry("gankernels.data", "kind of data", Kind)  # type: ignore[type-abstract]
+kinds, get_kind, register = _registry.names, _registry.get, _registry.register
+kind_name = _registry.name_of

@@ -1,0 +1,57 @@
+"""Calls the callbacks of a run, and keeps their errors from harming it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gankernels._console import describe, warn
+from gankernels.train.callback import Callback, Run
+
+
+class Notifier:
+    """The callbacks of a run.
+
+    Attributes:
+        failure: what a user's callback raised first.
+    """
+
+    def __init__(self, run: Run, callbacks: list[Callback]) -> None:
+        self.run, self.callbacks = run, callbacks
+        self.reset()
+
+    def reset(self) -> None:
+        """Call callbacks that failed in an earlier `fit` again."""
+        self.failure: BaseException | None = None
+        self._off: set[str | int] = set()
+
+    def notify(self, event: str, *details: Any) -> None:
+        """Call the method of that name of every callback.
+
+        A built-in one that fails is not called again. Where a user's callback fails, the run ends
+        after a checkpoint, and that callback is called for the end alone.
+        """
+        for callback in list(self.callbacks):
+            method = getattr(callback, event)
+            if callback.shows is not None:
+                self.attempt(callback.shows, method, self.run, *details)
+            elif id(callback) not in self._off or event == "on_end":
+                try:
+                    method(self.run, *details)
+                except (Exception, SystemExit) as error:
+                    self._off.add(id(callback))
+                    self.failure = self.failure or error
+                    self.run.stop()
+
+    def attempt(self, what: str, action: Callable[..., Any], *arguments: Any) -> None:
+        """Do something that only shows the run: where it fails, warn, and do not try it again."""
+        if what in self._off:
+            return
+        try:
+            action(*arguments)
+        except Exception as error:
+            self._off.add(what)
+            warn(
+                f"{self.run.run}: there is no {what} from step {self.run.step} on: "
+                f"{describe(error)}"
+            )
