@@ -29,7 +29,6 @@ from gankernels.games import Game
 from gankernels.train import archive
 from gankernels.train.blueprint import blueprint
 from gankernels.train.config import configure, from_dict, to_dict
-from gankernels.train.cpu import accelerate
 
 MAGIC = "gankernels checkpoint"
 VERSION = 3
@@ -249,8 +248,6 @@ def load_game(
     load_state(game, content["game"], path)
     for name, state in content["ema"].items():
         load_state(getattr(game, name), state, path)
-    if torch.device(device).type == "cpu":
-        accelerate(game)  # so that it samples what it sampled in training, to the last bit
     return game.to(device).eval(), to_dict(model, config, options)
 
 
