@@ -1,4 +1,4 @@
-"""Steps of Adam on CPU, as the trainer makes them, against `torch.optim.Adam`.
+"""Steps of Adam on CPU, as a training step makes them, against `torch.optim.Adam`.
 
 ``python benchmarks/adam.py`` prints the table, ``--save adam`` writes results/. The networks are
 those of the training benchmark's generators and one of many small layers. "Half" has gradients in
@@ -16,8 +16,7 @@ import torch
 from harness import arguments_of, interleaved, save
 from torch import nn
 
-from gankernels.train.adam import Adam
-from gankernels.train.cpu import Cast
+from gankernels.optim import Adam
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "cgan's generator": pytorch_gan.CGAN.make_generator,
@@ -47,18 +46,17 @@ def theirs(network: nn.Module, half: bool) -> Callable[[], object]:
 
 
 def ours(network: nn.Module, half: bool) -> Callable[[], object]:
-    optimizer = torch.optim.Adam(network.parameters(), **OPTIONS)
-    casts = {p: Cast(p, torch.bfloat16) for p in network.parameters() if half and p.dim() > 1}
-    Adam.take_over(optimizer, casts)
-    assert type(optimizer) is Adam
+    optimizer = Adam(network.parameters(), **OPTIONS)
+    copied = [p for p in network.parameters() if half and p.dim() > 1]
+    optimizer.copies = {p: p.detach().bfloat16() for p in copied}
+    optimizer.half_gradients = {}
     gradients = {p: torch.randn_like(p) for p in network.parameters()}
-    halves = [(cast, gradients.pop(p).bfloat16()) for p, cast in casts.items()]
+    halves = {p: gradients.pop(p).bfloat16() for p in copied}
     for p, g in gradients.items():
         p.grad = g
 
     def step() -> None:
-        for cast, g in halves:
-            cast.gradient = g
+        optimizer.half_gradients |= halves
         optimizer.step()
 
     return step

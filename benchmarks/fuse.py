@@ -89,7 +89,7 @@ def measure(name: str, batch: int, size: int, seconds: float, lone: bool) -> dic
     before = NETWORKS[name]()
     x = torch.rand(batch, 3, size, size) * 2 - 1
     lines: list[str] = []
-    after = gk.fuse(copy.deepcopy(before), lone=lone, report=lines.append)
+    after = gk.fuse(copy.deepcopy(before), lone=lone, log=lines.append)
     row = {
         "network": name,
         "pairs": before.PAIRS,

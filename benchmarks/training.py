@@ -61,16 +61,16 @@ class SameFakes(Adversarial):
     script: ClassVar[type[pytorch_gan.AlternatingScript]]
 
     def make_generator(self) -> nn.Module:
-        return gk.fuse(self.script.make_generator())
+        return gk.fuse(self.script.make_generator(), cpu=True)
 
     def make_discriminator(self) -> nn.Module:
-        return gk.fuse(self.script.make_discriminator())
+        return gk.fuse(self.script.make_discriminator(), cpu=True)
 
     def loss(self, output: Tensor, target: float) -> Tensor:
         raise NotImplementedError
 
     def players(self) -> list[Player]:
-        adam = partial(torch.optim.Adam, lr=pytorch_gan.LR, betas=pytorch_gan.BETAS)
+        adam = partial(gk.optim.Adam, lr=pytorch_gan.LR, betas=pytorch_gan.BETAS)
         return [
             self.generator_player(adam),
             self.discriminator_player(adam, shared=True),
@@ -113,10 +113,10 @@ class DenseWGANGP(WGANGP):
         super().__init__(spec, WGANGPOptions(lr=lr, d_lr=lr, beta1=beta1, beta2=beta2))
 
     def make_generator(self) -> nn.Module:
-        return gk.fuse(self.script.make_generator())
+        return gk.fuse(self.script.make_generator(), cpu=True)
 
     def make_discriminator(self) -> nn.Module:
-        return gk.fuse(self.script.make_discriminator())
+        return gk.fuse(self.script.make_discriminator(), cpu=True)
 
 
 GAMES: dict[str, Callable[[Spec], Game]] = {

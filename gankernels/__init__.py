@@ -10,7 +10,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         f"{Path(torch.__file__).parent.parent}"
     )
 
-from gankernels import functional, nn
+from gankernels import functional, nn, optim
 from gankernels._library import build_info, use_backend
 from gankernels._version import __version__
 from gankernels.allocator import tune_allocator
@@ -22,6 +22,7 @@ __all__ = [
     "functional",
     "fuse",
     "nn",
+    "optim",
     "tune_allocator",
     "unfuse",
     "use_backend",

@@ -49,12 +49,12 @@ class Net(nn.Module):
 
 
 def fused(network, **options):
-    """Fuses it and returns the report; checks what holds for every network."""
+    """Fuses it and returns the log; checks what holds for every network."""
     parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
     keys, names = list(network.state_dict()), [name for name, _ in network.named_modules()]
     modes = [m.training for m in network.modules()]
     lines = []
-    assert gk.fuse(network, report=lines.append, **options) is network
+    assert gk.fuse(network, log=lines.append, **options) is network
     for before, after in (
         (parameters, dict(network.named_parameters())),
         (buffers, dict(network.named_buffers())),
@@ -104,7 +104,7 @@ def difference(actual, expected):
 
 def assert_same(network, x, *args, **options):
     """Fuses the network, checks that nothing changes in training and evaluation, that there is
-    nothing left to do, and that it can be undone. Returns the report."""
+    nothing left to do, and that it can be undone. Returns the log."""
     original = copy.deepcopy(warmed(network, x))
     lines = fused(network, **options)
     described = str(network)
@@ -630,9 +630,7 @@ def test_shared_activation():
     relu = nn.ReLU()
     network = nn.Sequential(nn.BatchNorm2d(3), relu, nn.Conv2d(3, 3, 1), relu)
     (line,) = assert_same(network, images())
-    assert (
-        line == "left 0: followed by 1, which has other uses too: give it an activation of its own"
-    )
+    assert line == "left 0: followed by 1, which has other uses too: give it one of its own"
 
 
 class MyBatchNorm(nn.BatchNorm2d):
@@ -683,7 +681,7 @@ def test_activation_of_several_norms_and_something_else(options):
     for network in (Block(nn.ReLU(), **options), Block(nn.LeakyReLU(0.2), **options)):
         lines = assert_same(network, images())
         assert lines[0] == (
-            "left bn1: followed by act, which has other uses too: give it an activation of its own"
+            "left bn1: followed by act, which has other uses too: give it one of its own"
         )
         assert lines[1].startswith("left bn2")
 
@@ -927,7 +925,7 @@ def test_no_trace_is_left_anywhere(capfd):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         lines = []
-        gk.fuse(network, report=lines.append)
+        gk.fuse(network, log=lines.append)
     assert lines[0].startswith("fused bn with act")
     assert network.state() == before
     assert not caught
@@ -1137,12 +1135,13 @@ def test_export_has_none_of_our_ops():
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((None,), {}, "module is a NoneType; a torch.nn.Module is needed"),
-        ((torch.zeros(1),), {}, "module is a Tensor"),
-        (({"a": 1},), {}, "module is a dict"),
-        ((nn.ReLU,), {}, "module is a type"),
-        ((nn.ReLU(),), {"lone": 1}, "lone is a int; a bool is needed"),
-        ((nn.ReLU(),), {"report": True}, "report is a bool; a function"),
+        ((None,), {}, "module must be a torch.nn.Module, got NoneType"),
+        ((torch.zeros(1),), {}, "must be a torch.nn.Module, got Tensor"),
+        (({"a": 1},), {}, "must be a torch.nn.Module, got dict"),
+        ((nn.ReLU,), {}, "must be a torch.nn.Module, got type"),
+        ((nn.ReLU(),), {"lone": 1}, "lone must be a bool, got int"),
+        ((nn.ReLU(),), {"cpu": None}, "cpu must be a bool, got NoneType"),
+        ((nn.ReLU(),), {"log": True}, "log must be a function of a line, got bool"),
         ((nn.ReLU(), True), {}, "positional"),
     ],
 )
@@ -1157,12 +1156,12 @@ def test_wrong_arguments(arguments, options, message):
 def test_script_modules():
     scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
     for change in (gk.fuse, gk.unfuse):
-        with pytest.raises(TypeError, match="module is compiled by TorchScript"):
+        with pytest.raises(TypeError, match="module must not be compiled by TorchScript"):
             change(scripted)
 
 
-def test_report_is_printed_as_it_is(capsys):
-    gk.fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3), nn.Tanh()), report=print)
+def test_log_is_printed_as_it_is(capsys):
+    gk.fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3), nn.Tanh()), log=print)
     assert capsys.readouterr().out.splitlines() == [
         "fused 0 with 1: BatchNormLeakyReLU2d(3, negative_slope=0.0, eps=1e-05, momentum=0.1, "
         "affine=True, track_running_stats=True)",

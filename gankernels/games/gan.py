@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gankernels import networks
+from gankernels import networks, optim
 from gankernels.games import Adversarial, AdversarialOptions, Player, Round, option
 
 
@@ -33,7 +33,7 @@ class GAN(Adversarial):
         return networks.MLPDiscriminator(self.spec.image_shape)
 
     def players(self) -> list[Player]:
-        adam = partial(torch.optim.Adam, betas=(self.options.beta1, self.options.beta2))
+        adam = partial(optim.Adam, betas=(self.options.beta1, self.options.beta2))
         return [
             self.discriminator_player(partial(adam, lr=self.options.d_lr)),
             self.generator_player(partial(adam, lr=self.options.lr)),

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from gankernels import networks
+from gankernels import networks, optim
 from gankernels.games import AdversarialOptions, Player, option
 from gankernels.games.wgan import WGAN
 
@@ -56,7 +56,7 @@ class WGANGP(WGAN):
         return networks.ConvCritic(self.spec.channels, self.spec.size, self.options.width)
 
     def players(self) -> list[Player]:
-        adam = partial(torch.optim.Adam, betas=(self.options.beta1, self.options.beta2))
+        adam = partial(optim.Adam, betas=(self.options.beta1, self.options.beta2))
         return [
             self.discriminator_player(
                 partial(adam, lr=self.options.d_lr), name="critic", steps=self.options.n_critic

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gankernels.nn import MinibatchDiscrimination, MinibatchStdDev
+from gankernels.nn.cpu import OneDNNLinear
 
 
 def with_batch_statistics(
@@ -43,7 +44,7 @@ def with_batch_statistics(
     if kernels is not None:
         layers.append(MinibatchDiscrimination(width, *kernels))
         width += kernels[0]
-    last = nn.Linear(width, old.weight.shape[0], bias=old.bias is not None)
+    last = OneDNNLinear(width, old.weight.shape[0], bias=old.bias is not None)
     with torch.no_grad():
         last.weight[:, :features] = old.weight.flatten(1)
         if old.bias is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gankernels.networks._init import init_glorot
 from gankernels.networks._labels import join_one_hot
 from gankernels.nn import BatchNormLeakyReLU1d, BatchNormLeakyReLU2d
+from gankernels.nn.cpu import BitDropout, ConvToOneChannel2d, OneDNNLinear
 
 SLOPE = 0.2
 
@@ -39,7 +40,7 @@ class DenseConvGenerator(nn.Module):
         self.start = (4 * width, check_quarters(size), size // 4)
         units = 4 * width * (size // 4) ** 2
         self.dense = nn.Sequential(
-            nn.Linear(latent_dim + num_classes, units, bias=False),
+            OneDNNLinear(latent_dim + num_classes, units, bias=False),
             BatchNormLeakyReLU1d(units, negative_slope=SLOPE),
         )
         self.layers = nn.Sequential(
@@ -76,13 +77,13 @@ class DenseConvDiscriminator(nn.Module):
         self.features = nn.Sequential(
             nn.Conv2d(channels + num_classes, width, 5, stride=2, padding=2),
             nn.LeakyReLU(SLOPE),
-            nn.Dropout(dropout),
+            BitDropout(dropout),
             nn.Conv2d(width, 2 * width, 5, stride=2, padding=2),
             nn.LeakyReLU(SLOPE),
-            nn.Dropout(dropout),
+            BitDropout(dropout),
             nn.Flatten(),
         )
-        self.head = nn.Linear(2 * width * (size // 4) ** 2, 1)
+        self.head = OneDNNLinear(2 * width * (size // 4) ** 2, 1)
         self.apply(init_glorot)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -137,7 +138,7 @@ class DCGANDiscriminator(nn.Module):
             ]
             width *= 2
         self.features = nn.Sequential(*layers)
-        self.head = nn.Conv2d(last, 1, 4, bias=False)
+        self.head = ConvToOneChannel2d(last, 4, bias=False)
         self.apply(init_dcgan)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gankernels.networks._init import init_glorot
 from gankernels.networks._labels import check_labels
 from gankernels.nn import BatchNormLeakyReLU1d, LeakyReLUBatchNorm1d
+from gankernels.nn.cpu import BitDropout, OneDNNLinear
 
 SLOPE = 0.2
 # Keras counts the share of the old statistics that is kept (0.8), PyTorch the share replaced.
@@ -27,13 +28,13 @@ class MLPGenerator(nn.Module):
     ) -> None:
         super().__init__()
         self.image_shape = tuple(image_shape)
-        layers = [nn.Linear(latent_dim, widths[0]), nn.LeakyReLU(SLOPE)]
+        layers = [OneDNNLinear(latent_dim, widths[0]), nn.LeakyReLU(SLOPE)]
         for before, width in pairwise(widths):
             layers += [
-                nn.Linear(before, width),
+                OneDNNLinear(before, width),
                 BatchNormLeakyReLU1d(width, negative_slope=SLOPE, momentum=BN_MOMENTUM),
             ]
-        layers += [nn.Linear(widths[-1], prod(image_shape)), nn.Tanh()]
+        layers += [OneDNNLinear(widths[-1], prod(image_shape)), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -52,9 +53,9 @@ class MLPDiscriminator(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for before, width in pairwise((prod(image_shape), *widths)):
-            layers += [nn.Linear(before, width), nn.LeakyReLU(SLOPE)]
+            layers += [OneDNNLinear(before, width), nn.LeakyReLU(SLOPE)]
         self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(widths[-1], 1)
+        self.head = OneDNNLinear(widths[-1], 1)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         check_labels(labels, 0)
@@ -81,10 +82,10 @@ class EmbeddingMLPGenerator(nn.Module):
         layers: list[nn.Module] = []
         for before, width in pairwise((latent_dim, *widths)):
             layers += [
-                nn.Linear(before, width),
+                OneDNNLinear(before, width),
                 LeakyReLUBatchNorm1d(width, negative_slope=SLOPE, momentum=BN_MOMENTUM),
             ]
-        layers += [nn.Linear(widths[-1], prod(image_shape)), nn.Tanh()]
+        layers += [OneDNNLinear(widths[-1], prod(image_shape)), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
         self.apply(init_glorot)
 
@@ -112,16 +113,16 @@ class EmbeddingMLPDiscriminator(nn.Module):
         self.num_classes = num_classes
         self.embedding = nn.Embedding(num_classes, prod(image_shape))
         self.features = nn.Sequential(
-            nn.Linear(prod(image_shape), width),
+            OneDNNLinear(prod(image_shape), width),
             nn.LeakyReLU(SLOPE),
-            nn.Linear(width, width),
+            OneDNNLinear(width, width),
             nn.LeakyReLU(SLOPE),
-            nn.Dropout(dropout),
-            nn.Linear(width, width),
+            BitDropout(dropout),
+            OneDNNLinear(width, width),
             nn.LeakyReLU(SLOPE),
-            nn.Dropout(dropout),
+            BitDropout(dropout),
         )
-        self.head = nn.Linear(width, 1)
+        self.head = OneDNNLinear(width, 1)
         self.apply(init_glorot)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:

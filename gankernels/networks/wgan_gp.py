@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from gankernels.networks._init import init_glorot
 from gankernels.networks._labels import check_labels
 from gankernels.networks.dcgan import check_quarters
+from gankernels.nn.cpu import OneDNNLinear
 
 SLOPE = 0.2
 
@@ -23,7 +24,7 @@ class DeconvGenerator(nn.Module):
         quarter = check_quarters(size)
         eighth = (quarter + 1) // 2
         self.start = (4 * width, eighth, eighth)
-        self.dense = nn.Sequential(nn.Linear(latent_dim, 4 * width * eighth**2), nn.ReLU())
+        self.dense = nn.Sequential(OneDNNLinear(latent_dim, 4 * width * eighth**2), nn.ReLU())
         self.layers = nn.Sequential(
             _double(4 * width, 2 * width, cut=2 * eighth - quarter),
             nn.ReLU(),
@@ -56,7 +57,7 @@ class ConvCritic(nn.Module):
             nn.LeakyReLU(SLOPE),
             nn.Flatten(),
         )
-        self.head = nn.Linear(4 * width * eighth**2, 1)
+        self.head = OneDNNLinear(4 * width * eighth**2, 1)
         self.apply(init_glorot)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:

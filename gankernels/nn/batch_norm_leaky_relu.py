@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gankernels.nn.pairs import Eps, Half, call_in_trace
+from gankernels.nn._rewrite import Half, call_in_trace
+from gankernels.nn.pairs import Eps, slope_of
 from gankernels.ops.batch_norm_dispatch import compute
 from gankernels.ops.batch_norm_leaky_relu import Options, reference
 from gankernels.ops.collectives import check_group, group_of_several
@@ -59,6 +62,15 @@ class _BatchNormActivation(Half, _BatchNorm):
         self.negative_slope = negative_slope
         self.sync = sync
         self.process_group = process_group
+
+    def _reverting(self, group: list[nn.Module]) -> Callable[[], None]:
+        slope_of(group)
+
+        def finish() -> None:
+            del self.negative_slope
+            vars(self).pop("sync", None)  # which may have been set meanwhile
+
+        return finish
 
     @property
     def eps(self) -> float:

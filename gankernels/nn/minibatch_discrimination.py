@@ -8,7 +8,7 @@ from torch import distributed as dist
 from torch.fx import Proxy
 
 from gankernels.functional import minibatch_discrimination
-from gankernels.nn.pairs import call_in_trace
+from gankernels.nn._rewrite import call_in_trace
 from gankernels.ops.collectives import (
     check_group,
     group_of_several,

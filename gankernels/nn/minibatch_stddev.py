@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from gankernels.functional import minibatch_stddev
-from gankernels.nn.pairs import call_in_trace
+from gankernels.nn._rewrite import call_in_trace
 
 
 class MinibatchStdDev(nn.Module):

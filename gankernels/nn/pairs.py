@@ -1,76 +1,32 @@
-"""A BatchNorm and an activation that :func:`gankernels.fuse` lets compute as one.
+"""A norm and an activation that are computed as one, and what keeps them two to other code.
 
-The two stay where they are, and stay a BatchNorm and an activation to whoever asks: the norm's
-slot holds the fused layer, the activation's a layer that has nothing left to do. They are a pair as
-long as that is all there is to it. Whoever replaces or drops one of them, hooks into one, copies
-the norm or folds it into a convolution deals with two layers, so two layers they are again.
+The two stay where they are, and stay a BatchNorm and an activation by ``isinstance``: the norm
+becomes the fused layer, the activation an identity.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import sys
-import warnings
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as _module
 
-
-class Ref:
-    """A weak reference to a layer that copies and pickles of a network take along."""
-
-    def __init__(self, layer: nn.Module | None) -> None:
-        self._get = (lambda: None) if layer is None else weakref.ref(layer)
-
-    def __call__(self) -> nn.Module | None:
-        return self._get()
-
-    def __reduce__(self) -> tuple[type, tuple[nn.Module | None]]:
-        return Ref, (self(),)
+from gankernels.nn._rewrite import (
+    Half,
+    become,
+    call_in_trace,
+    come_apart,
+    is_rewritten,
+    partners,
+    watch,
+)
 
 
-class Half(nn.Module):
-    """What the layers that may be half of a pair have in common."""
-
-    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if "_before_fusion" not in vars(self) or finalizing():
-            return
-        for ref in vars(self)["_before_fusion"][1]:
-            # A shallow copy, as nn.DataParallel makes them, is nobody's partner.
-            if (partner := ref()) is not None and any(p is self for p in _partners(partner)):
-                with contextlib.suppress(TypeError, ValueError):
-                    take_apart(partner)
-
-
-def _partners(layer: nn.Module) -> list[nn.Module | None]:
-    return [ref() for ref in vars(layer).get("_before_fusion", (None, ()))[1]]
-
-
-def _registering(name: str) -> Callable:
-    def register(self, *args, **kwargs):
-        come_apart(self, "one of them gets a hook")
-        return getattr(nn.Module, name)(self, *args, **kwargs)
-
-    return register
-
-
-for _name in (
-    "register_forward_hook",
-    "register_forward_pre_hook",
-    "register_full_backward_hook",
-    "register_full_backward_pre_hook",
-    "register_backward_hook",
-):
-    setattr(Half, _name, _registering(_name))
-
-
-class _Done(Half):
-    """An activation that the norm of its pair computes."""
+class _Identity(Half):
+    """A layer that its partner computes."""
 
     __jit_ignored_attributes__ = ("_before_fusion",)
 
@@ -81,99 +37,67 @@ class _Done(Half):
         return input
 
 
-class FusedReLU(_Done, nn.ReLU):
+class FusedUpsample(_Identity, nn.Upsample):
+    """An Upsample that the convolution of its pair computes."""
+
+
+class FusedReLU(_Identity, nn.ReLU):
     """A ReLU that the norm of its pair computes."""
 
+    def _reverting(self, group: list[nn.Module]) -> Callable[[], None]:
+        slope = slope_of(group)
 
-class FusedLeakyReLU(_Done, nn.LeakyReLU):
+        def finish() -> None:
+            if slope is not None and slope != 0.0:
+                self.__class__ = nn.LeakyReLU  # type: ignore[assignment]
+                self.negative_slope = slope
+
+        return finish
+
+
+class FusedLeakyReLU(_Identity, nn.LeakyReLU):
     """A LeakyReLU that the norm of its pair computes, with the slope that is set here."""
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "negative_slope":
-            for norm in filter(None, _partners(self)):
+            for norm in filter(None, partners(self)):
                 norm.negative_slope = value
 
+    def _reverting(self, group: list[nn.Module]) -> Callable[[], None]:
+        slope = slope_of(group)
 
-_DONE = {nn.ReLU: FusedReLU, nn.LeakyReLU: FusedLeakyReLU}
+        def finish() -> None:
+            if slope is not None:
+                self.negative_slope = slope
 
-
-def call_in_trace(layer: nn.Module, input: Proxy) -> Proxy:
-    """A call of the layer as a whole, where torch.fx would look inside as in all but torch.nn's."""
-    tracer = input.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
-
-
-# ---- together and apart ------------------------------------------------------------------------
+        return finish
 
 
-def pair(norms: dict[nn.Module, type[nn.Module]], activation: nn.Module | None) -> None:
-    """Makes the norms fused layers of these classes; the activation, if any, is what they share."""
-    _watch(_module.register_module_module_registration_hook, _replaced)
-    slope = 1.0 if activation is None else getattr(activation, "negative_slope", 0.0)
-    if type(activation) is nn.ReLU:
-        slope = 0.0
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.ReLU: FusedReLU,
+    nn.LeakyReLU: FusedLeakyReLU,
+}
+
+
+def pair(norms: Mapping[nn.Module, type[nn.Module]], activation: nn.Module | None) -> None:
+    """Make the norms fused layers of these classes; the activation, if any, is what they share."""
+    slope = 1.0 if activation is None else 0.0
+    if isinstance(activation, nn.LeakyReLU):
+        slope = activation.negative_slope
     for norm, cls in norms.items():
-        norm._before_fusion = (type(norm), () if activation is None else (Ref(activation),))
-        norm.__class__ = cls
+        become(norm, cls, *([] if activation is None else [activation]))
         norm.negative_slope = slope
     if activation is not None:
-        activation._before_fusion = (type(activation), tuple(Ref(norm) for norm in norms))
-        activation.__class__ = _DONE[type(activation)]
+        become(activation, _FUSED[type(activation)], *norms)
 
 
-def take_apart(layer: nn.Module) -> None:
-    """Makes the layers of a pair what they were; does nothing to layers that are of none.
-
-    Raises:
-        TypeError: where one of them is parametrized, which has changed its class too.
-        ValueError: where norms that share an activation have been given different slopes.
-    """
-    group = [layer] if "_before_fusion" in vars(layer) else []
-    for member in group:
-        group += [m for m in _partners(member) if m is not None and m not in group]
-    for member in group:
-        if nn.utils.parametrize.is_parametrized(member):
-            raise TypeError(f"{member} is parametrized: remove its parametrizations first")
-    slopes = {m.negative_slope for m in group if not isinstance(m, _Done)}
+def slope_of(group: Sequence[nn.Module]) -> float | None:
+    """The slope of norms that share an activation. Raises ValueError where they have several."""
+    slopes = {m.negative_slope for m in group if not isinstance(m, _Identity)}
     if len(slopes) > 1:
         raise ValueError(f"norms that share an activation must have one slope, got {slopes}")
-    for member in group:
-        done = isinstance(member, _Done)
-        member.__class__ = vars(member).pop("_before_fusion")[0]
-        if not done:
-            del member.negative_slope
-            vars(member).pop("sync", None)  # which may have been set meanwhile
-        elif slopes and slopes != {getattr(member, "negative_slope", 0.0)}:
-            member.__class__ = nn.LeakyReLU
-            member.negative_slope = slopes.pop()
-
-
-def come_apart(layer: nn.Module, why: str) -> None:
-    """Takes a pair apart where other code needs the two, and says so, since it costs speed."""
-    if "_before_fusion" in vars(layer):
-        described = str(layer)
-        take_apart(layer)
-        warnings.warn(
-            f"{described} is a BatchNorm and an activation by themselves again, since {why}; "
-            "gankernels.fuse makes them one where they still are a pair",
-            stacklevel=4,
-        )
-
-
-def _replaced(owner: nn.Module, name: str, layer: nn.Module | None) -> None:
-    before = owner._modules.get(name)
-    if before is not None and before is not layer:
-        come_apart(before, "one of them is replaced")
-
-
-@functools.cache
-def _watch(register: Callable, hook: Callable) -> None:
-    """Lets PyTorch call ``hook`` for all that modules register from now on."""
-    register(hook)
-
-
-# ---- copies ------------------------------------------------------------------------------------
+    return slopes.pop() if slopes else None
 
 
 class Eps(float):
@@ -187,15 +111,15 @@ class Eps(float):
     __array_ufunc__ = None  # so that NumPy leaves sums to __radd__
 
     def __new__(cls, value: float, layer: nn.Module) -> Eps:
-        _watch(_module.register_module_parameter_registration_hook, _registered)
-        _watch(_module.register_module_buffer_registration_hook, _registered)
+        watch(_module.register_module_parameter_registration_hook, _registered)
+        watch(_module.register_module_buffer_registration_hook, _registered)
         self = super().__new__(cls, value)
         self.layer = layer
         return self
 
     def taken(self) -> float:
         layer = self.layer
-        if "_before_fusion" in vars(layer):
+        if is_rewritten(layer):
             come_apart(layer, "its eps is used to copy or fold the BatchNorm")
         elif getattr(layer, "negative_slope", 1.0) != 1.0:
             raise TypeError(

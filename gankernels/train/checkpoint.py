@@ -29,7 +29,6 @@ from gankernels.data import Data, Label, Spec
 from gankernels.games import Game
 from gankernels.train.blueprint import blueprint
 from gankernels.train.config import configure, from_dict, to_dict
-from gankernels.train.cpu import accelerate
 
 MAGIC = "gankernels checkpoint"
 VERSION = 4
@@ -252,8 +251,6 @@ def load_game(
     load_state(game, content["game"], path)
     for network, state in content["ema"].items():
         load_state(getattr(game, network), state, path)
-    if torch.device(device).type == "cpu":
-        accelerate(game)  # so that it samples what it sampled in training, to the last bit
     return game.to(device).eval(), to_dict(name, config, options)
 
 

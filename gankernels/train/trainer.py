@@ -25,13 +25,12 @@ from gankernels._threads import bound_threads
 from gankernels.data import Data
 from gankernels.games import Batch, Game, Loss, Player
 from gankernels.train import checkpoint
-from gankernels.train.adam import Adam
 from gankernels.train.averages import MovingAverages
 from gankernels.train.batches import Batches
 from gankernels.train.callbacks import Board, Callback, Metrics, Progress, Report, Score
 from gankernels.train.config import Config, settle
-from gankernels.train.cpu import accelerate, prepare_casts, use_casts
 from gankernels.train.graph import Call, choose_call
+from gankernels.train.half import HalfWeights
 from gankernels.train.losses import GRADIENT_NORM, DivergenceError, Losses, Name
 from gankernels.train.notifier import Notifier
 from gankernels.train.preview import save_preview
@@ -96,8 +95,6 @@ class Trainer(State):
                 stacklevel=2,
             )
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-        if self.device.type == "cpu":
-            accelerate(self.game)
         if self.ranks.size > 1:
             self.ranks.broadcast(self.game)
             synchronise(self.game)
@@ -120,11 +117,9 @@ class Trainer(State):
             player.name: make_optimizer(player, self.parameters[player.name])
             for player in self.players
         }
-        if self.device.type == "cpu":
-            bf16 = self.half == torch.bfloat16
-            casts = prepare_casts(self.game, self.half) if bf16 else {}
-            for optimizer in self.optimizers.values():
-                Adam.take_over(optimizer, casts)
+        self.half_weights = HalfWeights(self.game, self.half)
+        for optimizer in self.optimizers.values():
+            self.half_weights.serve(optimizer)
         # Where a graph reads the learning rates: on the CPU nowhere.
         self.rates = {
             (name, i): group["lr"]
@@ -200,13 +195,14 @@ class Trainer(State):
         config = self.config
         began, reported = time.perf_counter(), self.step
         last = False
+        self.half_weights.refresh()
         if self.step >= config.steps:  # nothing is left to do, but the files may be gone
             self.save()
         while self.step < config.steps and not last:
-            self.iterate()
+            self._advance()
             self.notify("on_step")
             if self.has_user_callbacks:
-                self._count_change()
+                self.half_weights.refresh()
             last = self._stopping() or self.step == config.steps
             values = None
             if self.step % config.log_every == 0 or last:
@@ -239,6 +235,10 @@ class Trainer(State):
 
     def iterate(self) -> None:
         """One iteration: every player that plays makes its steps, then the averages follow."""
+        self.half_weights.refresh()  # the weights may have changed since the last one
+        self._advance()
+
+    def _advance(self) -> None:
         players = [p for p in self.players if p.plays is None or p.plays(self.step)]
         moves = [
             (player, player.loss_of(self.step * player.steps + i))
@@ -302,12 +302,11 @@ class Trainer(State):
         """
         with self._alone(player):
             terms = self._step(player, loss, batch, measured)
-        optimizer = self.optimizers[player.name]
+        self.half_weights.refresh_after(self.optimizers[player.name])
         if player.after_step is not None:
             with torch.no_grad():
                 player.after_step()
-        if player.after_step is not None or optimizer._optimizer_step_post_hooks:
-            self._count_change()
+            self.half_weights.refresh()
         return terms
 
     @contextmanager
@@ -336,14 +335,13 @@ class Trainer(State):
         with (
             torch.autocast(self.device.type, self.half, enabled=self.half is not None),
             shard(self.ranks.rank, self.ranks.size),
-            use_casts(),
+            self.half_weights,
         ):
             terms = loss(batch, self.rng)
         optimizer, scaler = self.optimizers[player.name], self.scalers[player.name]
-        # Nobody but the optimiser is to see the gradients.
+        # Else somebody besides the optimizer reads the gradients.
         alone = not (measured or scaler.is_enabled() or self.ranks.size > 1)
-        own = alone and type(optimizer) is Adam
-        with optimizer.half_gradients() if own else nullcontext():
+        with self.half_weights.gradients(optimizer) if alone else nullcontext():
             scaler.scale(sum(terms.values())).backward()
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.ranks.average(gradients)
@@ -352,13 +350,8 @@ class Trainer(State):
             terms = {**terms, GRADIENT_NORM: nn.utils.get_total_norm(gradients)}
         scaler.step(optimizer)
         scaler.update()
-        if type(optimizer) is not Adam:  # fused ones of PyTorch's leave versions alone
-            torch.autograd.graph.increment_version(parameters)
         return terms
 
-    def _count_change(self) -> None:
-        """After what may have written to `.data` of any weight, for cpu.use_casts."""
-        torch.autograd.graph.increment_version(self.all_parameters)
 
     @contextmanager
     def sampling(self) -> Iterator[Game]:

@@ -29,7 +29,7 @@ def test_table_and_json(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", fuse.NETWORKS)
 def test_pairs_are_counted_for_the_networks_of_the_benchmark(name):
     lines = []
-    network = gk.fuse(fuse.NETWORKS[name](), report=lines.append)
+    network = gk.fuse(fuse.NETWORKS[name](), log=lines.append)
     assert sum(line.startswith("fused") for line in lines) == network.PAIRS
 
 

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gankernels import games
-from gankernels.train import trainer as trainer_module
+from gankernels.nn.cpu import conv_to_one, dropout, linear, upsample_conv
+from gankernels.optim import Adam
 
 aten = torch.ops.aten
 #: What gives a number to the host, or a tensor whose size the device alone knows.
@@ -39,9 +40,10 @@ class NoWaiting(TorchDispatchMode):
 @pytest.fixture
 def captured(run, monkeypatch):
     """`captured(game, **settings)`: two iterations as a graph would see them, report and all."""
-    # The CPU's own ways, which no GPU takes.
-    monkeypatch.setattr(trainer_module, "accelerate", lambda network: None)
-    monkeypatch.setattr(trainer_module.Adam, "take_over", lambda optimizer, casts: None)
+    # What the CPU computes in its own way.
+    for module in (linear, dropout, conv_to_one, upsample_conv):
+        monkeypatch.setattr(module, "runs_on_cpu", lambda x: False)
+    monkeypatch.setattr(Adam, "_kernel_can_step", lambda optimizer: False)
     # Its labels are checked on the CPU, by reading them, and on CUDA by the kernel.
     monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
 

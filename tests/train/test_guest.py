@@ -16,7 +16,10 @@ from torch import nn
 from gankernels import _threads as cpus
 from gankernels._shard import per_sample, shard
 from gankernels.games import DataSpec, Game, Player, get
-from gankernels.train import Callback, Config, Trainer, cpu
+from gankernels.nn.cpu import OneDNNLinear
+from gankernels.nn.cpu.linear import half_copies
+from gankernels.train import Callback, Config, Trainer
+from gankernels.train.half import HalfWeights
 
 
 class Mine(Game):
@@ -197,7 +200,7 @@ def state_of_the_process():
         "environment": dict(os.environ),
         "folder": os.getcwd(),
         "warnings": list(warnings.filters),
-        "casts": bool(cpu._casts_in_use),
+        "half copies": half_copies.get(),
         "matplotlib": dict(matplotlib.rcParams),
     }
 
@@ -245,28 +248,30 @@ def test_trainers_in_threads_leave_no_flag_and_do_not_mix(make, capsys):
 
 
 def test_what_belongs_to_a_thread():
-    """Casts in use and parts of a batch are those of the thread that trains."""
+    """Half-precision copies and parts of a batch are those of the thread that trains."""
     entered, leave = threading.Event(), threading.Event()
 
+    half = HalfWeights(OneDNNLinear(2, 2), torch.bfloat16)
+
     def other():
-        with cpu.use_casts(), shard(1, 2):
+        with HalfWeights(OneDNNLinear(2, 2), torch.bfloat16), shard(1, 2):
             entered.set()
             leave.wait(10)
 
     draw = torch.arange
     thread = threading.Thread(target=other)
-    with cpu.use_casts(), shard(0, 3):
+    with half, shard(0, 3):
         thread.start()
         assert entered.wait(10)
         assert per_sample(draw, 2).tolist() == [0, 1]
         with shard(2, 3):
             assert per_sample(draw, 2).tolist() == [4, 5]
-        assert cpu._casts_in_use
-    assert not cpu._casts_in_use
+        assert half_copies.get() is half
+    assert half_copies.get() is None
     assert per_sample(draw, 2).tolist() == [0, 1]
     leave.set()
     thread.join()
-    assert not cpu._casts_in_use
+    assert half_copies.get() is None
 
 
 def test_compiled_code_follows_the_part():
@@ -278,3 +283,21 @@ def test_compiled_code_follows_the_part():
     with shard(1, 2):
         assert compiled(zero).tolist() == [2, 3]
     assert compiled(zero).tolist() == [0, 1]
+
+
+def test_no_class_is_changed(make):
+    """Neither of layers nor of optimizers, before, during and after a run."""
+    trainer = make(precision="bf16")
+    assert type(trainer.game.discriminator[0]) is nn.Linear
+
+    def types():
+        return [type(m) for m in trainer.game.modules()]
+
+    seen = []
+    trainer.callbacks.append(type("Look", (Callback,), {})())
+    trainer.callbacks[-1].on_step = lambda trainer: seen.append(types())
+    before = types()
+    trainer.fit()
+    assert seen == [before] * 4
+    assert types() == before
+    assert {type(o) for o in trainer.optimizers.values()} == {torch.optim.Adam}

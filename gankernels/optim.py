@@ -1,9 +1,8 @@
-"""Adam on CPU in one call."""
+"""Optimizers whose steps are kernels of this package."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
@@ -13,59 +12,49 @@ from torch import Tensor
 from torch.optim import optimizer as hooks
 
 from gankernels._library import LOADED
-from gankernels.train.cpu import Cast
+
+__all__ = ["Adam"]
 
 
 class Adam(torch.optim.Adam):
-    """What `torch.optim.Adam` computes, in one call of a kernel (csrc/kernels/adam.h).
+    """:class:`torch.optim.Adam`, which on CPUs makes a step in one call of a kernel.
 
-    Gradients in bfloat16 are taken as they are, and casts of parameters are written with them. Its
-    states and state_dict are PyTorch's, and it becomes PyTorch's again where it is asked for what
-    the kernel cannot do.
+    Arguments, hooks, ``state_dict()`` and results (up to rounding) are those of
+    :class:`torch.optim.Adam`, and the state of either can be loaded into the other. The kernel
+    steps float32 parameters on CPUs. PyTorch's own step is taken for everything else: other
+    devices and dtypes, ``amsgrad``, ``maximize``, ``capturable``, ``differentiable``,
+    ``decoupled_weight_decay``, a learning rate that is a tensor, and parameters with gaps in
+    memory.
+
+    Attributes:
+        copies: a bfloat16 copy for some of the parameters, which every step brings up to date.
+        half_gradients: gradients in bfloat16 for some of the parameters. A step takes them from
+            here and adds them to ``grad``, without a conversion where ``grad`` is None.
+
+    Example::
+
+        optimizer = gankernels.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     """
 
-    casts: Mapping[Tensor, Cast] = MappingProxyType({})
+    copies: Mapping[Tensor, Tensor] = MappingProxyType({})
+    half_gradients: MutableMapping[Tensor, Tensor] | None = None
 
-    @staticmethod
-    def take_over(optimizer: torch.optim.Optimizer, casts: Mapping[Tensor, Cast]) -> None:
-        """Let `optimizer` be one of this class if it is PyTorch's, with what the kernel can do."""
-        if LOADED and type(optimizer) is torch.optim.Adam and _can_step(optimizer):
-            optimizer.__class__ = Adam
-            optimizer.casts = casts
-            optimizer._step_supports_amp_scaling = False  # so that a GradScaler unscales and skips
-
-    @contextmanager
-    def half_gradients(self) -> Iterator[None]:
-        """Gradients of casts stay in half precision inside, if nobody is to see them but `step`."""
+    @property
+    def takes_half_gradients(self) -> bool:
+        """Whether the next step reads ``half_gradients`` and nobody looks at ``grad`` before it."""
         hooked = self._optimizer_step_pre_hooks or hooks._global_optimizer_pre_hooks
-        casts = []
-        if not hooked and all(map(_is_plain, self.param_groups)):
-            casts = [
-                self.casts[p] for p in self._parameters() if p in self.casts and not _hooked(p)
-            ]
-        for cast in casts:
-            cast.keeps_gradient, cast.gradient = True, None
-        try:
-            yield
-        finally:
-            for cast in casts:
-                cast.keeps_gradient = False
+        return not hooked and self._kernel_can_step()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        if not all(map(_is_plain, self.param_groups)):
-            self.__class__ = torch.optim.Adam
-            return self.step(closure)
-        return self._step(closure)
-
-    step.hooked = True  # PyTorch's mark of what calls hooks, as `_step` does
-
-    @torch.optim.Optimizer.profile_hook_step
     @torch.no_grad()
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if not self._kernel_can_step():
+            return self._step_of_pytorch(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._unscale():
+            return loss
         nothing = torch.empty(0)
         for group in self.param_groups:
             moved = [(p, g) for p in group["params"] if (g := self._gradient(p)) is not None]
@@ -73,44 +62,75 @@ class Adam(torch.optim.Adam):
                 continue
             parameters, gradients = zip(*moved, strict=True)
             states = [self.state[p] or self._start(p) for p in parameters]
-            casts = [self.casts.get(p) for p in parameters]
-            written = [nothing if cast is None else cast.value for cast in casts]
+            copies = [self.copies.get(p, nothing) for p in parameters]
             torch.ops.gankernels.adam_.default(
                 parameters,
                 gradients,
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [state["step"] for state in states],
-                written,
+                copies,
                 float(group["lr"]),
                 *group["betas"],
                 group["eps"],
                 group["weight_decay"],
             )
-            torch.autograd.graph.increment_version([*parameters, *written])
-            for cast in casts:
-                if cast is not None:
-                    cast.version = cast.parameter._version
+            torch.autograd.graph.increment_version([*parameters, *copies])
         return loss
+
+    def _step_of_pytorch(self, closure: Callable[[], Any] | None) -> Any:
+        for parameter in self._parameters() if self.half_gradients else ():
+            gradient = self._gradient(parameter)
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        step = torch.optim.Adam.step
+        if getattr(step, "hooked", False):  # the hooks are called around this class's own step
+            step = step.__wrapped__  # type: ignore[attr-defined]
+        loss = step(self, closure)
+        for parameter in self._parameters():
+            if parameter in self.copies:
+                self.copies[parameter].copy_(parameter)
+        return loss
+
+    def _kernel_can_step(self) -> bool:
+        return (
+            LOADED
+            and all(map(_is_plain, self.param_groups))
+            and all(map(_is_dense_float32, self._parameters()))
+        )
+
+    def _unscale(self) -> bool:
+        """Divide gradients by the scale of a GradScaler that leaves it to the optimizer, as it does
+        with ``fused=True``. False where they are not finite: the step is then skipped."""
+        found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        if found_inf is not None and found_inf.item():
+            return False
+        if scale is not None:
+            gradients = [p.grad for p in self._parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, scale.double().reciprocal().float())
+        return True
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
         gradient = parameter.grad
         if gradient is not None and gradient.layout != torch.strided:
             raise RuntimeError("Adam does not support sparse gradients, use SparseAdam instead")
-        half = self.casts[parameter].take_gradient() if parameter in self.casts else None
+        half = self.half_gradients.pop(parameter, None) if self.half_gradients else None
         if gradient is None or half is None:
             return half if gradient is None else gradient
         return gradient + half
 
     def _start(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.state[parameter]
+        state: dict[str, Tensor] = self.state[parameter]
         state["step"] = torch.zeros((), dtype=torch.float32)
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError, and leaves all as it was, for a state that no Adam has left behind."""
+        """Load a state of this class or of :class:`torch.optim.Adam`.
+
+        Raises:
+            ValueError: where the state cannot be one of Adam. The optimizer is then unchanged.
+        """
         before = {name: vars(self)[name] for name in ("state", "param_groups")}
         try:
             super().load_state_dict(state_dict)
@@ -123,25 +143,11 @@ class Adam(torch.optim.Adam):
             vars(self).update(before)
             if isinstance(error, ValueError):
                 raise
-            raise ValueError(f"this is no state of Adam: {error!r}") from error
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        if not _can_step(self):
-            self.__class__ = torch.optim.Adam
+            raise ValueError(f"state_dict must be a state of Adam, got {error!r}") from error
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:
             yield from group["params"]
-
-
-def _can_step(optimizer: torch.optim.Adam) -> bool:
-    if "step" in vars(optimizer):  # schedulers, for one, put a function there that calls PyTorch's
-        return False
-    return all(
-        _is_plain(group) and all(map(_is_dense_float32, group["params"]))
-        for group in optimizer.param_groups
-    )
 
 
 def _is_plain(group: dict[str, Any]) -> bool:
@@ -149,10 +155,16 @@ def _is_plain(group: dict[str, Any]) -> bool:
     return not (any(group.get(name) for name in unknown) or isinstance(group["lr"], Tensor))
 
 
+def _is_dense_float32(p: Tensor) -> bool:
+    if not p.is_cpu or p.dtype != torch.float32:
+        return False
+    return p.is_contiguous() or torch.empty_like(p).stride() == p.stride()
+
+
 def _check_options(group: dict[str, Any]) -> None:
     for name in ("lr", "betas", "eps", "weight_decay"):
         numbers = group[name] if name == "betas" else (group[name],)
-        tensor = name == "lr" and isinstance(group[name], Tensor)  # then PyTorch's Adam steps
+        tensor = name == "lr" and isinstance(group[name], Tensor)  # PyTorch's step takes one
         if not tensor and not all(isinstance(n, Real) for n in numbers):
             raise ValueError(f"{name} must be a number, or two for betas, got {group[name]!r}")
     if len(group["betas"]) != 2:
@@ -160,7 +172,7 @@ def _check_options(group: dict[str, Any]) -> None:
 
 
 def _checked_state(name: str, state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """The state in the parameter's layout, if it can be this parameter's."""
+    """The state in the parameter's memory layout. Raises ValueError unless it fits."""
     checked = dict(state)
     for moment in ("exp_avg", "exp_avg_sq"):
         value = state.get(moment)
@@ -187,12 +199,3 @@ def _described(value: object) -> str:
     if value.numel() == 1 and not value.is_meta:
         return f"{value.item()}"
     return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-
-
-def _is_dense_float32(p: Tensor) -> bool:
-    dense = p.is_contiguous() or torch.empty_like(p).stride() == p.stride()
-    return p.device.type == "cpu" and p.dtype == torch.float32 and dense
-
-
-def _hooked(p: Tensor) -> bool:
-    return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
