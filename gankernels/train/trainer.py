@@ -199,7 +199,7 @@ class Trainer(State):
         if self.step >= config.steps:  # nothing is left to do, but the files may be gone
             self.save()
         while self.step < config.steps and not last:
-            self._advance()
+            self.advance()
             self.notify("on_step")
             if self.has_user_callbacks:
                 self.half_weights.refresh()
@@ -236,9 +236,10 @@ class Trainer(State):
     def iterate(self) -> None:
         """One iteration: every player that plays makes its steps, then the averages follow."""
         self.half_weights.refresh()  # the weights may have changed since the last one
-        self._advance()
+        self.advance()
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
+        """`iterate` where nobody but this trainer has changed weights since the last iteration."""
         players = [p for p in self.players if p.plays is None or p.plays(self.step)]
         moves = [
             (player, player.loss_of(self.step * player.steps + i))

@@ -21,7 +21,7 @@ from gankernels.train.trainer import make_optimizer
 
 def twins(*sizes):
     """Two equal networks."""
-    layers = [OneDNNLinear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [OneDNNLinear(a, b) for a, b in pairwise(sizes)]
     network = nn.Sequential(*layers)
     return network, copy.deepcopy(network)
 
