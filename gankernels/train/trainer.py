@@ -88,7 +88,7 @@ class Trainer(State):
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
         layout = torch.channels_last if game.channels_last else torch.contiguous_format
         self.batches = Batches(data, config, self.ranks, self.rng, layout)
-        self.game = game.to(self.device, memory_format=layout)
+        self.game = game.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         if not game.training:
             warnings.warn(
                 "the game is in evaluation mode and stays so: without dropout, and with the "
