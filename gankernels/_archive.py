@@ -44,8 +44,8 @@ def load(path: Path, device: str | torch.device = "cpu") -> Any:
         for member in members:
             if member.filename.endswith(".pkl"):
                 for opcode, argument, _ in pickletools.genops(archive.read(member)):
-                    if opcode.name == "GLOBAL" and not NAMES.fullmatch(argument):
-                        raise zipfile.BadZipFile(f"it wants {argument.replace(' ', '.')}")
+                    if opcode.name == "GLOBAL" and not NAMES.fullmatch(str(argument)):
+                        raise zipfile.BadZipFile(f"it wants {str(argument).replace(' ', '.')}")
     return torch.load(path, map_location=device, weights_only=True)
 
 

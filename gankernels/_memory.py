@@ -35,10 +35,10 @@ def available(device: str | torch.device = "cpu") -> int | None:
     if told := re.search(r"^MemAvailable:\s+(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE):
         bounds.append(int(told[1]) * 1024)
     for folder, *names, cached in CGROUPS:
-        limit, used = (_text(Path(folder, name)).strip() for name in names)
-        if limit.isdigit() and used.isdigit():  # "max" where there is none
+        most, used = (_text(Path(folder, name)).strip() for name in names)
+        if most.isdigit() and used.isdigit():  # "max" where there is none
             told = re.search(rf"^{cached} (\d+)$", _text(Path(folder, "memory.stat")), re.MULTILINE)
-            bounds.append(int(limit) - int(used) + (int(told[1]) if told else 0))
+            bounds.append(int(most) - int(used) + (int(told[1]) if told else 0))
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and (pages := _text("/proc/self/statm").split()):
         bounds.append(limit - int(pages[0]) * resource.getpagesize())

@@ -13,7 +13,7 @@ import pickletools
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -107,6 +107,7 @@ def find(folder: Path) -> list[Path]:
 def read_folder(folder: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Training images uint8 ``(N, 3, 32, 32)``, labels int64 ``(N,)``, class names."""
     kind = _folder_set(folder)
+    assert kind is not None  # is_folder
     try:
         parts = {}
         for name in kind.files:
@@ -125,13 +126,14 @@ def read_archive(archive: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     try:
         with open_unpacked(archive) as (stream, _):
             bounded = _Bounded(stream)
-            with tarfile.open(fileobj=bounded, mode="r:") as tar:
+            with tarfile.open(fileobj=cast(BinaryIO, bounded), mode="r:") as tar:
                 for member in tar:
                     bounded.check(member.size)  # of a sparse one, little of it is in the archive
                     name = Path(member.name).name
                     if member.isfile() and name in _SET_OF:
-                        content = tar.extractfile(member).read()
-                        parts[name] = _unpickle(f"{archive}: {member.name}", name, content)
+                        file = tar.extractfile(member)
+                        assert file is not None  # isfile
+                        parts[name] = _unpickle(f"{archive}: {member.name}", name, file.read())
             # What gzip says of its content stands behind it.
             while bounded.read(1 << 20):
                 pass
