@@ -1,4 +1,4 @@
-"""Others' archives of tensors: read without trust, and compared with what they have to be.
+"""Reads archives of tensors without trusting them, and checks their content.
 
 `torch.load(weights_only=True)` keeps a file from running code. It does not keep one from asking for
 a terabyte, from blocking, or from putting an empty, expanded or sparse tensor where a kernel

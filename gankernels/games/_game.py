@@ -1,4 +1,4 @@
-"""What a GAN tells a trainer: the parts every game is made of."""
+"""The parts of every game: batches, players, options, and the base class."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Options(BareOptions):
 
 
 class Game(nn.Module):
-    """Networks, who moves them and what each of them minimizes.
+    """Networks, the players that move them, and what each player minimizes.
 
     A subclass defines `players()` and, where the usual one is not its own, `make()`. The usual game
     has a network `self.generator` that maps noise `(n, latent_dim)` and the columns `given` to

@@ -31,8 +31,8 @@ class Progress(Callback):
             self.bar.update()
 
     def on_report(self, trainer: Run, values: dict[str, float]) -> None:
-        told = {k: v for k, v in values.items() if not k.endswith((GRADIENT_NORM, "it_per_s"))}
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in told.items())
+        losses = {k: v for k, v in values.items() if not k.endswith((GRADIENT_NORM, "it_per_s"))}
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
         if self.bar is not None:
             self.bar.set_postfix_str(shown)
             return

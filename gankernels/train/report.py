@@ -1,4 +1,4 @@
-"""The page that shows a run: state, samples, curves, settings."""
+"""The HTML report of a run: state, samples, curves, settings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_report(
     which there is `evaluate --json`.
 
     Args:
-        damaged: told of a picture or of scores that cannot be shown, and why; warns by itself.
+        damaged: called with a picture or scores that cannot be shown, and why; by default it warns.
 
     Raises:
         FileNotFoundError, ValueError: no config.json, or one that is no JSON.

@@ -36,7 +36,7 @@ from gankernels.train.learning_rates import LearningRates
 from gankernels.train.losses import GRADIENT_NORM, DivergenceError, Losses, Name
 from gankernels.train.notifier import Notifier
 from gankernels.train.preview import save_preview
-from gankernels.train.ranks import Ranks, synchronise
+from gankernels.train.ranks import Ranks, synchronize
 from gankernels.train.run_folder import RunFolder
 from gankernels.train.signals import StopRequest
 from gankernels.train.state import State
@@ -97,7 +97,7 @@ class Trainer(State):
             accelerate(self.game)
         if self.ranks.size > 1:
             self.ranks.broadcast(self.game)
-            synchronise(self.game)
+            synchronize(self.game)
             torch.manual_seed((config.seed + self.ranks.rank) % 2**64)  # each drops out on its own
         self.players = game.players()
         steps = sum(player.steps for player in self.players)
