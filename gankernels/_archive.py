@@ -1,4 +1,4 @@
-"""Others' archives of tensors: read without trust, and compared with what they have to be.
+"""Reads archives of tensors without trusting them, and checks their content.
 
 `torch.load(weights_only=True)` keeps a file from running code. It does not keep one from asking for
 a terabyte, from blocking, or from putting an empty, expanded or sparse tensor where a kernel
@@ -44,8 +44,8 @@ def load(path: Path, device: str | torch.device = "cpu") -> Any:
         for member in members:
             if member.filename.endswith(".pkl"):
                 for opcode, argument, _ in pickletools.genops(archive.read(member)):
-                    if opcode.name == "GLOBAL" and not NAMES.fullmatch(argument):
-                        raise zipfile.BadZipFile(f"it wants {argument.replace(' ', '.')}")
+                    if opcode.name == "GLOBAL" and not NAMES.fullmatch(str(argument)):
+                        raise zipfile.BadZipFile(f"it wants {str(argument).replace(' ', '.')}")
     return torch.load(path, map_location=device, weights_only=True)
 
 

@@ -1,4 +1,4 @@
-"""What is said to whoever reads stdout and stderr; that nobody does is no reason to fail.
+"""Output to stdout and stderr that never fails, whether or not somebody reads it.
 
 A reader may have gone (`| head`), may have stopped to read (a terminal on hold), may know ASCII
 only; the stream may be a full disk or closed from the start. Work goes on in all of these cases.

@@ -1,4 +1,4 @@
-"""The device that a name stands for."""
+"""Chooses a device by name."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _TEMPORARY = re.compile(r"\.gankernels-\d+-[0-9a-f]{16}\.tmp")
 _unsynced: set[str] = set()
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, fsync it, rename it to `path`.
 
     Whatever goes wrong (a full disk, a kill), `path` keeps its old content or does not exist. A
@@ -290,7 +290,7 @@ def _named_descriptor(path: Path) -> int | None:
     return None
 
 
-def _write_through(path: Path, descriptor: int | None, write: Callable[[BinaryIO], None]) -> None:
+def _write_through(path: Path, descriptor: int | None, write: Callable[[BinaryIO], object]) -> None:
     with tempfile.TemporaryFile() as whole:  # what writes archives wants to go back and forth
         write(whole)
         whole.seek(0)

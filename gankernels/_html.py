@@ -29,6 +29,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from gankernels._files import write_atomically
 from gankernels._paths import expand
 
 #: Inches that a figure as wide as the page has; text of 9 points then has the page's size.
@@ -220,9 +221,7 @@ class Page:
         )
 
     def write(self, path: str | Path) -> None:
-        """Write the page; whoever has `path` open sees the old one or the new one."""
-        from gankernels._files import write_atomically  # the trainer imports this module
-
+        """Write the page atomically: readers of `path` see the old page or the new one."""
         content = self.html().encode("utf-8", errors="replace")
         write_atomically(expand(path), lambda file: file.write(content))
 
@@ -338,7 +337,7 @@ def _column(values: list[Any]) -> tuple[list[str], bool]:
 
 
 def _class(*names: str | bool) -> str:
-    chosen = " ".join(name for name in names if name)
+    chosen = " ".join(str(name) for name in names if name)
     return f' class="{chosen}"' if chosen else ""
 
 
@@ -378,7 +377,7 @@ def _svg(figure: Any, alt: str, prefix: str) -> str:
     file = io.StringIO()
     # Text stays text, in the page's font; ids repeat from run to run.
     own = {"svg.fonttype": "none", "svg.hashsalt": "gankernels"}
-    with style(), matplotlib.rc_context(own):
+    with style(), matplotlib.rc_context(own):  # type: ignore[arg-type]
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].strip()
@@ -388,7 +387,7 @@ def _svg(figure: Any, alt: str, prefix: str) -> str:
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text)
     for name, (light, _) in _COLOURS.items():
         text = re.sub(rf"(stroke|fill): {light}\b", rf"\1: var(--{name})", text)
-    viewbox = re.search(r'viewBox="[^"]*"', text)[0]
+    (viewbox,) = re.findall(r'viewBox="[^"]*"', text)[:1]
     opened = f'<svg {viewbox} xmlns:xlink="http://www.w3.org/1999/xlink" role="img"'
     opened += f' aria-label="{escape(alt)}">'
     return opened + text[text.index(">") + 1 :]

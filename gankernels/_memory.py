@@ -1,4 +1,4 @@
-"""What fits into memory, asked before it is taken: Linux promises more than it has, then kills."""
+"""Checks for free memory in advance: Linux promises more memory than it has, then kills."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CGROUPS = (
 
 
 def available(device: str | torch.device = "cpu") -> int | None:
-    """Bytes that this process can still take on a device; None where nobody says."""
+    """The bytes that this process can still allocate on a device; None if unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -35,10 +35,10 @@ def available(device: str | torch.device = "cpu") -> int | None:
     if told := re.search(r"^MemAvailable:\s+(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE):
         bounds.append(int(told[1]) * 1024)
     for folder, *names, cached in CGROUPS:
-        limit, used = (_text(Path(folder, name)).strip() for name in names)
-        if limit.isdigit() and used.isdigit():  # "max" where there is none
+        most, used = (_text(Path(folder, name)).strip() for name in names)
+        if most.isdigit() and used.isdigit():  # "max" where there is none
             told = re.search(rf"^{cached} (\d+)$", _text(Path(folder, "memory.stat")), re.MULTILINE)
-            bounds.append(int(limit) - int(used) + (int(told[1]) if told else 0))
+            bounds.append(int(most) - int(used) + (int(told[1]) if told else 0))
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and (pages := _text("/proc/self/statm").split()):
         bounds.append(limit - int(pages[0]) * resource.getpagesize())
@@ -46,7 +46,7 @@ def available(device: str | torch.device = "cpu") -> int | None:
 
 
 def require(needed: int, what: str, device: str | torch.device = "cpu") -> None:
-    """Raises ValueError, beginning with `what`, where so many bytes are not to be had."""
+    """Raises ValueError, beginning with `what`, where there is less free memory than `needed`."""
     free = available(device)
     if free is not None and needed > free:
         raise ValueError(f"{what} needs {size(needed)} of memory or more, {size(free)} are free")
@@ -74,7 +74,7 @@ def too_large(error: BaseException) -> str | None:
 
 
 def size(count: int) -> str:
-    """A number of bytes for a reader."""
+    """A number of bytes in words."""
     count = min(count, 2**70)
     power = min(max(count.bit_length() - 1, 0) // 10, len(UNITS) - 1)
     return f"{count / 1024**power:,.{min(power, 1)}f} {UNITS[power]}"

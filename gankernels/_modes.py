@@ -1,8 +1,8 @@
-"""Modules in evaluation mode, for a while."""
+"""Modes of networks that last for a `with` block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; then every module is in its own again, which may be either."""
+    """Put a network into evaluation mode; at the end every module gets its own mode back."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -19,3 +19,24 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         for module, training in modes:  # parents first: their train() reaches their children
             if module.training != training:
                 module.train(training)
+
+
+@contextmanager
+def training_only(own: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Freeze all other parameters, and clear the gradients of its own before and after.
+
+    Users decide whether a parameter can be trained, also while a run goes on: one that is frozen
+    already stays frozen afterwards.
+    """
+    frozen = [parameter for parameter in others if parameter.requires_grad]
+    for parameter in own:
+        parameter.grad = None
+    for parameter in frozen:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad = True
+        for parameter in own:
+            parameter.grad = None

@@ -59,8 +59,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
             raise ValueError
         number = hint(value)
     except (ValueError, TypeError, KeyError, OverflowError):
-        kind = {int: "a whole number", float: "a number", bool: "true or false"}
-        kind = kind.get(hint, "text")
+        kinds = {int: "a whole number", float: "a number", bool: "true or false"}
+        kind = kinds.get(hint, "text")
         raise ValueError(f"{name} must be {kind}, got {reprlib.repr(value)}") from None
     if hint is int and abs(number) >= 2**64:
         raise ValueError(f"{name} must fit into 64 bits, got {reprlib.repr(value)}")

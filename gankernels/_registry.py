@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoints, entry_points
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """The names of all, sorted; `get(name)` returns the class."""
-        installed = (entry.name for entry in entry_points(group=self.package))
+        installed = (entry.name for entry in _installed(self.package))
         return sorted({*self._modules(), *self._registered, *installed})
 
     def get(self, name: str) -> type[T]:
@@ -40,7 +41,7 @@ class Registry(Generic[T]):
             return self._registered[name]
         if module := self._modules().get(name):
             return self._class_in(module)
-        for entry in entry_points(group=self.package, name=name):
+        for entry in _installed(self.package).select(name=name):
             return self.register(name, entry.load())
         names = self.names()
         close = difflib.get_close_matches(name, names, n=1)
@@ -79,6 +80,11 @@ class Registry(Generic[T]):
             names = ", ".join(member.__name__ for member in found) or "none"
             raise TypeError(f"{module.__name__} must define one {self.base.__name__}, got {names}")
         return found[0]
+
+
+@cache
+def _installed(group: str) -> EntryPoints:
+    return entry_points(group=group)
 
 
 def _spelled(module: str) -> str:

@@ -1,4 +1,4 @@
-"""How many threads this process may keep busy."""
+"""The number of usable CPU threads: affinity and cgroup quota."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available(cgroup: Path = CGROUP) -> int:
-    """Processors that the scheduler and the container's quota (cgroup v2 or v1) leave to us."""
+    """The number of processors that affinity and the container's quota (cgroup v2 or v1) allow."""
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:
@@ -32,7 +32,7 @@ def available(cgroup: Path = CGROUP) -> int:
 
 
 def threads() -> int:
-    """PyTorch's threads, but no more than `available`: more than that make each other wait.
+    """The number of PyTorch's threads, but at most `available`: more would wait for each other.
 
     PyTorch counts the processors it may run on, but knows nothing of a container's quota.
     """

@@ -209,7 +209,7 @@ def test_build_info_is_readable():
         (["evaluate", "nowhere", "--count", f"{10**15}"], f"--count {10**15} needs "),
         (["bench", "--seconds", "inf"], "seconds must be finite, got inf"),
         (["train", "missing.json"], "missing.json"),
-        (["train"], "MODEL"),
+        (["train"], "GAME"),
         (["fly"], "fly"),
         (["sample", "nowhere"], "nowhere does not exist"),
     ],

@@ -12,6 +12,7 @@ from gankernels import data, metrics, train
 from gankernels._console import is_terminal
 from gankernels._devices import choose_device
 from gankernels._files import is_stdout, write_json
+from gankernels._memory import require
 from gankernels._paths import expand
 from gankernels.cli._common import add_device, add_source, show, user_errors
 from gankernels.data import Data
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The result by name, as for JSON, and as lines for a terminal; shares are in [0, 1]."""
+    if args.count is not None:
+        require(256 * args.count, f"--count {args.count}")
     sample.check_seed(args.seed)
     chosen = None if args.metrics is None else metrics.parse(args.metrics)
     device = choose_device(args.device)

@@ -97,7 +97,7 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     form, out = choose_format(args.format, args.out)
     game, _ = train.load_game(args.source, choose_device(args.device))
-    if not isinstance(game.spec[game.makes], Image) or not hasattr(game.options, "latent_dim"):
+    if not isinstance(game.spec[game.makes], Image) or not game.latent_dim:
         raise ValueError(
             f"{args.source} must be of a game that makes images from noise, got {game.name}: "
             "sample it by Game.sample"
@@ -111,31 +111,31 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
     if args.interpolate is None:
         count = args.count or 64
         check_room(game, count, args.columns or 1, form, out)
-        labels, columns = arrange(count, labels)
+        chosen, columns = arrange(count, labels)
         columns = args.columns or columns
         noise = sample.draw(game, count, args.seed or 0, args.truncation)
     else:
         if args.seed is not None:
             raise ValueError("--seed and --interpolate both choose the noise: give one of them")
-        seeds = parse_numbers("--interpolate", args.interpolate, "1,2", length=2)
+        first, second = parse_numbers("--interpolate", args.interpolate, "1,2", length=2)
         columns = args.columns or 10
         count = args.count or columns * (len(labels) if labels else 8)
         if count % columns:
             raise ValueError(f"--count must be a multiple of the {columns} columns, got {count}")
         check_room(game, count, columns, form, out, walks=True)
-        labels, _ = arrange(count // columns, labels)
-        labels = None if labels is None else labels.repeat_interleave(columns)
-        noise = sample.walk(game, count // columns, columns, seeds, args.truncation)
+        chosen, _ = arrange(count // columns, labels)
+        chosen = None if chosen is None else chosen.repeat_interleave(columns)
+        noise = sample.walk(game, count // columns, columns, (first, second), args.truncation)
 
-    images = sample.generate(game, noise, labels, min(args.batch_size, sample.BLOCK))
+    images = sample.generate(game, noise, chosen, min(args.batch_size, sample.BLOCK))
     if form == "grid":
         save_grid(torch.cat(list(images)), out, columns)
     elif form == "png":
-        sample.save_folder(images, labels, out, game.spec.classes, count)
-    elif labels is None:
+        sample.save_folder(images, chosen, out, game.spec.classes, count)
+    elif chosen is None:
         sample.save_npz(images, torch.zeros(count).long(), out)
     else:
-        sample.save_npz(images, labels, out, game.spec.classes)
+        sample.save_npz(images, chosen, out, game.spec.classes)
     return out, count
 
 
@@ -151,7 +151,7 @@ def check_room(
     else:
         require_disk(count * (image if form == "npz" else 64), out, what)  # no PNG has less
     if walks:
-        needed += count * game.options.latent_dim * 8
+        needed += count * game.latent_dim * 8
     require(needed, what if columns <= count else f"--columns {columns}")
 
 

@@ -17,9 +17,11 @@ from gankernels.data._fields import Field, Spec
 
 
 class Data(Protocol):
-    """What a trainer trains on."""
+    """The data that a game is trained on: one or more tables."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the data are called in logs and reports."""
 
     @property
     def spec(self) -> Spec:
@@ -30,7 +32,7 @@ class Data(Protocol):
         """The parts that a batch draws from independently of one another."""
 
     def identity(self) -> str:
-        """A digest of the content, wherever it lies: what a checkpoint knows the data by."""
+        """A digest of the content, by which a checkpoint recognizes the data wherever they lie."""
 
 
 class Table(Data, Protocol):
@@ -88,7 +90,7 @@ class Columns:
         result = hashlib.sha256()
         for name, column in self.columns.items():
             result.update(repr((name, tuple(column.shape))).encode())
-            result.update(column.contiguous().cpu().numpy())
+            result.update(column.contiguous().cpu().numpy().data)
         return result.hexdigest()
 
 

@@ -45,7 +45,8 @@ def read_header(file: str) -> tuple[bool, tuple[int, int]]:
     with open_image(file) as image:
         _deep_bits(image)
         # Pillow makes RGBA of a PNG's 16-bit gray with alpha.
-        stored = image.tile[0].args if image.tile else None
+        tile = getattr(image, "tile", None)
+        stored = tile[0].args if tile else None
         return image.mode in _GRAY_MODES or "LA;16B" in (stored, *(stored or ())), image.size
 
 

@@ -1,4 +1,4 @@
-"""Fields: what the columns of a data set hold, and how networks see it.
+"""Fields: the kinds of values in the columns of a data set, and how networks see them.
 
 A data set is a set of named columns; its :class:`Spec` says what each of them holds. Games are
 built for a spec, draw batches of its columns, and make values of one of its fields.
@@ -24,7 +24,7 @@ from gankernels.data._pixels import to_float, to_uint8
 
 
 class Field(ABC):
-    """What one column of a data set holds.
+    """The kind of values in one column of a data set.
 
     A column is stored raw, as a tensor `(N, ...)` of `dtype`, and decoded when a network is to see
     it. Every field is a frozen dataclass of plain values, so that a checkpoint can hold it.
@@ -191,7 +191,8 @@ class Point(Field):
 
         figure = Figure(figsize=(4, 4))
         axes = figure.subplots()
-        axes.scatter(*raw.cpu().T.numpy(), s=4)
+        x, y = raw.cpu().T.numpy()
+        axes.scatter(x, y, s=4)
         axes.set_aspect("equal", "datalim")
         write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
@@ -287,7 +288,7 @@ def _check_names(field: Field, name: str) -> None:
 
 
 def _save_lines(lines: list[str], path: Path) -> None:
-    write_atomically(path, lambda file: file.write("".join(f"{x}\n" for x in lines).encode()))
+    write_atomically(path, lambda file: file.writelines(f"{x}\n".encode() for x in lines))
 
 
 def _plain(field: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from gankernels._memory import available
 
@@ -33,7 +33,7 @@ _SMALL = 1 << 30
 _EXPANSION = 200
 
 
-def visible(folder: str | os.PathLike) -> list[os.DirEntry]:
+def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """What a folder holds without hidden files and junk, by name."""
     with os.scandir(folder) as entries:
         return sorted(
@@ -48,7 +48,7 @@ def suffixes(names: Iterable[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
 
 
-def either(paths: Iterable[str | os.PathLike]) -> str:
+def either(paths: Iterable[str | os.PathLike[str]]) -> str:
     """Paths in words: "a, b or c", of many the first."""
     names = [os.fspath(path) for path in paths]
     shown = names[:6]
@@ -58,7 +58,7 @@ def either(paths: Iterable[str | os.PathLike]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def special(path: str | os.PathLike) -> str | None:
+def special(path: str | os.PathLike[str]) -> str | None:
     """What is there in place of a regular file, in words; None for a regular file.
 
     Nothing is opened: opening a pipe waits for a writer, opening a device may do anything.
@@ -72,7 +72,7 @@ def _special(status: os.stat_result) -> str | None:
     return next((name for is_kind, name in _SPECIAL if is_kind(status.st_mode)), "something else")
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open for reading what is a regular file, perhaps through links.
 
     Raises:
@@ -92,7 +92,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 @contextmanager
-def open_unpacked(path: str | os.PathLike) -> Iterator[tuple[BinaryIO, int]]:
+def open_unpacked(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
     """A regular file's content, from within gzip if it is in gzip, and its size as it is stored."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -103,7 +103,7 @@ def open_unpacked(path: str | os.PathLike) -> Iterator[tuple[BinaryIO, int]]:
             yield file, size
             return
         with gzip.open(file) as unpacked:
-            yield unpacked, size
+            yield cast(BinaryIO, unpacked), size
 
 
 def check_promise(promised: int, stored: int) -> None:

@@ -94,8 +94,8 @@ class ImageFiles:
         top = len(os.path.commonpath({os.path.dirname(name) for name in names}))
         below = [name[top:].replace(os.sep, "/").encode(errors="surrogateescape") for name in names]
         digest = hashlib.sha256(b"\0".join(below))
-        digest.update(sizes)
-        digest.update(self.labels.numpy().astype("<i8"))
+        digest.update(sizes.data)
+        digest.update(self.labels.numpy().astype("<i8").data)
         every = max(1, -(-int(sizes.sum()) // _SAMPLED))
         for content in each(_digest, names[::every]):
             digest.update(content)

@@ -162,7 +162,7 @@ class ImageData:
 def digest_of(images: Tensor, labels: Tensor, *more: object) -> str:
     digest = hashlib.sha256(repr((tuple(images.shape), *more)).encode())
     for tensor in (images, labels):
-        digest.update(tensor.contiguous().cpu().numpy())
+        digest.update(tensor.contiguous().cpu().numpy().data)
     return digest.hexdigest()
 
 

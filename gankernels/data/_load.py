@@ -115,7 +115,11 @@ def _locate(source: str | Path) -> tuple[type[Kind], str, str]:
         )
     if not place.is_dir() and (what := special(place)):
         raise ValueError(f"source {path!r} must be a file or a folder, got {what}")
-    found = [kind for kind in candidates if kind.accepts(place)]
+    # Pictures may lie next to what belongs to another kind.
+    others = [kind for kind in candidates if kind is not folder.Folder]
+    found = [kind for kind in others or candidates if kind.accepts(place)]
+    if not found and folder.Folder in candidates and folder.Folder.accepts(place):
+        found = [folder.Folder]
     if len(found) > 1:
         ways = either(f"{kind_name(kind)}:{path}" for kind in found)
         raise ValueError(f"source {path!r} may be of several kinds; load {ways} instead")

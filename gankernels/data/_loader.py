@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import connection, util
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ class BatchLoader:
         current = torch.accelerator.device_index(self.device.index if on_cuda else None)
         with _STARTING, _sigchld_kept(), current:
             others = set(multiprocessing.active_children())
-            self._items: Iterator = iter(loader)
+            self._items: Iterator[Any] = iter(loader)
             self._workers = [w for w in multiprocessing.active_children() if w not in others]
         # At exit multiprocessing would end them by SIGTERM and wait, for ever.
         self._end_workers = util.Finalize(self, _kill, args=(self._workers,), exitpriority=0)
@@ -111,7 +112,7 @@ class BatchLoader:
         self._end_workers()
 
 
-class _Draws(Dataset):
+class _Draws(Dataset[Any]):
     """Draw number k as item k: raw columns, or the ValueError that reading them raised.
 
     An error is a value here since an exception would arrive with a worker's traceback as its text.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from gankernels.data._files import one_line, open_regular
@@ -24,7 +25,7 @@ SUFFIXES = frozenset(
 )  # fmt: skip
 
 
-def import_pillow():
+def import_pillow() -> tuple[ModuleType, ModuleType]:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
@@ -35,7 +36,7 @@ def import_pillow():
 
 
 @contextmanager
-def open_image(path: str | os.PathLike) -> Iterator[Image]:
+def open_image(path: str | os.PathLike[str]) -> Iterator[Image]:
     """Pillow's image of a regular file.
 
     Raises:

@@ -13,7 +13,7 @@ import pickletools
 import tarfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -107,6 +107,7 @@ def find(folder: Path) -> list[Path]:
 def read_folder(folder: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Training images uint8 ``(N, 3, 32, 32)``, labels int64 ``(N,)``, class names."""
     kind = _folder_set(folder)
+    assert kind is not None  # is_folder
     try:
         parts = {}
         for name in kind.files:
@@ -125,13 +126,14 @@ def read_archive(archive: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     try:
         with open_unpacked(archive) as (stream, _):
             bounded = _Bounded(stream)
-            with tarfile.open(fileobj=bounded, mode="r:") as tar:
+            with tarfile.open(fileobj=cast(BinaryIO, bounded), mode="r:") as tar:
                 for member in tar:
                     bounded.check(member.size)  # of a sparse one, little of it is in the archive
                     name = Path(member.name).name
                     if member.isfile() and name in _SET_OF:
-                        content = tar.extractfile(member).read()
-                        parts[name] = _unpickle(f"{archive}: {member.name}", name, content)
+                        file = tar.extractfile(member)
+                        assert file is not None  # isfile
+                        parts[name] = _unpickle(f"{archive}: {member.name}", name, file.read())
             # What gzip says of its content stands behind it.
             while bounded.read(1 << 20):
                 pass
@@ -195,7 +197,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def _assemble(
-    source: Path, kind: _Set, parts: dict[str, dict]
+    source: Path, kind: _Set, parts: dict[str, dict[Any, Any]]
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     missing = [name for name in kind.files if name not in parts]
     if missing:
@@ -224,7 +226,7 @@ def _assemble(
     return torch.from_numpy(np.concatenate(images)), torch.tensor(labels), classes
 
 
-def _entry(where: str, part: dict, key: str, kind: type):
+def _entry(where: str, part: dict[Any, Any], key: str, kind: type) -> Any:
     # Python 2 wrote the files, so keys are bytes; copies rewritten by Python 3 have str.
     value = part.get(key.encode(), part.get(key))
     if not isinstance(value, kind):
@@ -235,10 +237,10 @@ def _entry(where: str, part: dict, key: str, kind: type):
 class _Array:
     """What a pickled numpy array consists of."""
 
-    def __init__(self, *_ignored) -> None:
-        self.state = None
+    def __init__(self, *_ignored: object) -> None:
+        self.state: Any = None
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: Any) -> None:
         self.state = state
 
     def to_numpy(self, where: str) -> np.ndarray:
@@ -252,10 +254,10 @@ class _Array:
 
 
 class _DType:
-    def __init__(self, name, *_ignored) -> None:
+    def __init__(self, name: object, *_ignored: object) -> None:
         self.name = name
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: object) -> None:
         pass
 
 
@@ -268,7 +270,7 @@ _RECORDS = {
 
 
 class _InertUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> type:
         try:
             return _RECORDS[module, name]
         except KeyError:
@@ -277,14 +279,14 @@ class _InertUnpickler(pickle.Unpickler):
             ) from None
 
 
-def _unpickle(where: str, name: str, content: bytes) -> dict:
+def _unpickle(where: str, name: str, content: bytes) -> dict[Any, Any]:
     what = f"not a {_SET_OF[name].title} batch"
     try:
         # Pickle makes a table of as many places as the largest number of a place says.
         for step, (opcode, argument, _) in enumerate(pickletools.genops(content)):
             if step > _MAX_STEPS:
                 raise ValueError("it takes too many steps to unpickle")
-            if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(content):
+            if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > len(content):
                 raise ValueError(f"it names place {argument:,} of its memory")
         part = _InertUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can raise anything, MemoryError included

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from gankernels._options import option
-from gankernels.data._images import ImageData, ImageOptions, image_data, numbered
+from gankernels.data._columns import Data
+from gankernels.data._images import ImageOptions, image_data, numbered
 from gankernels.data._kind import Kind
 
 
@@ -24,7 +25,7 @@ class Digits(Kind):
     names = ("digits",)
 
     @classmethod
-    def open(cls, source: str, options: DigitsOptions, name: str) -> ImageData:
+    def open(cls, source: str, options: DigitsOptions, name: str) -> Data:
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:

@@ -72,7 +72,9 @@ def scan(folder: Path, options: ImageOptions, name: str) -> ImageFiles:
                 _check_size(file, dimensions, files[0], first)
             elif not gray:
                 break
-        size = size or first[0]
+        if first is not None:
+            size = first[0]
+    assert size is not None  # of the first file
     channels = channels or (1 if gray else 3)
     _check_fits(folder, 1, channels, size)
     encoded = np.array([os.fsencode(file) for file in files])
@@ -89,7 +91,7 @@ def read(folder: Path, files: ImageFiles) -> ImageData:
     size, channels = files.size, files.channels
     _check_fits(folder, len(files), channels, size)
     images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
-    decoded = each(lambda file: decode(file, size, channels), files.files)
+    decoded = each(lambda file: decode(file, size, channels), list(files.files))
     for image, pixels in zip(images, decoded, strict=True):
         image.copy_(pixels)
     options = ImageOptions(size, channels)

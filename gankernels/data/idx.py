@@ -9,6 +9,7 @@ import re
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -73,7 +74,9 @@ def read(images_file: Path) -> tuple[Tensor, np.ndarray]:
 
     EMNIST's files hold columns where the others hold rows: its images are turned upright.
     """
-    stem, separator, _ = _IMAGES_FILE.fullmatch(images_file.name).groups()
+    match = _IMAGES_FILE.fullmatch(images_file.name)
+    assert match is not None  # is_images_file
+    stem, separator, _ = match.groups()
     labels_file = _labels_file(images_file, stem, separator)
     images, labels = _read_array(images_file, _IMAGES), _read_array(labels_file, _LABELS)
     if labels.ndim == 2:
@@ -129,7 +132,7 @@ def _read_array(path: Path, accepted: tuple[tuple[int, int], ...]) -> np.ndarray
         raise ValueError(f"{path}: damaged IDX file: {error}") from error
 
 
-def _read_exactly(stream, expected: int) -> np.ndarray:
+def _read_exactly(stream: BinaryIO, expected: int) -> np.ndarray:
     """All of the stream, straight into its final place, which it must fill exactly."""
     data = np.empty(expected, np.uint8)
     filled = 0

@@ -115,6 +115,7 @@ def _read_header(archive: zipfile.ZipFile, name: str) -> _Array:
         promised = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or file.tell() + promised != entry.file_size:
             raise ValueError(f"{name} promises {promised:,} bytes, but has {entry.file_size:,}")
+    assert archive.fp is not None  # it is open
     archive_size = os.fstat(archive.fp.fileno()).st_size
     check_promise(promised, min(entry.compress_size, archive_size))
     return _Array(shape, dtype)

@@ -1,4 +1,4 @@
-"""One file per GAN: who plays, what each player minimizes, how to sample.
+"""One file per GAN: its players, what each of them minimizes, and how to sample.
 
 Every module in this directory whose name has no leading underscore is a GAN, and its name (with
 `-` for `_`) is what the command line calls it: a new GAN is a new file, with no edit elsewhere.
@@ -12,7 +12,6 @@ from gankernels.games._adversarial import (
     Adversarial,
     AdversarialOptions,
     DiscriminatorOptions,
-    Round,
 )
 from gankernels.games._game import (
     BareOptions,
@@ -25,6 +24,7 @@ from gankernels.games._game import (
     option,
     registry,
 )
+from gankernels.games._round import Penalty, Round, adversary
 
 __all__ = [
     "Adversarial",
@@ -36,8 +36,10 @@ __all__ = [
     "Game",
     "Loss",
     "Options",
+    "Penalty",
     "Player",
     "Round",
+    "adversary",
     "get",
     "names",
     "option",

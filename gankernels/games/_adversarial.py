@@ -1,15 +1,14 @@
 """Games with one generator and one discriminator.
 
-What every such game can have, whatever its loss: a discriminator that sees statistics of the batch,
-and a penalty on the discriminator's gradient.
+Every such game, whatever its loss, can have a discriminator that sees statistics of the batch, and
+a penalty on the discriminator's gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,14 @@ from torch import Tensor, nn
 from gankernels import networks
 from gankernels._options import option
 from gankernels.data import Spec
-from gankernels.functional import gradient_penalty
 from gankernels.games._game import BareOptions, Batch, Game, Options, Player
+from gankernels.games._round import Penalty, Round, adversary
 from gankernels.ops.gradient_norm_penalty import KINDS as PENALTIES
 
 
 @dataclass(frozen=True)
 class DiscriminatorOptions(BareOptions):
-    """What any game with a discriminator takes."""
+    """The options of any game with a discriminator."""
 
     minibatch_discrimination: str | None = option(
         None, "K,C: the discriminator compares samples by K kernels of dimension C"
@@ -41,10 +40,13 @@ class DiscriminatorOptions(BareOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.kernels()
-        if self.penalty is not None and self.penalty not in PENALTIES:
-            raise ValueError(f"penalty must be none, {', '.join(PENALTIES)}, got {self.penalty!r}")
-        if self.penalty_every < 1:
-            raise ValueError(f"penalty_every must be at least 1, got {self.penalty_every}")
+        Penalty(self.penalty or Penalty.kind, self.penalty_weight, self.penalty_every)  # checks
+
+    def gradient_penalty(self) -> Penalty | None:
+        """The penalty on the discriminator's gradient, if there is one."""
+        if self.penalty is None:
+            return None
+        return Penalty(self.penalty, self.penalty_weight, self.penalty_every)
 
     def kernels(self) -> tuple[int, int] | None:
         """The number and the dimension of the minibatch discrimination's kernels."""
@@ -64,52 +66,14 @@ class DiscriminatorOptions(BareOptions):
 
 @dataclass(frozen=True)
 class AdversarialOptions(DiscriminatorOptions, Options):
-    """What a game takes whose generator starts from noise and meets a discriminator."""
-
-
-class Round:
-    """All that a loss can look at: each part is computed when it is first asked for.
-
-    Attributes:
-        batch: the real data.
-        made: what the game makes for them, by column.
-        real, fake: the discriminator's outputs for the real data and for what was made, float32.
-    """
-
-    def __init__(
-        self, game: Adversarial, batch: Batch, rng: torch.Generator, *, together: bool
-    ) -> None:
-        self.game, self.batch, self.rng, self.together = game, batch, rng, together
-
-    @cached_property
-    def made(self) -> Mapping[str, Tensor]:
-        # A generator needs a graph of its own; all others take what was made for a shared batch.
-        if self.together and self.batch.made is not None:
-            return self.batch.made
-        made = self.game.make(self.batch, self.rng)
-        self.batch.made = {name: value.detach() for name, value in made.items()}
-        return made
-
-    @cached_property
-    def real(self) -> Tensor:
-        return self._both[0] if self.together else self._judge(self.batch)
-
-    @cached_property
-    def fake(self) -> Tensor:
-        return self._both[1] if self.together else self._judge(self.made)
-
-    @cached_property
-    def _both(self) -> tuple[Tensor, Tensor]:
-        return self.game.judge_both(self.batch, self.made)
-
-    def _judge(self, values: Mapping[str, Tensor]) -> Tensor:
-        return self.game.judge(values, self.batch).float()
+    """The options of a game with a discriminator whose generator starts from noise."""
 
 
 class Adversarial(Game):
-    """A game whose subclass makes two networks and says what each minimizes of a `Round`."""
+    """A game of a generator against a discriminator; a subclass makes both and defines losses."""
 
-    Options = AdversarialOptions
+    Options: ClassVar[type[BareOptions]] = AdversarialOptions
+    options: DiscriminatorOptions
 
     def __init__(self, spec: Spec, options: DiscriminatorOptions | None = None) -> None:
         super().__init__(spec, options)
@@ -144,19 +108,6 @@ class Adversarial(Game):
         """The discriminator's outputs for real or made values."""
         return self.discriminator(*self.judged(values, batch))
 
-    def judge_both(self, batch: Batch, made: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The discriminator's outputs for real and made values, float32.
-
-        In one call where that changes nothing; a discriminator that normalizes over its batch has
-        to see real and made values in batches of their own.
-        """
-        real, fake = self.judged(batch, batch), self.judged(made, batch)
-        if not getattr(self.discriminator, "per_sample", False):
-            return self.discriminator(*real).float(), self.discriminator(*fake).float()
-        both = [torch.cat(pair) for pair in zip(real, fake, strict=True)]
-        real, fake = self.discriminator(*both).float().chunk(2)
-        return real, fake
-
     def discriminator_player(
         self,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
@@ -169,30 +120,16 @@ class Adversarial(Game):
         Args:
             settings: further arguments of `Player`.
         """
-        options = self.options
-
-        def loss(batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-            return self.discriminator_loss(Round(self, batch, rng, together=True))
-
-        def penalized_loss(batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-            round = Round(self, batch, rng, together=True)
-            terms = self.discriminator_loss(round)
-            real, *arguments = self.judged(batch, batch)
-            fake, *_ = self.judged(round.made, batch)
-            penalty = gradient_penalty(
-                self.discriminator,
-                real,
-                fake,
-                kind=options.penalty,
-                critic_args=arguments,
-                generator=rng,
-            )
-            terms["penalty"] = options.penalty_weight * options.penalty_every * penalty
-            return terms
-
-        if options.penalty is not None:
-            settings |= {"lazy_loss": penalized_loss, "lazy_every": options.penalty_every}
-        return Player(name, self.discriminator, loss, optimizer, **settings)
+        return adversary(
+            name,
+            self.discriminator,
+            self.discriminator_loss,
+            optimizer,
+            make=self.make,
+            judged=self.judged,
+            penalty=self.options.gradient_penalty(),
+            **settings,
+        )
 
     def generator_player(
         self,
@@ -204,6 +141,14 @@ class Adversarial(Game):
         """The generator as a player."""
 
         def loss(batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-            return self.generator_loss(Round(self, batch, rng, together=False))
+            round = Round(
+                batch,
+                rng,
+                make=self.make,
+                network=self.discriminator,
+                judged=self.judged,
+                together=False,
+            )
+            return self.generator_loss(round)
 
         return Player(name, self.generator, loss, optimizer, **settings)

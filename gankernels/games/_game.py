@@ -1,4 +1,4 @@
-"""What a GAN tells a trainer: the parts every game is made of."""
+"""The parts of every game: batches, players, options, and the base class."""
 
 from __future__ import annotations
 
@@ -111,8 +111,9 @@ class Player:
 
     def loss_of(self, step: int) -> Loss:
         """What the player minimizes in its own step number `step`, counted from 0."""
-        lazy = self.lazy_loss is not None and step % self.lazy_every == 0
-        return self.lazy_loss if lazy else self.loss
+        if self.lazy_loss is not None and step % self.lazy_every == 0:
+            return self.lazy_loss
+        return self.loss
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Options(BareOptions):
 
 
 class Game(nn.Module):
-    """Networks, who moves them and what each of them minimizes.
+    """Networks, the players that move them, and what each player minimizes.
 
     A subclass defines `players()` and, where the usual one is not its own, `make()`. The usual game
     has a network `self.generator` that maps noise `(n, latent_dim)` and the columns `given` to
@@ -158,12 +159,11 @@ class Game(nn.Module):
     given: ClassVar[tuple[str, ...]] = ()
     #: The networks that samples are made by; a trainer follows them with a moving average.
     averaged: ClassVar[tuple[str, ...]] = ("generator",)
-    #: Whether the networks are convolutional, which run faster on channels_last images.
-    channels_last: ClassVar[bool] = False
     #: Training settings that suit this game better than the general ones.
     defaults: ClassVar[dict[str, Any]] = {}
 
     generator: nn.Module
+    options: BareOptions
 
     def __init__(self, spec: Spec, options: BareOptions | None = None) -> None:
         super().__init__()
@@ -173,6 +173,11 @@ class Game(nn.Module):
     def players(self) -> list[Player]:
         """The players in the order in which they move."""
         raise NotImplementedError(f"{type(self).__name__} must define players()")
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the networks are convolutional, which run faster on channels_last images."""
+        return False
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -194,6 +199,11 @@ class Game(nn.Module):
         return self.spec.num_classes
 
     @property
+    def latent_dim(self) -> int:
+        """The length of the noise vector, 0 in a game whose generator draws none by `noise`."""
+        return self.options.latent_dim if isinstance(self.options, Options) else 0
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
@@ -212,7 +222,7 @@ class Game(nn.Module):
 
     def noise(self, n: int, rng: torch.Generator | None = None) -> Tensor:
         """Standard normal `(n, latent_dim)`, drawn where `rng` lives, on the game's device."""
-        d = self.options.latent_dim
+        d = self.latent_dim
         z = per_sample(lambda n: torch.randn(n, d, generator=rng, device=self._where(rng)), n)
         return z.to(self.device)
 
@@ -222,9 +232,15 @@ class Game(nn.Module):
         Raises ValueError for a column that only data can have.
         """
         field = self.spec[column]
-        if field.random(0, None, torch.device("cpu")) is None:
-            raise ValueError(f"{column} must be given: a {type(field).__name__} cannot be drawn")
-        return per_sample(lambda n: field.random(n, rng, self._where(rng)), n).to(self.device)
+
+        def draw(n: int) -> Tensor:
+            values = field.random(n, rng, self._where(rng))
+            if values is None:
+                kind = type(field).__name__
+                raise ValueError(f"{column} must be given: a {kind} cannot be drawn")
+            return values
+
+        return per_sample(draw, n).to(self.device)
 
     def random_labels(self, n: int, rng: torch.Generator | None = None) -> Tensor:
         """Uniform labels `(n,)`: `random("labels", n, rng)`."""
@@ -256,7 +272,7 @@ class Game(nn.Module):
         *,
         rng: torch.Generator | None = None,
         batch_size: int = 256,
-        **given: Tensor | None,
+        **given: Any,
     ) -> Tensor:
         """`n` samples, with the networks in their own mode: images as float32 in [-1, 1].
 
@@ -278,7 +294,7 @@ class Game(nn.Module):
         for name in self.given:
             if name not in columns:
                 columns[name] = self.random(name, n, rng)
-        if "noise" not in columns and hasattr(self.options, "latent_dim"):
+        if "noise" not in columns and self.latent_dim:
             columns["noise"] = self.noise(n, rng)
         parts = []
         for rows in torch.arange(n, device=self.device).split(batch_size):
@@ -289,8 +305,8 @@ class Game(nn.Module):
 
     def _checked(self, name: str, column: Tensor, n: int) -> Tensor:
         """A given column on the game's device."""
-        if name == "noise" and hasattr(self.options, "latent_dim"):
-            expected: tuple[int, ...] = (n, self.options.latent_dim)
+        if name == "noise" and self.latent_dim:
+            expected: tuple[int, ...] = (n, self.latent_dim)
         elif name in self.given:
             expected = (n, *self.spec[name].shape)
         else:

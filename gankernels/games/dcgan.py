@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from gankernels import networks
-from gankernels.games import option
+from gankernels.games import BareOptions, option
 from gankernels.games.gan import GAN, GANOptions
 
 
@@ -27,7 +28,8 @@ class DCGANOptions(GANOptions):
 class DCGAN(GAN):
     """Convolutional GAN: the DCGAN family at 32, 64, 128 px, else Dense-ConvT5 (28 px)."""
 
-    Options = DCGANOptions
+    Options: ClassVar[type[BareOptions]] = DCGANOptions
+    options: DCGANOptions
     channels_last = True
 
     def make_generator(self) -> nn.Module:
@@ -41,16 +43,13 @@ class DCGAN(GAN):
         )
 
     def make_discriminator(self) -> nn.Module:
-        settings = {
-            "num_classes": self.num_classes if self.conditional else 0,
-            "width": self.options.width,
-        }
+        channels, size, width = self.spec.channels, self.spec.size, self.options.width
+        classes = self.num_classes if self.conditional else 0
         if self.in_family:
-            network = networks.DCGANDiscriminator
-        else:
-            network = networks.DenseConvDiscriminator
-            settings["dropout"] = self.options.dropout
-        return network(self.spec.channels, self.spec.size, **settings)
+            return networks.DCGANDiscriminator(channels, size, num_classes=classes, width=width)
+        return networks.DenseConvDiscriminator(
+            channels, size, num_classes=classes, width=width, dropout=self.options.dropout
+        )
 
     @property
     def in_family(self) -> bool:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gankernels import networks, optim
-from gankernels.games import Adversarial, AdversarialOptions, Player, Round, option
+from gankernels.games import (
+    Adversarial,
+    AdversarialOptions,
+    BareOptions,
+    Player,
+    Round,
+    option,
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,8 @@ class GANOptions(AdversarialOptions):
 class GAN(Adversarial):
     """Dense GAN, binary cross entropy, discriminator and generator in turn."""
 
-    Options = GANOptions
+    Options: ClassVar[type[BareOptions]] = GANOptions
+    options: GANOptions
 
     def make_generator(self) -> nn.Module:
         return networks.MLPGenerator(self.options.latent_dim, self.spec.image_shape)

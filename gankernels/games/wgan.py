@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
 
-from gankernels import networks
-from gankernels.games import Adversarial, AdversarialOptions, Player, Round, option
+from gankernels.games import AdversarialOptions, BareOptions, Player, option
+from gankernels.games._wasserstein import Wasserstein
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,11 @@ class WGANOptions(AdversarialOptions):
     clip: float = option(0.01, "the critic's weights stay in [-clip, clip]")
 
 
-class WGAN(Adversarial):
+class WGAN(Wasserstein):
     """Dense Wasserstein GAN: weight clipping, RMSprop, several critic steps per generator step."""
 
-    Options = WGANOptions
-
-    def make_generator(self) -> nn.Module:
-        return networks.MLPGenerator(self.options.latent_dim, self.spec.image_shape)
-
-    def make_discriminator(self) -> nn.Module:
-        return networks.MLPDiscriminator(self.spec.image_shape)
+    Options: ClassVar[type[BareOptions]] = WGANOptions
+    options: WGANOptions
 
     def players(self) -> list[Player]:
         return [
@@ -41,13 +36,6 @@ class WGAN(Adversarial):
             ),
             self.generator_player(partial(torch.optim.RMSprop, lr=self.options.lr)),
         ]
-
-    def discriminator_loss(self, round: Round) -> dict[str, Tensor]:
-        # Minus the estimated Wasserstein distance, up to the critic's Lipschitz constant.
-        return {"wasserstein": round.fake.mean() - round.real.mean()}
-
-    def generator_loss(self, round: Round) -> dict[str, Tensor]:
-        return {"adversarial": -round.fake.mean()}
 
     def clip_critic(self) -> None:
         for weight in self.discriminator.parameters():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import nn
 
 from gankernels import networks, optim
-from gankernels.games import AdversarialOptions, Player, option
-from gankernels.games.wgan import WGAN
+from gankernels.games import AdversarialOptions, BareOptions, Player, option
+from gankernels.games._wasserstein import Wasserstein
 
 NETWORKS = ("dense", "conv")
 
@@ -33,10 +34,11 @@ class WGANGPOptions(AdversarialOptions):
             raise ValueError(f"width must be at least 1, got {self.width}")
 
 
-class WGANGP(WGAN):
+class WGANGP(Wasserstein):
     """Wasserstein GAN with gradient penalty, dense or convolutional; no norm in the critic."""
 
-    Options = WGANGPOptions
+    Options: ClassVar[type[BareOptions]] = WGANGPOptions
+    options: WGANGPOptions
 
     @property
     def channels_last(self) -> bool:

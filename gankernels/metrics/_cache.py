@@ -57,7 +57,7 @@ def _load(path: Path, data: ImageData) -> Classifier:
     state = archive.load(path)
     archive.conform(state, classifier.state_dict(), "state")
     classifier.load_state_dict(state)
-    return classifier.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return classifier.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
 
 
 def _save(classifier: Classifier, path: Path) -> None:

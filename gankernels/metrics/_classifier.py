@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,7 +104,7 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):  # the weights are drawn from the CPU's default
         torch.manual_seed(seed)
         classifier = Classifier(data.channels, data.size, data.num_classes)
-    classifier.to(device, memory_format=torch.channels_last).train()
+    classifier.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         classifier.parameters(), lr=_LEARNING_RATE, weight_decay=0.05, fused=True
     )
@@ -135,7 +137,7 @@ def _augment(x: Tensor, rng: torch.Generator) -> Tensor:
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def _progress_bar(steps: int, shown: bool):
+def _progress_bar(steps: int, shown: bool) -> Iterable[int]:
     if not shown:
         return range(steps)
     bar = console.bar(iterable=range(steps), desc="classifier", unit="step", leave=False)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +15,9 @@ MAX_SAMPLES = 10_000
 _BATCH_SIZE = 256
 
 
-class Sampler(Protocol):
-    """Makes samples, as `Game.sample` does."""
-
-    def __call__(self, n: int, *, rng: torch.Generator, **given: Tensor) -> Tensor:
-        """`n` samples as networks make them, from columns `given` or from columns it draws.
-
-        All randomness is drawn from `rng`, which is on the CPU.
-        """
+#: `sample(n, rng=rng, **given)` returns `n` samples as networks make them, such as `Game.sample`.
+#: All randomness is drawn from `rng`, which is on the CPU; `given` are columns of `n` values.
+Sampler = Callable[..., Tensor]
 
 
 def parse(text: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -49,7 +49,7 @@ class ClassifierMetric(Metric):
     """A metric that judges by a classifier trained on the real images, which it has as `judge`."""
 
     needs: ClassVar[tuple[type[Field], ...]] = (Image,)
-    labels: ClassVar[Mapping[str, tuple[str, str]]] = {
+    labels: ClassVar[dict[str, tuple[str, str]]] = {
         "classifier_accuracy": ("classifier's accuracy on held-out real images", "{:.2%}")
     }
 

@@ -56,7 +56,7 @@ class Metric(ABC):
     #: Whether `gankernels evaluate` also shows the score of an untrained game, to compare with.
     relative: ClassVar[bool] = False
     #: The label and the format of a line for every score and fact, in the order of the lines.
-    labels: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    labels: ClassVar[dict[str, tuple[str, str]]] = {}
 
     def __init__(self, column: str) -> None:
         self.column = column

@@ -76,7 +76,7 @@ class Batches:
 
     def first(self, names: set[str], n: int) -> dict[str, Tensor]:
         """The first `n` rows of the named columns, decoded, again from the start where they end."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for table in self.data.tables:
             if wanted := table.spec.keys() & names:
                 raw = table.read(torch.arange(n) % len(table))

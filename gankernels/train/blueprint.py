@@ -1,4 +1,4 @@
-"""A game before there is memory for it: what its weights and a step of it will take."""
+"""Estimates the memory that a game needs, before it is built."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def weight_bytes(game: Game) -> int:
 
 
 def activation_bytes(game: Game) -> int:
-    """What the layers of a blueprint put out for a sample in all; 0 where that cannot be told.
+    """The bytes of all outputs of a blueprint's layers for a sample; 0 where that is unknown.
 
     A step of the generator keeps as much until it has the derivatives.
     """

@@ -1,4 +1,4 @@
-"""The base class of callbacks, and what a callback can know about a run."""
+"""The base class of callbacks, and the parts of a run that callbacks use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gankernels.train.config import Config
 
 
 class Run(Protocol):
-    """What a callback is given: a `Trainer`."""
+    """The run as callbacks see it: a `Trainer`."""
 
     config: Config
     game: Game
@@ -34,25 +34,25 @@ class Run(Protocol):
 
 
 class Callback:
-    """Something that `Trainer.fit` tells what it does; a subclass overrides what it wants.
+    """Methods that `Trainer.fit` calls; a subclass overrides those that it needs.
 
     All methods are called between two iterations, in the order in which the callbacks were given,
     on the process that writes the run folder only, after what is due was saved. `trainer.stop()`
     ends the run early, saved as always. So does what a method raises, and `fit` then raises it.
     """
 
-    #: What the trainer's own callbacks show. They cannot end a run: one that fails is named by this
-    #: in a warning and told no more.
+    #: What a built-in callback shows. It cannot end a run: if it fails, a warning names it by this,
+    #: and it is not called again.
     shows: str | None = None
 
     def on_start(self, trainer: Run) -> None:
         """Before the first iteration; a resumed run starts at `trainer.step`."""
 
     def on_step(self, trainer: Run) -> None:
-        """After every iteration. Losses are on the device still: reading them here costs time."""
+        """After every iteration. Losses are still on the device: reading them here costs time."""
 
     def on_report(self, trainer: Run, values: dict[str, float]) -> None:
-        """Every `log_every` iterations, and at the end: mean losses, `it_per_s` and what not."""
+        """Every `log_every` iterations, and at the end: mean losses, `it_per_s`, scores."""
 
     def on_samples(self, trainer: Run, path: Path) -> None:
         """After a grid of samples was written to `path`."""

@@ -31,8 +31,8 @@ class Progress(Callback):
             self.bar.update()
 
     def on_report(self, trainer: Run, values: dict[str, float]) -> None:
-        told = {k: v for k, v in values.items() if not k.endswith((GRADIENT_NORM, "it_per_s"))}
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in told.items())
+        losses = {k: v for k, v in values.items() if not k.endswith((GRADIENT_NORM, "it_per_s"))}
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
         if self.bar is not None:
             self.bar.set_postfix_str(shown)
             return
@@ -82,7 +82,7 @@ class Metrics(Callback):
             place = rows.index(None) + 1
             set_aside(path, f"has lines that are no metrics, the first of them line {place}")
         if len(kept) < len(lines):
-            write_atomically(path, lambda file: file.write(b"".join(kept)))
+            write_atomically(path, lambda file: file.writelines(kept))
 
     def on_report(self, trainer: Run, values: dict[str, Any]) -> None:
         append(self.path, json.dumps({"step": trainer.step, **values}).encode() + b"\n")
@@ -94,37 +94,38 @@ class Board(Callback):
     shows = "TensorBoard's log"
 
     def on_start(self, trainer: Run) -> None:
-        self.board = None
+        self.board: TensorBoard | None = None
         if TensorBoard.available():
             self._open(trainer)
 
     def on_report(self, trainer: Run, values: dict[str, float]) -> None:
-        if self._ready(trainer):
-            self.board.write(trainer.step, values)
+        if (board := self._ready(trainer)) is not None:
+            board.write(trainer.step, values)
 
     def on_samples(self, trainer: Run, path: Path) -> None:
-        if not self._ready(trainer):
+        if (board := self._ready(trainer)) is None:
             return
         if path.suffix == ".png":
-            self.board.image(trainer.step, path)
+            board.image(trainer.step, path)
         elif path.suffix == ".txt":
-            self.board.text(trainer.step, path.read_text())
+            board.text(trainer.step, path.read_text())
 
     def on_end(self, trainer: Run) -> None:
-        if getattr(self, "board", None) is not None:
-            self.board.close()
+        if (board := getattr(self, "board", None)) is not None:
+            board.close()
 
     def _open(self, trainer: Run) -> None:
         self.folder = trainer.run / "tensorboard"
         make_way(self.folder / "events")
         self.board = TensorBoard(self.folder, trainer.step)
 
-    def _ready(self, trainer: Run) -> bool:
-        if self.board is not None and not self.folder.is_dir():  # deleted while it trains
+    def _ready(self, trainer: Run) -> TensorBoard | None:
+        """The log, opened anew where its folder was deleted while it trains."""
+        if self.board is not None and not self.folder.is_dir():
             with contextlib.suppress(Exception):
                 self.board.close()
             self._open(trainer)
-        return self.board is not None
+        return self.board
 
 
 class Report(Callback):

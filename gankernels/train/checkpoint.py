@@ -65,8 +65,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 def _checkpoints_in(folder: Path) -> list[Path]:
     # By number: as text, step 100,000,000 comes before step 20,000,000.
-    found = [path for path in folder.glob("step_*.pt") if step_of(path) is not None]
-    return sorted(found, key=step_of)
+    steps = {path: step_of(path) for path in folder.glob("step_*.pt")}
+    found = [(step, path) for path, step in steps.items() if step is not None]
+    return [path for _, path in sorted(found)]
 
 
 def step_of(path: Path) -> int | None:
@@ -202,7 +203,7 @@ def _first_line(error: BaseException) -> str:
 def _way_out(path: Path) -> str:
     """What to do about a damaged file of a run: the newest intact one before it, if any."""
     step = step_of(path) or 0
-    earlier = [beside for beside in _checkpoints_in(path.parent) if step_of(beside) < step]
+    earlier = [beside for beside in _checkpoints_in(path.parent) if (step_of(beside) or 0) < step]
     for candidate in reversed(earlier):
         try:
             archive.load(candidate)
@@ -247,11 +248,11 @@ def load_game(
         spec = Spec.from_dict(content["spec"])
         if (plan := blueprint(game_class, spec, options)) is not None:
             compare(plan, content["game"], path)
-    game = game_class(spec, options)
-    load_state(game, content["game"], path)
+    trained = game_class(spec, options)
+    load_state(trained, content["game"], path)
     for network, state in content["ema"].items():
-        load_state(getattr(game, network), state, path)
-    return game.to(device).eval(), to_dict(name, config, options)
+        load_state(getattr(trained, network), state, path)
+    return trained.to(device).eval(), to_dict(name, config, options)
 
 
 def check_data(content: dict[str, Any], data: Data, identity: str, path: Path) -> None:

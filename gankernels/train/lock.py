@@ -133,13 +133,18 @@ class RunLock:
         )
 
     def _is_ours(self) -> bool:
-        return _is_at(self._file, self.path) and _read(self._file) == self._record
+        number = self._file
+        if number is None:
+            return False
+        return _is_at(number, self.path) and _read(number) == self._record
 
     def _live(self) -> None:
         stop = self._stop
         while not stop.wait(BEAT):
-            with contextlib.suppress(OSError, TypeError):
-                os.utime(self._file)
+            number = self._file
+            if number is not None:
+                with contextlib.suppress(OSError):
+                    os.utime(number)
 
     def _close(self) -> None:
         _open.pop(id(self), None)

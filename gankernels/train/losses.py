@@ -1,4 +1,4 @@
-"""What the players' losses were since somebody last asked."""
+"""Accumulates the loss terms of the players between two reports."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Who, and what of theirs: ("critic", "penalty").
+#: A player and a term of its loss: ("critic", "penalty").
 Name = tuple[str, str]
 #: Iterations whose terms are kept one by one before they are summed up.
 MOST_KEPT = 1000
-#: Instead of a step.
+#: In place of a step: no value was infinite or NaN.
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -22,7 +22,7 @@ class DivergenceError(RuntimeError):
 
 @dataclass
 class Sums:
-    """Of iterations that have the same terms; on the device, with a place for every term."""
+    """The sums of iterations with the same terms; on the device, with a place for every term."""
 
     count: int
     total: Tensor
@@ -31,7 +31,7 @@ class Sums:
 
     @classmethod
     def of(cls, steps: Sequence[int], rows: Tensor) -> Sums:
-        """Of the rows of one iteration each; does not wait for the device."""
+        """The sums of rows, one per iteration; does not wait for the device."""
         on = torch.tensor(steps, pin_memory=rows.is_cuda).to(rows.device, non_blocking=True)
         bad = ~rows.isfinite()
         index = bad.int().argmax(0)  # the first of equals
@@ -107,5 +107,5 @@ class Losses:
             self.sums[names] = self.sums[names] + sums if names in self.sums else sums
 
 
-#: The term under which a player's gradient norm is told.
+#: The term under which a player's gradient norm is reported.
 GRADIENT_NORM = "gradient_norm"

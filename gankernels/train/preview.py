@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from gankernels._files import make_way
 from gankernels._random import default_generators
@@ -33,9 +33,9 @@ def save_preview(game: Game, batches: Batches, seed: int, path: Path) -> None:
     field.save(field.encode(game.sample(GRID, rng=fixed, **given)), path, columns)
 
 
-def _given(game: Game, batches: Batches) -> tuple[dict[str, Tensor], int]:
+def _given(game: Game, batches: Batches) -> tuple[dict[str, Any], int]:
     """The columns that samples are made from, and the number of columns of a grid of samples."""
     classes = list(range(game.num_classes)) if game.conditional else None
     labels, columns = arrange(GRID, classes)
-    given = {} if labels is None else {"labels": labels}
+    given: dict[str, Any] = {} if labels is None else {"labels": labels}
     return given | batches.first(set(game.given) - given.keys(), GRID), columns

@@ -1,4 +1,4 @@
-"""The processes that train one game together, as `torchrun` starts them."""
+"""The processes that `torchrun` starts to train one game together."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and talks."""
+        """Whether this process writes files and output."""
         return self.rank == 0
 
     def share(self, batch_size: int) -> int:
@@ -88,7 +88,7 @@ class Ranks:
         return values
 
 
-def synchronise(network: nn.Module) -> None:
+def synchronize(network: nn.Module) -> None:
     """Make layers that look at a whole batch look at that of all processes."""
     for name, module in network.named_modules():
         if isinstance(module, _BatchNormActivation):
@@ -97,7 +97,7 @@ def synchronise(network: nn.Module) -> None:
             module.gather = True
         elif isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
             warnings.warn(
-                f"{name} ({type(module).__name__}) normalises with the statistics of each process; "
-                "gankernels.fuse(network, lone=True) makes it a layer that can synchronise them",
+                f"{name} ({type(module).__name__}) normalizes with the statistics of each process; "
+                "gankernels.fuse(network, lone=True) makes it a layer that can synchronize them",
                 stacklevel=3,
             )

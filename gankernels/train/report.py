@@ -1,4 +1,4 @@
-"""The page that shows a run: state, samples, curves, settings."""
+"""The HTML report of a run: state, samples, curves, settings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_report(
     which there is `evaluate --json`.
 
     Args:
-        damaged: told of a picture or of scores that cannot be shown, and why; warns by itself.
+        damaged: called with a picture or scores that cannot be shown, and why; by default it warns.
 
     Raises:
         FileNotFoundError, ValueError: no config.json, or one that is no JSON.
@@ -244,16 +244,15 @@ def _groups(series: dict[str, Series]) -> dict[str, dict[str, Series]]:
 
 def _ranges(series: dict[str, Series]) -> Iterator[tuple[str, float, float, float, float]]:
     for name, (_, values) in series.items():
-        ends = values[0], values[-1], values.min(), values.max()
-        yield name, *map(float, ends)
+        first, last = float(values[0]), float(values[-1])
+        yield name, first, last, float(values.min()), float(values.max())
 
 
 def _state(config: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """What stands at the top."""
+    """The facts at the top of the page."""
     step, steps = (rows[-1]["step"] if rows else 0), config.get("steps")
-    of = f" of {steps:,}" if isinstance(steps, int) else ""
-    yield "step", f"{step:,}{of}"
-    if of:
+    yield "step", f"{step:,} of {steps:,}" if isinstance(steps, int) else f"{step:,}"
+    if isinstance(steps, int):
         yield "state", "finished" if step >= steps else "not finished"
     speeds = [(row["step"], row["it_per_s"]) for row in rows if _is_number(row.get("it_per_s"))]
     speeds = [(step, speed) for step, speed in speeds if speed > 0]

@@ -16,6 +16,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -138,10 +139,12 @@ def parse_labels(text: str, classes: Sequence[str]) -> list[int]:
         names = next(csv.reader([text], skipinitialspace=True), []) or [""]
     except csv.Error as error:
         raise ValueError(f"labels must be names like cat,dog, got {text!r}: {error}") from error
-    labels = [index.get(name, index.get(name.strip())) for name in names]
-    if None in labels:
-        wrong = names[labels.index(None)]
-        raise ValueError(f"labels must be among {list_classes(classes)}, got {wrong!r}")
+    labels = []
+    for name in names:
+        label = index.get(name, index.get(name.strip()))
+        if label is None:
+            raise ValueError(f"labels must be among {list_classes(classes)}, got {name!r}")
+        labels.append(label)
     return labels
 
 
@@ -180,7 +183,7 @@ def save_npz(
     shape = tuple(_channels_last(first).shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
 
-    def write(file) -> None:
+    def write(file: BinaryIO) -> None:
         # numpy's own savez wants the whole array at once.
         with zipfile.ZipFile(file, "w") as archive:
             with archive.open("images.npy", "w", force_zip64=True) as entry:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a polite request."""
+"""Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From settings to a trainer that is ready to go: what the command line does before step one."""
+"""Makes a trainer from settings, as the command line does."""
 
 from __future__ import annotations
 

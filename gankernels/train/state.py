@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from gankernels._threads import threads
 from gankernels.data import Data
 from gankernels.games import Game, Player
 from gankernels.train import checkpoint
+from gankernels.train.averages import MovingAverages
 from gankernels.train.batches import Batches
 from gankernels.train.config import Config, to_dict
 from gankernels.train.ranks import Ranks
@@ -39,7 +39,7 @@ class State:
     optimizers: dict[str, torch.optim.Optimizer]
     schedulers: dict[str, torch.optim.lr_scheduler.LRScheduler]
     scalers: dict[str, torch.amp.GradScaler]
-    ema: Mapping[str, nn.Module]
+    ema: MovingAverages
     step: int
 
     def optimizer_of(self, player: Player, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -139,9 +139,9 @@ class State:
     def _rehearse(self, player: Player, content: dict[str, Any], path: Path) -> None:
         """Try the states of a player's optimizer, scaler and scheduler on copies without value."""
         name = player.name
-        parameters = [torch.zeros_like(p) for p in self.parameters[name]]
+        parameters = [nn.Parameter(torch.zeros_like(p)) for p in self.parameters[name]]
         for parameter in parameters:
-            parameter.requires_grad_().grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter)
         optimizer, state = self.optimizer_of(player, parameters), content["optimizers"][name]
         optimizer.step()
         with checkpoint.checking(path):

@@ -1,4 +1,4 @@
-"""The run as TensorBoard shows it."""
+"""Event files for TensorBoard."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import gankernels
 from gankernels import metrics
 from gankernels._devices import choose_device
 from gankernels._memory import require
-from gankernels._modes import evaluating
+from gankernels._modes import evaluating, training_only
 from gankernels._paths import expand
 from gankernels._random import kept_random_state
 from gankernels._shard import shard
@@ -31,10 +31,11 @@ from gankernels.train.callbacks import Board, Callback, Metrics, Progress, Repor
 from gankernels.train.config import Config, settle
 from gankernels.train.graph import Call, choose_call
 from gankernels.train.half import HalfWeights
+from gankernels.train.learning_rates import LearningRates
 from gankernels.train.losses import GRADIENT_NORM, DivergenceError, Losses, Name
 from gankernels.train.notifier import Notifier
 from gankernels.train.preview import save_preview
-from gankernels.train.ranks import Ranks, synchronise
+from gankernels.train.ranks import Ranks, synchronize
 from gankernels.train.run_folder import RunFolder
 from gankernels.train.signals import StopRequest
 from gankernels.train.state import State
@@ -69,11 +70,7 @@ class Trainer(State):
     """
 
     def __init__(
-        self,
-        game: Game,
-        data: Data,
-        config: Config,
-        callbacks: Sequence[Callback] = (),
+        self, game: Game, data: Data, config: Config, callbacks: Sequence[Callback] = ()
     ) -> None:
         game.check(data.spec)
         scores = metrics.parse(config.score) if config.score else []
@@ -87,7 +84,7 @@ class Trainer(State):
         self.rng = torch.Generator(self.device).manual_seed(config.seed)
         layout = torch.channels_last if game.channels_last else torch.contiguous_format
         self.batches = Batches(data, config, self.ranks, self.rng, layout)
-        self.game = game.to(self.device, memory_format=layout)
+        self.game = game.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         if not game.training:
             warnings.warn(
                 "the game is in evaluation mode and stays so: without dropout, and with the "
@@ -97,7 +94,7 @@ class Trainer(State):
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         if self.ranks.size > 1:
             self.ranks.broadcast(self.game)
-            synchronise(self.game)
+            synchronize(self.game)
             torch.manual_seed((config.seed + self.ranks.rank) % 2**64)  # each drops out on its own
         self.players = game.players()
         steps = sum(player.steps for player in self.players)
@@ -120,13 +117,7 @@ class Trainer(State):
         self.half_weights = HalfWeights(self.game, self.half)
         for optimizer in self.optimizers.values():
             self.half_weights.serve(optimizer)
-        # Where a graph reads the learning rates: on the CPU nowhere.
-        self.rates = {
-            (name, i): group["lr"]
-            for name, optimizer in self.optimizers.items()
-            for i, group in enumerate(optimizer.param_groups)
-            if isinstance(group["lr"], Tensor)
-        }
+        self.rates = LearningRates(self.optimizers)
         # One for every player: a step that one of them skips is no reason for another to skip.
         self.scalers = {
             player.name: torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -249,7 +240,7 @@ class Trainer(State):
         if not moves:
             raise ValueError(f"step {self.step}: a player must play, got none")
         measured = (self.step + 1) % self.config.log_every == 0
-        key = (measured, self._settings(), *(loss for _, loss in moves))
+        key = (measured, self.rates.settings(), *(loss for _, loss in moves))
         fresh = sum(not player.shared for player, _ in moves[1:]) + 1
         fetched = self.batches.fetch(fresh)
         names, values = self.call(
@@ -261,23 +252,6 @@ class Trainer(State):
         self.step += 1
         self.batches.drawn += fresh
         self.losses.add(self.step, names, values)
-
-    def _settings(self) -> Hashable:
-        """What the optimisers are set to, which a graph has taken for constant.
-
-        The learning rates that it reads from a tensor are written there instead: callbacks, LR
-        schedulers and checkpoints put new ones in their place.
-        """
-        settings = []
-        for name, optimizer in self.optimizers.items():
-            for i, group in enumerate(optimizer.param_groups):
-                rate = self.rates.get((name, i))
-                if rate is not None and group["lr"] is not rate:
-                    rate.fill_(group["lr"])
-                    group["lr"] = rate
-                options = (value for option, value in group.items() if option != "params")
-                settings += [v if isinstance(v, Hashable) else repr(v) for v in options]
-        return tuple(settings)
 
     def _iterate(
         self, moves: Sequence[tuple[Player, Loss]], measured: bool, fetched: Sequence[Tensor]
@@ -297,11 +271,11 @@ class Trainer(State):
     def move(
         self, player: Player, loss: Loss, batch: Batch, measured: bool = False
     ) -> dict[str, Tensor]:
-        """One optimiser step of one player on a batch, all others frozen; the loss terms.
+        """One optimizer step of one player on a batch, all others frozen; the loss terms.
 
         Where `measured`, the norm of the gradient is one of them.
         """
-        with self._alone(player):
+        with training_only(self.parameters[player.name], self.others[player.name]):
             terms = self._step(player, loss, batch, measured)
         self.half_weights.refresh_after(self.optimizers[player.name])
         if player.after_step is not None:
@@ -309,27 +283,6 @@ class Trainer(State):
                 player.after_step()
             self.half_weights.refresh()
         return terms
-
-    @contextmanager
-    def _alone(self, player: Player) -> Iterator[None]:
-        """Everybody else's parameters frozen, and no gradients on its own, before or after.
-
-        Whether a parameter can be trained is the caller's to say, also while the run goes on: what
-        is frozen stays so, and what is not is so again afterwards.
-        """
-        own = self.parameters[player.name]
-        frozen = [p for p in self.others[player.name] if p.requires_grad]
-        for parameter in own:
-            parameter.grad = None
-        for parameter in frozen:
-            parameter.requires_grad = False
-        try:
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad = True
-            for parameter in own:
-                parameter.grad = None
 
     def _step(self, player: Player, loss: Loss, batch: Batch, measured: bool) -> dict[str, Tensor]:
         parameters = self.parameters[player.name]
@@ -340,7 +293,7 @@ class Trainer(State):
         ):
             terms = loss(batch, self.rng)
         optimizer, scaler = self.optimizers[player.name], self.scalers[player.name]
-        # Else somebody besides the optimizer reads the gradients.
+        # True if only the optimizer reads the gradients.
         alone = not (measured or scaler.is_enabled() or self.ranks.size > 1)
         with self.half_weights.gradients(optimizer) if alone else nullcontext():
             scaler.scale(sum(terms.values())).backward()

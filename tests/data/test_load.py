@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from gankernels import data
 from gankernels.data import load
 
 
@@ -69,6 +70,7 @@ def test_missing_extras_say_what_to_install(tmp_path, library, source):
     code = f"""
 import sys
 sys.modules[{library!r}] = None  # importing it now raises ImportError
+from gankernels import data
 from gankernels.data import load
 try:
     load({source!r})
@@ -77,3 +79,36 @@ except ImportError as error:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install gankernels[train]" in result.stdout, result.stderr
+
+
+def test_a_kind_that_is_named(tmp_path):
+    images, labels = np.zeros((2, 4, 4), np.uint8), np.arange(2)
+    np.savez(tmp_path / "set.npz", images=images, labels=labels)
+    assert len(load(f"npz:{tmp_path}/set.npz")) == len(load(f"npz:{tmp_path}")) == 2
+    assert load(f"npz:{tmp_path}/set.npz").name == "set.npz"
+    with pytest.raises(ValueError, match=r"accepted: an \.npz with images and labels$"):
+        load("npz:nowhere")
+    with pytest.raises(ValueError, match=r"set\.npz' is of no known kind; accepted: a folder with"):
+        load(f"idx:{tmp_path}/set.npz")
+    with pytest.raises(ValueError, match="is not the name of a data set"):
+        load(f"zip:{tmp_path}/set.npz")  # no kind
+
+
+def test_a_source_of_several_kinds_is_ambiguous(tmp_path, monkeypatch):
+    class Other(data.get_kind("npz")):
+        pass
+
+    monkeypatch.setattr(data._kind._registry, "_registered", {"other": Other})
+    np.savez(tmp_path / "set.npz", images=np.zeros((2, 4, 4), np.uint8), labels=np.arange(2))
+    path = f"{tmp_path}/set.npz"
+    with pytest.raises(
+        ValueError, match=rf"may be of several kinds; load npz:{path} or other:{path} instead"
+    ):
+        load(path)
+    assert data.canonical(f"other:{path}") == f"other:{path}"
+    assert data.kind_of(f"other:{path}") is Other
+
+
+def test_options_of_another_kind():
+    with pytest.raises(TypeError, match="digits takes channels, size, stream, got length"):
+        load("digits", length=3)

@@ -10,7 +10,7 @@ from torch import nn
 from gankernels import functional, games
 from gankernels import nn as gknn
 from gankernels.cli import main
-from gankernels.games import Adversarial, AdversarialOptions, Batch, DataSpec, Player
+from gankernels.games import Adversarial, AdversarialOptions, Batch, DataSpec, Player, Round
 from gankernels.ops.gradient_norm_penalty import KINDS
 from gankernels.train import load_game
 
@@ -330,12 +330,17 @@ def test_judging_in_one_go_changes_nothing(name, batch):
     calls = []
     game.discriminator.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
     made = {"images": fake, **dict(zip(game.given, others, strict=True))}
-    found = game.judge_both(batch, made)
+
+    def outputs(made):
+        batch.made = made
+        settings = {"make": game.make, "network": game.discriminator, "judged": game.judged}
+        round = Round(batch, torch.Generator(), **settings, together=True)
+        return round.real, round.fake
+
+    found = outputs(made)
     together = getattr(game.discriminator, "per_sample", False)
     assert calls == ([16] if together else [8, 8])
     expected = game.discriminator(batch.images, *labels), game.discriminator(fake, *others)
     torch.testing.assert_close(found, expected)
     # The labels of real images are those of fakes that come without their own.
-    torch.testing.assert_close(
-        game.judge_both(batch, {"images": fake})[1], game.discriminator(fake, *labels)
-    )
+    torch.testing.assert_close(outputs({"images": fake})[1], game.discriminator(fake, *labels))

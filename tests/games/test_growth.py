@@ -1,21 +1,37 @@
-"""Two games that share little with those of the package, each a class of its own and nothing else.
+"""Games, metrics and kinds of data that share little with those of the package: one class each.
 
-The trainer trains, resumes, samples and reports them as it is. One maps images to images, which
-come in pairs and are not square. The other makes words: it is trained by maximum likelihood first
-and by policy gradients afterwards.
+The trainer trains, resumes, samples, scores and reports two games as it is. One maps images to
+images, which come in pairs and are not square. The other makes words: it is trained by maximum
+likelihood first and by policy gradients afterwards. Words have a metric of their own, and a file
+format. A third game has two discriminators, each under a penalty.
 """
 
 import json
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gankernels.data import Columns, Image, Tokens
-from gankernels.games import Adversarial, BareOptions, DiscriminatorOptions, Game, Player, option
+from gankernels import data as data_module
+from gankernels import games, metrics
+from gankernels import train as training
+from gankernels.cli import main
+from gankernels.data import Columns, DataOptions, Image, Kind, Tokens
+from gankernels.games import (
+    Adversarial,
+    BareOptions,
+    DiscriminatorOptions,
+    Game,
+    Penalty,
+    Player,
+    adversary,
+    option,
+)
+from gankernels.metrics import Metric
 from gankernels.train import Config, Trainer, load_game
 
 
@@ -150,7 +166,98 @@ def sentences():
     return Columns({"words": Tokens(WORDS, 5)}, {"words": words.sort(1).values}, "sentences")
 
 
-# ---- both ----------------------------------------------------------------------------------------
+class Bigrams(Metric):
+    """The total variation distance between the frequencies of pairs of neighboring words."""
+
+    needs = (Tokens,)
+    labels = {"bigrams": ("distance of the bigrams", "{:.3f}")}  # noqa: RUF012
+
+    def frequencies(self, words):
+        pairs = words[:, :-1] * self.size + words[:, 1:]
+        return pairs.flatten().bincount(minlength=self.size**2).double() / pairs.numel()
+
+    def prepare(self, data, cache):
+        self.size = len(data.spec[self.column].vocabulary)
+        self.real = self.frequencies(data.columns[self.column])
+
+    def score(self, samples):
+        found = self.frequencies(samples[self.column])
+        return {"bigrams": (found - self.real).abs().sum().item() / 2}
+
+
+@dataclass(frozen=True)
+class LinesOptions(DataOptions):
+    length: int = option(5, "words per line")
+
+
+class Lines(Kind):
+    """A text file with a sentence of one-letter words per line."""
+
+    Options = LinesOptions
+    accepted = "a .words file"
+
+    @classmethod
+    def accepts(cls, path):
+        return path.suffix == ".words"
+
+    @classmethod
+    def open(cls, source, options, name):
+        words = [line.split()[: options.length] for line in Path(source).read_text().splitlines()]
+        words = torch.tensor([[WORDS.index(word) for word in line] for line in words])
+        return Columns({"words": Tokens(WORDS, options.length)}, {"words": words}, name)
+
+
+# ---- two domains ---------------------------------------------------------------------------------
+
+
+class Domains(Game):
+    """Two discriminators of one generator, which judge two columns of one batch."""
+
+    Options = BareOptions
+
+    def __init__(self, spec, options=None):
+        super().__init__(spec, options)
+        self.generator = nn.Linear(4, 2 * 64)
+        self.whole, self.half = nn.Linear(64, 1), nn.Linear(32, 1)
+
+    def make(self, batch, rng):
+        noise = torch.randn(batch.size, 4, generator=rng)
+        whole, half = self.generator(noise).chunk(2, 1)
+        return {"images": whole.unflatten(1, (1, 8, 8)), "half": half[:, :32]}
+
+    def loss(self, round):
+        return {"wasserstein": round.fake.mean() - round.real.mean()}
+
+    def fool(self, batch, rng):
+        made = self.make(batch, rng)
+        whole, half = self.whole(made["images"].flatten(1)), self.half(made["half"])
+        return {"whole": -whole.mean(), "half": -half.mean()}
+
+    def players(self):
+        adam = partial(torch.optim.Adam, lr=1e-2)
+
+        def judged_whole(values, batch):
+            return (values["images"].flatten(1),)
+
+        def judged_half(values, batch):
+            half = values["half"] if "half" in values else values["images"].flatten(1)[:, :32]
+            return (half,)
+
+        parts = {
+            "whole": (self.whole, judged_whole, Penalty("wgan-gp", 10.0)),
+            "half": (self.half, judged_half, Penalty("r1", 5.0, every=2)),
+        }
+        critics = [
+            adversary(
+                name, network, self.loss, adam, make=self.make, judged=judged, penalty=penalty,
+                shared=name == "half",
+            )
+            for name, (network, judged, penalty) in parts.items()
+        ]  # fmt: skip
+        return [*critics, Player("generator", self.generator, self.fool, adam)]
+
+
+# ---- all ----------------------------------------------------------------------------------------
 
 GAMES = {"translate": (Translate, pairs), "speak": (Speak, sentences)}
 
@@ -216,6 +323,22 @@ def test_it_is_loaded_and_sampled(start):
     assert made.shape == (3, *trainer.data.spec[game.makes].shape)
 
 
+def test_words_have_a_metric(start, tmp_path):
+    if "bigrams" not in metrics.names():
+        metrics.register("bigrams", Bigrams)
+    if start("plain").game.makes != "words":
+        with pytest.raises(ValueError, match="'bigrams' must be of type Tokens, got of type Image"):
+            start("other", score="bigrams")
+        return
+    trainer = start("run", score="bigrams")
+    trainer.fit()
+    kept = json.loads((trainer.run / "checkpoints/best.json").read_text())
+    rows = [json.loads(line) for line in (trainer.run / "metrics.jsonl").open()]
+    scores = {row["step"]: row["score/bigrams"] for row in rows if "score/bigrams" in row}
+    assert list(scores) == [4, 8]
+    assert (kept["metric"], kept["score"]) == ("bigrams", min(scores.values()))
+
+
 def test_phases_and_schedules(start):
     trainer = start("run")
     names, rates = [], []
@@ -237,3 +360,60 @@ def test_players_that_share_a_batch_see_the_same_fakes():
     config = Config(steps=1, batch_size=8, device="cpu", ema=0)
     Trainer(game, data, config).iterate()
     assert len(seen) == 1
+
+
+def test_a_file_format_a_game_and_a_metric_of_others_work_from_the_command_line(
+    tmp_path, monkeypatch, capsys
+):
+    """Each is registered once, as by an entry point, and known to every command by its name."""
+    for registry, name, cls in (
+        (data_module, "lines", Lines), (games, "speech", Speak), (metrics, "bigrams", Bigrams),
+    ):  # fmt: skip
+        registry.register(name, cls)
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(" ".join(WORDS[i] for i in row) + "\n" for row in sentences().columns["words"])
+    (tmp_path / "set.words").write_text(lines)
+    train = ["train", "speech", "--data", "set.words", "--device", "cpu", "--out", "run"]
+    settings = ["--set", "length=4", "--set", "score=bigrams", "--batch-size", "8"]
+    assert main([*train, *settings, "--steps", "5"]) == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["game"], config["length"]) == ("speech", 4)
+    assert config["data"] == f"lines:{tmp_path}/set.words"
+    assert "size" not in config
+    assert main([*train, "--resume", "--steps", "6"]) == 0
+    with pytest.raises(ValueError, match="length cannot change when a run is resumed"):
+        training.start("speech", out="run", resume=True, length=5)
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--device", "cpu", "--json", "scores.json"]) == 0
+    assert "distance of the bigrams" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert 0 < scores["bigrams"] <= 1
+    assert main(["evaluate", "run", "--device", "cpu", "--metrics", "frechet"]) == 2
+    assert "'frechet' must be of type Image, got of type Tokens" in capsys.readouterr().err
+    assert main(["sample", "run", "--device", "cpu"]) == 2
+    assert "must be of a game that makes images from noise" in capsys.readouterr().err
+    again = training.start("run/config.json", out="again")
+    assert len(again.data) == 30
+    assert again.data.spec["words"].length == 4
+    assert (
+        training.start("speech", data="lines:set.words", out="named").data.spec["words"].length == 5
+    )
+
+
+def test_a_game_with_two_penalties(tmp_path):
+    images = torch.randint(256, (20, 1, 8, 8), generator=rng(), dtype=torch.uint8)
+    data = Columns({"images": Image(1, 8, 8)}, {"images": images}, "noise")
+    config = Config(out=str(tmp_path), steps=2, batch_size=8, device="cpu")
+    torch.manual_seed(0)
+    trainer = Trainer(Domains(data.spec), data, config)
+    terms = []
+    for _ in range(2):
+        trainer.iterate()
+        terms.append(set(trainer.losses.take()))
+    assert {"whole/penalty", "half/penalty", "generator/whole"} <= terms[0]
+    assert "whole/penalty" in terms[1]
+    assert "half/penalty" not in terms[1]
+    with pytest.raises(ValueError, match=r"penalty must be none, .*, got 'gp'"):
+        Penalty("gp")
+    with pytest.raises(ValueError, match="penalty_every must be at least 1, got 0"):
+        Penalty(every=0)

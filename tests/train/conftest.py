@@ -10,11 +10,11 @@ TINY = {"size": 8, "batch_size": 16, "device": "cpu", "log_every": 20, "sample_e
 
 @pytest.fixture
 def run(tmp_path):
-    """`run(model, **settings)`: a trainer on the 8x8 digits in a folder of its own."""
+    """`run(game, **settings)`: a trainer on the 8x8 digits in a folder of its own."""
 
-    def make(model="cgan", **settings):
+    def make(game="cgan", **settings):
         settings = {"out": str(tmp_path / "run"), **TINY, **settings}
-        return start(model, **settings)
+        return start(game, **settings)
 
     return make
 

@@ -33,7 +33,7 @@ def tensors(value, path=""):
     ("model", "precision"), [*((model, "fp32") for model in SMALL), ("cgan", "bf16")]
 )
 def test_resume_is_bit_for_bit(run, tmp_path, model, precision):
-    settings = {"model": model, "precision": precision, **SMALL[model]}
+    settings = {"game": model, "precision": precision, **SMALL[model]}
     whole = run(**settings, steps=60, out=str(tmp_path / "whole"))
     whole.fit()
     continued = torch.rand(3), torch.rand(3, generator=whole.rng)
@@ -158,7 +158,7 @@ def test_foreign_files(tmp_path):
     with pytest.raises(CheckpointError, match=r"other.pt is not a checkpoint of gankernels"):
         load_game(tmp_path / "other.pt")
     torch.save({"magic": checkpoint_module.MAGIC, "version": 99}, tmp_path / "newer.pt")
-    with pytest.raises(CheckpointError, match="version 99, this gankernels reads 3: use"):
+    with pytest.raises(CheckpointError, match="version 99, this gankernels reads 4: use"):
         load_game(tmp_path / "newer.pt")
     (tmp_path / "empty.pt").touch()
     with pytest.raises(CheckpointError, match="damaged"):

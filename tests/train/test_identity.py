@@ -190,7 +190,7 @@ def test_home_is_meant_in_every_path(train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "set.npz")
     trainer = train(1, data="~/set.npz", out="~/run", score="frechet")
-    assert trainer.config.data == str(tmp_path / "set.npz")
+    assert trainer.config.data == f"npz:{tmp_path}/set.npz"
     assert latest_checkpoint("~/run") == tmp_path / "run/checkpoints/step_00000001.pt"
     assert load_game("~/run")[0].spec.classes == ("cat", "dog", "owl")
     trainer.load(Path("~/run/checkpoints/step_00000001.pt"))

@@ -1,0 +1,38 @@
+"""Learning rates where CUDA graphs read them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class LearningRates:
+    """The learning rates of optimizers that have them in tensors; on the CPU there are none.
+
+    A graph reads a rate where it was captured, while callbacks, schedulers and checkpoints replace
+    it by another.
+    """
+
+    def __init__(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        self._rates = {
+            (name, i): group["lr"]
+            for name, optimizer in optimizers.items()
+            for i, group in enumerate(optimizer.param_groups)
+            if isinstance(group["lr"], Tensor)
+        }
+
+    def settings(self) -> Hashable:
+        """Write new rates to where graphs read them; return the settings, a constant of graphs."""
+        settings: list[Hashable] = []
+        for name, optimizer in self.optimizers.items():
+            for i, group in enumerate(optimizer.param_groups):
+                rate = self._rates.get((name, i))
+                if rate is not None and group["lr"] is not rate:
+                    rate.fill_(group["lr"])
+                    group["lr"] = rate
+                options = (value for option, value in group.items() if option != "params")
+                settings += [v if isinstance(v, Hashable) else repr(v) for v in options]
+        return tuple(settings)
