@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import unwrap_if_dead  # a tensor of a transform that has ended
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from gankernels._library import called_while_tracing
 
@@ -23,18 +26,18 @@ class DifferentiableOp:
 
     apply: Callable[..., Any]
     forward: Pass
-    saves: Saves
     backward: Pass
     double_backward: Pass
+    saves: Saves | None
 
 
 def define_op(
     name: str,
     *,
     forward: Pass,
-    saves: Saves,
     backward: Pass,
     double_backward: Pass,
+    saves: Saves | None = None,
     collective: bool = False,
 ) -> DifferentiableOp:
     """Defines an op with a first and a second derivative; a third raises an error.
@@ -46,21 +49,24 @@ def define_op(
     Args:
         name: of the op, in snake_case.
         forward: ``(*inputs, options)`` -> outputs, of which only the first is differentiable.
-        saves: ``(inputs, outputs)`` -> the tensors that the derivatives need.
         backward: ``(grad_output, *saved, options, wanted)`` -> the gradients of the inputs.
         double_backward: ``(*tangents, grad_output, *saved, options, wanted)`` -> the gradients of
             ``grad_output`` and of the saved tensors. There is a tangent for each gradient that
             ``backward`` returns; it is None if nothing depends on that gradient.
+        saves: ``(inputs, outputs)`` -> the tensors that the derivatives need, if there is more than
+            one output; otherwise these are the inputs.
         collective: the passes exchange tensors with other processes. Each of them then runs
             whatever gradients are asked for, so that all processes run the same ones.
     """
 
     def save_for_backward(ctx: Any, inputs: tuple[Any, ...], outputs: Result) -> None:
+        *tensors, ctx.options = inputs
         ctx.set_materialize_grads(False)
-        if isinstance(outputs, tuple):
+        if saves is None:
+            ctx.save_for_backward(*tensors)
+        else:
             ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(*saves(inputs[:-1], outputs))
-        ctx.options = inputs[-1]
+            ctx.save_for_backward(*saves(tensors, outputs))
 
     def differentiate(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
@@ -93,7 +99,7 @@ def define_op(
     apply_double = function("_double_backward", double_backward, save_nothing, raise_error)
     apply_backward = function("_backward", backward, save_for_double_backward, differentiate_twice)
     apply = function("", forward, save_for_backward, differentiate)
-    return DifferentiableOp(apply, forward, saves, backward, double_backward)
+    return DifferentiableOp(apply, forward, backward, double_backward, saves)
 
 
 def _padded(gradients: Result, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -139,23 +145,26 @@ def differentiable(
         "jvp": _missing(f"{name} has no forward-mode derivative"),
         "vmap": _missing(f"{name} has no rule for torch.vmap"),
     }
-    eager = type(node, (Function,), {"forward": staticmethod(forward), **shared})
+    eager: Any = type(node, (Function,), {"forward": staticmethod(forward), **shared})
     separate = {"forward": staticmethod(compute), "setup_context": staticmethod(setup_context)}
-    transformed = type(node, (Function,), {**separate, **shared})
+    transformed: Any = type(node, (Function,), {**separate, **shared})
+
+    # Function.apply without its handling of default arguments, which takes 2 us of every call.
+    record = super(Function, eager).apply
 
     def apply(*inputs: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if _are_functorch_transforms_active():
             return transformed.apply(*inputs)
-        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        if not is_grad_enabled() and forward_ad._current_level < 0:
             return compute(*inputs)
-        return eager.apply(*inputs)
+        return record(*[unwrap_if_dead(t) if isinstance(t, Tensor) else t for t in inputs])
 
     @called_while_tracing
     def hide_from_compiler() -> None:
         torch.compiler.allow_in_graph(apply)
 
     def function(*inputs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             if not compilable:
                 return torch.compiler.disable(apply)(*inputs)
             hide_from_compiler()  # not earlier, since it imports the compiler
