@@ -229,7 +229,7 @@ def _record(
         public=public,
         eager=eager,
         fused=fused,
-        options=Options(True, None, 1e-5, _SLOPE, activation_first),
+        options=lambda shape: Options(True, None, 1e-5, _SLOPE, activation_first),
         last_inputs=(None,),
         baselines=baselines,
         layer=layer_for,

@@ -131,7 +131,7 @@ OPS = {
         public=lambda gk, grad: gk.functional.gradient_norm_penalty(grad),
         eager=_eager_penalty,
         fused=fused,
-        options=Options(TWO_SIDED, 1.0),
+        options=lambda shape: Options(TWO_SIDED, 1.0),
         kernel_reference=lambda grad, kind, center: [
             reference(grad, kind, center),
             _squared_norms(grad),

@@ -7,6 +7,8 @@ similarities of all pairs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -85,6 +87,7 @@ OPS = {
         representative=((70, 9, 5), (70, 3, 40)),  # C in registers, and C in chunks
         baselines="Eager: broadcasting to N x N x B x C. Cdist: torch.cdist(p=1), differentiable "
         "once.",
+        eager_elements=lambda shape: shape[0] * math.prod(shape),
         others={"cdist": _cdist},
         work=lambda shape: (
             shape[0] * (shape[0] - 1) * shape[1] * shape[2],

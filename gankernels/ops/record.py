@@ -78,7 +78,7 @@ class Op:
         public: ``(gankernels, *inputs)`` -> the result of the public function.
         eager: ``(*inputs)`` -> the same, as GAN code writes it in PyTorch.
         fused: the kernels' passes; None for an op that is PyTorch's own.
-        options: of the passes.
+        options: ``(shape)`` -> the options of the passes.
         last_inputs: of the forward pass, after `inputs`.
         kernel_reference: ``(*arguments)`` of the forward kernel -> its results by PyTorch's ops.
         samples: shapes that together reach every way in which the kernels divide their work.
@@ -88,6 +88,7 @@ class Op:
         baselines: what tables compare with, as a sentence.
         layer: ``(gankernels, shape)`` -> our layer, if there is one.
         eager_layer: ``(shape)`` -> the same by PyTorch's layers.
+        eager_elements: ``(shape)`` -> elements of eager's largest tensor, if it may be too large.
         others: further baselines, differentiable once.
         traffic: by kernel pass; empty if the op is not bound by memory.
         penalty_tensors: like `Traffic.least`, of a whole penalty step.
@@ -104,7 +105,7 @@ class Op:
     public: Function
     eager: Function
     fused: DifferentiableOp | None = None
-    options: Any = None
+    options: Callable[[Shape], Any] = lambda shape: None
     last_inputs: tuple[None, ...] = ()
     kernel_reference: Callable[..., Sequence[Tensor | None]] | None = None
     samples: tuple[Shape, ...] = ()
@@ -114,6 +115,7 @@ class Op:
     baselines: str = ""
     layer: Callable[[ModuleType, Shape], nn.Module] | None = None
     eager_layer: Callable[[Shape], nn.Module] | None = None
+    eager_elements: Callable[[Shape], int] | None = None
     others: Mapping[str, Function] = field(default_factory=dict)
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
     penalty_tensors: int | None = None
@@ -125,7 +127,7 @@ class Op:
 
     def kernel_passes(self, shape: Shape, draw: Draw) -> dict[str, Callable[[], object]]:
         """The passes by kernels on random tensors, ready to be called, by name."""
-        fused, options = self.fused, self.options
+        fused, options = self.fused, self.options(shape)
         assert fused is not None
         inputs = (*self.inputs(shape, draw), *self.last_inputs)
         wanted = [t is not None for t in inputs]
