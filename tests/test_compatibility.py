@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import gankernels as gk
+from gankernels.ops.record import Draw, records
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -86,17 +87,16 @@ def assert_close(actual, expected, tolerance=1e-9):
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
 
 
-OPS = {
-    "batch_norm_leaky_relu": lambda x: gk.functional.batch_norm_leaky_relu(
-        x, None, None, training=True
-    ),
-    "leaky_relu_batch_norm": lambda x: gk.functional.leaky_relu_batch_norm(
-        x, torch.zeros(3).to(x), torch.ones(3).to(x)
-    ),
-    "minibatch_discrimination": gk.functional.minibatch_discrimination,
-    "minibatch_stddev": gk.functional.minibatch_stddev,
-    "gradient_norm_penalty": gk.functional.gradient_norm_penalty,
-}
+def with_parameters(op):
+    """The public function of a record, as a function of x alone."""
+    parameters = op.inputs((5, 3, 4), Draw(torch.float64))[1:]
+    return lambda x: op.public(gk, x, *parameters)
+
+
+OPS = {name: with_parameters(op) for name, op in records().items() if op.fused is not None}
+OPS["leaky_relu_batch_norm, evaluation"] = lambda x: gk.functional.leaky_relu_batch_norm(
+    x, torch.zeros(3).to(x), torch.ones(3).to(x)
+)
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 

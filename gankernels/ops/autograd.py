@@ -44,7 +44,8 @@ def define_op(
 
     Every pass takes ``options``, one object with everything that is not a tensor. The derivatives
     also take ``wanted``: a bool for each gradient that they return, False if it will not be used.
-    They may leave out gradients at the end, which are then None.
+    Then it may be anything, or None, which it must be if its input is None. Gradients at the end
+    may be left out.
 
     Args:
         name: of the op, in snake_case.
@@ -73,7 +74,7 @@ def define_op(
         if grad_output is None and not collective:
             return (None,) * len(needed)
         gradients = apply_backward(grad_output, *ctx.saved_tensors, ctx.options, needed)
-        return _padded(gradients, needed)
+        return _padded(gradients, len(needed))
 
     def save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], outputs: Result) -> None:
         ctx.set_materialize_grads(False)
@@ -82,10 +83,10 @@ def define_op(
 
     def differentiate_twice(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
-        if not collective and all(tangent is None for tangent in tangents):
+        if tangents[0] is None and not collective and all(t is None for t in tangents):
             return (None,) * len(needed)
         gradients = apply_double(*tangents, *ctx.saved_tensors, ctx.options, needed)
-        return _padded(gradients, needed)
+        return _padded(gradients, len(needed))
 
     def save_nothing(ctx: Any, inputs: tuple[Any, ...], outputs: Result) -> None:
         pass
@@ -102,12 +103,11 @@ def define_op(
     return DifferentiableOp(apply, forward, backward, double_backward, saves)
 
 
-def _padded(gradients: Result, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """One gradient for each input, None where it is not needed: some inputs may be None."""
+def _padded(gradients: Result, size: int) -> tuple[Tensor | None, ...]:
+    """The gradients, then None for all other inputs."""
     if isinstance(gradients, Tensor):
-        gradients = (gradients,)
-    kept = [g if need else None for g, need in zip(gradients, needed, strict=False)]
-    return *kept, *(None,) * (len(needed) - len(kept))
+        return gradients, *(None,) * (size - 1)
+    return gradients + (None,) * (size - len(gradients))
 
 
 def differentiable(

@@ -146,8 +146,10 @@ def _backward(
         grad_y, x, weight, bias, statistics, None, count(x), options.training,
         options.eps, options.negative_slope, options.activation_first, want_sums,
     )  # fmt: skip
-    grad_bias, grad_weight = sums.unbind(0) if want_sums else (None, None)
-    return grad_x, grad_weight, grad_bias
+    if not want_sums:
+        return grad_x, None, None
+    grad_bias, grad_weight = sums.unbind(0)
+    return grad_x, grad_weight if wanted[1] else None, grad_bias if wanted[2] else None
 
 
 def _double_backward(
@@ -169,7 +171,8 @@ def _double_backward(
         None, count(x), options.training,
         options.eps, options.negative_slope, options.activation_first, wanted[0], wanted[1],
     )  # fmt: skip
-    return grad_grad_y, grad_x, grad_weight, zero_for_bias(bias, wanted[3])
+    grad_bias = zero_for_bias(bias, wanted[3])
+    return grad_grad_y, grad_x, grad_weight if wanted[2] else None, grad_bias
 
 
 def zero_for_bias(bias: Tensor | None, wanted: bool) -> Tensor | None:

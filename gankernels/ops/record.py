@@ -125,23 +125,26 @@ class Op:
     measured_quickly: tuple[Inputs, ...] = ()
     measured_on_gpu: tuple[Inputs, ...] = ()
 
-    def kernel_passes(self, shape: Shape, draw: Draw) -> dict[str, Callable[[], object]]:
-        """The passes by kernels on random tensors, ready to be called, by name."""
+    def kernel_passes(
+        self, shape: Shape, draw: Draw, inputs: Sequence[Tensor] | None = None
+    ) -> dict[str, Callable[[], object]]:
+        """The passes by kernels, on these inputs or on random ones, ready to be called."""
         fused, options = self.fused, self.options(shape)
         assert fused is not None
-        inputs = (*self.inputs(shape, draw), *self.last_inputs)
-        wanted = [t is not None for t in inputs]
-        outputs = fused.forward(*inputs, options)
-        saved = inputs if fused.saves is None else fused.saves(inputs, outputs)
+        given = self.inputs(shape, draw) if inputs is None else inputs
+        arguments = (*given, *self.last_inputs)
+        wanted = [t is not None for t in arguments]
+        outputs = fused.forward(*arguments, options)
+        saved = arguments if fused.saves is None else fused.saves(arguments, outputs)
         output = outputs if isinstance(outputs, Tensor) else outputs[0]
-        assert output is not None and inputs[0] is not None
+        assert output is not None
         grad = draw(*output.shape).to(output.dtype)
         gradients = fused.backward(grad, *saved, options, wanted)
         others = () if isinstance(gradients, Tensor) else gradients[1:]
-        tangents = (draw(*inputs[0].shape), *(None for _ in others))
+        tangents = (draw(*given[0].shape), *(None for _ in others))
         second = (*tangents, grad, *saved, options, [t is not None for t in (grad, *saved)])
         return {
-            "forward": lambda: fused.forward(*inputs, options),
+            "forward": lambda: fused.forward(*arguments, options),
             "backward": lambda: fused.backward(grad, *saved, options, wanted),
             "double backward": lambda: fused.double_backward(*second),
         }

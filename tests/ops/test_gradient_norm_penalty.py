@@ -226,30 +226,6 @@ def test_gradcheck_and_gradgradcheck(shape, kind):
     assert torch.autograd.gradgradcheck(function, grad)
 
 
-@pytest.mark.parametrize(
-    ("layout", "dtype"),
-    [
-        ("contiguous", torch.float64),
-        ("contiguous", torch.bfloat16),
-        ("channels_last", torch.float32),
-        ("sliced", torch.float32),
-        ("expanded", torch.float32),
-    ],
-)
-def test_opcheck(layout, dtype):
-    ops = torch.ops.gankernels
-    wide = torch.promote_types(dtype, torch.float32)
-    grad = LAYOUTS[layout](gradients((4, 3, 2, 5), dtype))
-    tangent, factor = draw(4, 3, 2, 5, dtype=dtype), torch.tensor(0.5, dtype=wide)
-    for kind in sorted(set(KINDS.values())):
-        torch.library.opcheck(ops.gradient_norm_penalty.default, (grad, kind, 1.0))
-        _, norms = ops.gradient_norm_penalty(grad, kind, 1.0)
-        inputs = (factor, grad, norms, kind, 1.0)
-        torch.library.opcheck(ops.gradient_norm_penalty_backward.default, inputs)
-        op = ops.gradient_norm_penalty_double_backward.default
-        torch.library.opcheck(op, (tangent, *inputs))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_third_derivative_raises(kind):
     grad = gradients((3, 5)).requires_grad_()
