@@ -136,7 +136,7 @@ def stages(wheel: bool) -> list[Stage]:
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT]
     tests += ["-c", ROOT / "pyproject.toml", "-m", "cuda"]
     parallel = ["-n", "8"] if has("xdist") else []
-    same = [ROOT / "tests" / part for part in ("ops", "nn", "test_penalty.py")]
+    same = [ROOT / "tests" / part for part in ("ops", "nn", "functional")]
     on_cuda = ["--device", "cuda", "--models", "keras cgan,wgan_gp"]
     on_cuda += ["--rounds", "2", "--seconds", "2", "--warm-up", "1", "--json"]
     no_pillow = "" if has("PIL") else "Pillow is not installed"

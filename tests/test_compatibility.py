@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import gankernels as gk
+from gankernels.ops.record import Draw, records
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -86,17 +87,16 @@ def assert_close(actual, expected, tolerance=1e-9):
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
 
 
-OPS = {
-    "batch_norm_leaky_relu": lambda x: gk.functional.batch_norm_leaky_relu(
-        x, None, None, training=True
-    ),
-    "leaky_relu_batch_norm": lambda x: gk.functional.leaky_relu_batch_norm(
-        x, torch.zeros(3).to(x), torch.ones(3).to(x)
-    ),
-    "minibatch_discrimination": gk.functional.minibatch_discrimination,
-    "minibatch_stddev": gk.functional.minibatch_stddev,
-    "gradient_norm_penalty": gk.functional.gradient_norm_penalty,
-}
+def with_parameters(op):
+    """The public function of a record, as a function of x alone."""
+    parameters = op.inputs((5, 3, 4), Draw(torch.float64))[1:]
+    return lambda x: op.public(gk, x, *parameters)
+
+
+OPS = {name: with_parameters(op) for name, op in records().items() if op.fused is not None}
+OPS["leaky_relu_batch_norm, evaluation"] = lambda x: gk.functional.leaky_relu_batch_norm(
+    x, torch.zeros(3).to(x), torch.ones(3).to(x)
+)
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
@@ -114,7 +114,7 @@ def samples():
     "dtype; sums and statistics in float32",
     "tests/ops/test_batch_norm_leaky_relu_autograd.py::test_autocast_computes_in_the_dtype_of_x",
     "tests/nn/test_minibatch.py::test_discrimination_under_autocast",
-    "tests/test_penalty.py::test_autocast",
+    "tests/functional/test_gradient_penalty.py::test_autocast",
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
@@ -205,7 +205,7 @@ row(
     "tests/ops/test_batch_norm_leaky_relu_autograd.py::test_compile_with_other_batch_sizes",
     "tests/ops/test_minibatch_discrimination.py::test_compiles_without_a_graph_break",
     "tests/ops/test_minibatch_stddev.py::test_compiles_without_a_graph_break",
-    "tests/test_penalty.py::test_compiles_without_a_graph_break",
+    "tests/ops/test_gradient_norm_penalty.py::test_compiles_without_a_graph_break",
     "tests/test_fuse.py::test_compile",
     "tests/cuda/test_compile.py::test_without_graph_breaks",
 )
@@ -260,11 +260,11 @@ def test_compiled_penalty_step(backend, make, x, compiler):
 
 @shows(
     "A compiled module differentiated twice",
-    "no, PyTorch says so",
+    "no (PyTorch raises)",
     "`gradient_penalty` names the module; compile the whole step, or take "
     '`method="finite-difference"`',
-    "tests/test_penalty.py::test_compiled_critics_are_recognised",
-    "tests/test_penalty.py::test_finite_difference_of_a_compiled_module",
+    "tests/functional/test_gradient_penalty_errors.py::test_compiled_critics_are_recognised",
+    "tests/functional/test_finite_difference.py::test_finite_difference_of_a_compiled_module",
 )
 def test_compiled_module_differentiated_twice(compiler):
     fused, _ = twins(dense_critic)
@@ -288,7 +288,7 @@ def test_importing_does_not_import_the_compiler(python):
     "tests/ops/test_batch_norm_leaky_relu_autograd.py::test_func_grad_of_grad",
     "tests/ops/test_minibatch_discrimination.py::test_func_grad_and_vjp",
     "tests/ops/test_minibatch_stddev.py::test_func_grad_and_vjp",
-    "tests/test_penalty.py::test_func_grad_of_grad",
+    "tests/ops/test_gradient_norm_penalty.py::test_func_grad_of_grad",
     "tests/nn/test_batch_norm_leaky_relu.py::test_functional_call_and_ema",
 )
 def test_func_grad():
@@ -310,7 +310,7 @@ WAY_OUT = r'gankernels\.use_backend\("reference"\)'
 
 @shows(
     "`torch.vmap`, `jacrev`",
-    "no, the error says so",
+    "no (raises a clear error)",
     'under `gk.use_backend("reference")`; per-sample gradients by a loop too',
 )
 @every_op
@@ -332,7 +332,7 @@ def test_vmap(op):
 
 @shows(
     "`torch.func.jvp`, `jacfwd`, `hessian`, `torch.autograd.forward_ad`",
-    "no, the error says so",
+    "no (raises a clear error)",
     'under `gk.use_backend("reference")`; `torch.autograd.functional.hessian` without it too',
 )
 @every_op
@@ -375,12 +375,12 @@ def test_functional_jacobian(op):
 
 row(
     "Third derivatives",
-    "no, the error says so",
+    "no (raises a clear error)",
     "",
     "tests/ops/test_batch_norm_leaky_relu_autograd.py::test_third_derivative_raises",
     "tests/ops/test_minibatch_discrimination.py::test_third_derivative_raises",
     "tests/ops/test_minibatch_stddev.py::test_third_derivative_raises",
-    "tests/test_penalty.py::test_third_derivative_raises",
+    "tests/ops/test_gradient_norm_penalty.py::test_third_derivative_raises",
 )
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def test_checkpoint():
     "`torch.no_grad`, `torch.inference_mode`",
     "yes",
     "running statistics are updated in both; penalties take tensors that were made there",
-    "tests/test_penalty.py::test_inference_mode",
+    "tests/functional/test_gradient_penalty_errors.py::test_inference_mode",
 )
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(mode):

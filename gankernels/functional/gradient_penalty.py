@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeAlias
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.autograd.graph import Node
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from gankernels._shard import per_sample
 from gankernels.functional.gradient_norm_penalty import gradient_norm_penalty, interpolate
 from gankernels.ops.checks import check_choice, check_floating, check_same_shape
 from gankernels.ops.gradient_norm_penalty import KINDS
 
+Args: TypeAlias = tuple[Any, ...]
+Kwargs: TypeAlias = dict[str, Any]
+AccumulateGrad = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 _METHODS = ("exact", "finite-difference")
 
 # Critics whose penalty has been differentiated once without an error.
@@ -99,28 +104,29 @@ def gradient_penalty(
     wanted = torch.is_grad_enabled()  # otherwise the value alone
     with _recording():
         with torch.no_grad():
-            x = _ordinary(_points(real, fake, kind, generator))
+            x = _recordable(_points(real, fake, kind, generator))
         x = x.detach().requires_grad_()
-        critic_args = tree_map(_ordinary, tuple(critic_args))
+        critic_args = tree_map_only(Tensor, _recordable, tuple(critic_args))
         if wanted and method == "finite-difference":
             return _finite_difference(critic, x, kind, center, critic_args)
-        unproven = wanted and isinstance(critic, nn.Module) and critic not in _proven
-        gradient = _gradient(critic, x, critic_args, create_graph=wanted, thorough=unproven)
+        unproven = critic if isinstance(critic, nn.Module) and critic not in _proven else None
+        thorough = wanted and unproven is not None
+        gradient = _gradient(critic, x, critic_args, create_graph=wanted, thorough=thorough)
         penalty = gradient_norm_penalty(gradient, kind, center)
-        if unproven:
-            _prove(critic, penalty, x, critic_args)
+        if wanted and unproven is not None:
+            _prove(unproven, penalty, x, critic_args)
     return penalty
 
 
-def _recording() -> AbstractContextManager:
+def _recording() -> AbstractContextManager[object]:
     """Lets autograd record, even under torch.inference_mode()."""
     forbidden = torch.is_inference_mode_enabled()
     return torch.inference_mode(False) if forbidden else torch.enable_grad()
 
 
-def _ordinary(value: object) -> object:
-    """A copy of a tensor that was made in inference mode, which autograd cannot save."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+def _recordable(x: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made in inference mode: autograd cannot save it then."""
+    return x.clone() if x.is_inference() else x
 
 
 def _points(
@@ -132,9 +138,12 @@ def _points(
         raise ValueError("real must have shape (N, ...), got a scalar")
     if kind == "r1":
         return real
-    where = {"dtype": real.dtype, "device": real.device, "generator": generator}
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, dtype=real.dtype, device=real.device, generator=generator)
+
     if kind == "dragan":
-        noise = per_sample(lambda n: torch.rand(n, *real.shape[1:], **where), len(real))
+        noise = per_sample(lambda n: uniform(n, *real.shape[1:]), len(real))
         return real + 0.5 * real.std() * noise
     if fake is None:
         raise ValueError(f"fake must be a Tensor for kind {kind!r}, got None")
@@ -143,7 +152,7 @@ def _points(
     fake = fake.to(real.dtype)  # under autocast a generator's output may be of half precision
     if kind == "r2":
         return fake
-    alpha = per_sample(lambda n: torch.rand(n, **where), len(real))
+    alpha = per_sample(uniform, len(real))
     return interpolate(real, fake, alpha)
 
 
@@ -221,12 +230,11 @@ def _norms(x: Tensor) -> Tensor:
 def _repeatable_randomness(device: torch.device) -> Iterator[Callable[[], None]]:
     """Yields a function that resets the random number generators to their present state."""
     cpu = torch.get_rng_state()
-    on_cuda = device.type == "cuda"
-    cuda = torch.cuda.get_rng_state(device) if on_cuda else None
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def again() -> None:
         torch.set_rng_state(cpu)
-        if on_cuda:
+        if cuda is not None:
             torch.cuda.set_rng_state(cuda, device)
 
     yield again
@@ -260,13 +268,15 @@ def _differentiate(result: Tensor) -> None:
     once_differentiable raises its error at a leaf of its own: a derivative with respect to the
     parameters alone would not reach it, and be silently wrong.
     """
-    leaves, seen, pending = [], {None}, [result.grad_fn]
+    leaves: list[Tensor] = []
+    seen: set[Node] = set()
+    pending = [result.grad_fn]
     while pending:
         node = pending.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch._C._functions.AccumulateGrad):
+        if isinstance(node, AccumulateGrad):
             leaves.append(node.variable)
         pending += [following for following, _ in node.next_functions]
     torch.autograd.grad(result, leaves, retain_graph=True, allow_unused=True)
@@ -283,7 +293,7 @@ def _blame(critic: nn.Module, x: Tensor, critic_args: Sequence[object]) -> str:
     culprits: list[str] = []
 
     def try_alone(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        def hook(module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> None:
             if not culprits and not _twice_differentiable(module, args, kwargs):
                 culprits.append(f"layer {name!r}, {module}")
 
@@ -306,7 +316,7 @@ def _blame(critic: nn.Module, x: Tensor, critic_args: Sequence[object]) -> str:
     return culprits[0] if culprits else "something outside its layers, in a forward method"
 
 
-def _twice_differentiable(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+def _twice_differentiable(module: nn.Module, args: Args, kwargs: Kwargs) -> bool:
     """Runs the layer's forward once more, without its hooks, and differentiates it twice. Its
     buffers, attributes and gradients do not change."""
     leaves: list[Tensor] = []
@@ -333,9 +343,9 @@ def _twice_differentiable(module: nn.Module, args: tuple, kwargs: dict) -> bool:
     ones = [torch.ones_like(o, requires_grad=True) for o in outputs]
     try:
         first = torch.autograd.grad(outputs, leaves, ones, create_graph=True, allow_unused=True)
-        first = [f.square().sum() for f in first if f is not None and f.requires_grad]
-        if first:
-            _differentiate(torch.stack(first).sum())
+        squares = [f.square().sum() for f in first if f is not None and f.requires_grad]
+        if squares:
+            _differentiate(torch.stack(squares).sum())
     except RuntimeError as error:
         if _is_out_of_memory(error):
             raise

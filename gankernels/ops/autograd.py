@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import unwrap_if_dead  # a tensor of a transform that has ended
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from gankernels._library import called_while_tracing
 
@@ -23,51 +26,55 @@ class DifferentiableOp:
 
     apply: Callable[..., Any]
     forward: Pass
-    saves: Saves
     backward: Pass
     double_backward: Pass
+    saves: Saves | None
 
 
 def define_op(
     name: str,
     *,
     forward: Pass,
-    saves: Saves,
     backward: Pass,
     double_backward: Pass,
+    saves: Saves | None = None,
     collective: bool = False,
 ) -> DifferentiableOp:
     """Defines an op with a first and a second derivative; a third raises an error.
 
     Every pass takes ``options``, one object with everything that is not a tensor. The derivatives
     also take ``wanted``: a bool for each gradient that they return, False if it will not be used.
-    They may leave out gradients at the end, which are then None.
+    Then it may be anything, or None, which it must be if its input is None. Gradients at the end
+    may be left out.
 
     Args:
         name: of the op, in snake_case.
         forward: ``(*inputs, options)`` -> outputs, of which only the first is differentiable.
-        saves: ``(inputs, outputs)`` -> the tensors that the derivatives need.
         backward: ``(grad_output, *saved, options, wanted)`` -> the gradients of the inputs.
         double_backward: ``(*tangents, grad_output, *saved, options, wanted)`` -> the gradients of
             ``grad_output`` and of the saved tensors. There is a tangent for each gradient that
             ``backward`` returns; it is None if nothing depends on that gradient.
+        saves: ``(inputs, outputs)`` -> the tensors that the derivatives need, if there is more than
+            one output; otherwise these are the inputs.
         collective: the passes exchange tensors with other processes. Each of them then runs
             whatever gradients are asked for, so that all processes run the same ones.
     """
 
     def save_for_backward(ctx: Any, inputs: tuple[Any, ...], outputs: Result) -> None:
+        *tensors, ctx.options = inputs
         ctx.set_materialize_grads(False)
-        if isinstance(outputs, tuple):
+        if saves is None:
+            ctx.save_for_backward(*tensors)
+        else:
             ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(*saves(inputs[:-1], outputs))
-        ctx.options = inputs[-1]
+            ctx.save_for_backward(*saves(tensors, outputs))
 
     def differentiate(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
         if grad_output is None and not collective:
             return (None,) * len(needed)
         gradients = apply_backward(grad_output, *ctx.saved_tensors, ctx.options, needed)
-        return _padded(gradients, needed)
+        return _padded(gradients, len(needed))
 
     def save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], outputs: Result) -> None:
         ctx.set_materialize_grads(False)
@@ -76,10 +83,10 @@ def define_op(
 
     def differentiate_twice(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
-        if not collective and all(tangent is None for tangent in tangents):
+        if tangents[0] is None and not collective and all(t is None for t in tangents):
             return (None,) * len(needed)
         gradients = apply_double(*tangents, *ctx.saved_tensors, ctx.options, needed)
-        return _padded(gradients, needed)
+        return _padded(gradients, len(needed))
 
     def save_nothing(ctx: Any, inputs: tuple[Any, ...], outputs: Result) -> None:
         pass
@@ -93,15 +100,14 @@ def define_op(
     apply_double = function("_double_backward", double_backward, save_nothing, raise_error)
     apply_backward = function("_backward", backward, save_for_double_backward, differentiate_twice)
     apply = function("", forward, save_for_backward, differentiate)
-    return DifferentiableOp(apply, forward, saves, backward, double_backward)
+    return DifferentiableOp(apply, forward, backward, double_backward, saves)
 
 
-def _padded(gradients: Result, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """One gradient for each input, None where it is not needed: some inputs may be None."""
+def _padded(gradients: Result, size: int) -> tuple[Tensor | None, ...]:
+    """The gradients, then None for all other inputs."""
     if isinstance(gradients, Tensor):
-        gradients = (gradients,)
-    kept = [g if need else None for g, need in zip(gradients, needed, strict=False)]
-    return *kept, *(None,) * (len(needed) - len(kept))
+        return gradients, *(None,) * (size - 1)
+    return gradients + (None,) * (size - len(gradients))
 
 
 def differentiable(
@@ -139,23 +145,26 @@ def differentiable(
         "jvp": _missing(f"{name} has no forward-mode derivative"),
         "vmap": _missing(f"{name} has no rule for torch.vmap"),
     }
-    eager = type(node, (Function,), {"forward": staticmethod(forward), **shared})
+    eager: Any = type(node, (Function,), {"forward": staticmethod(forward), **shared})
     separate = {"forward": staticmethod(compute), "setup_context": staticmethod(setup_context)}
-    transformed = type(node, (Function,), {**separate, **shared})
+    transformed: Any = type(node, (Function,), {**separate, **shared})
+
+    # Function.apply without its handling of default arguments, which takes 2 us of every call.
+    record = super(Function, eager).apply
 
     def apply(*inputs: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if _are_functorch_transforms_active():
             return transformed.apply(*inputs)
-        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        if not is_grad_enabled() and forward_ad._current_level < 0:
             return compute(*inputs)
-        return eager.apply(*inputs)
+        return record(*[unwrap_if_dead(t) if isinstance(t, Tensor) else t for t in inputs])
 
     @called_while_tracing
     def hide_from_compiler() -> None:
         torch.compiler.allow_in_graph(apply)
 
     def function(*inputs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             if not compilable:
                 return torch.compiler.disable(apply)(*inputs)
             hide_from_compiler()  # not earlier, since it imports the compiler

@@ -26,8 +26,9 @@ def compute(
     ``momentum=None`` it makes the running statistics a cumulative average, without the host waiting
     for the device."""
     check_batch_norm(x, running_mean, running_var, weight, bias, options)
-    training, momentum = options.training, options.momentum
-    averaging = training and running_mean is not None
+    momentum = options.momentum
+    running = None if running_mean is None or running_var is None else (running_mean, running_var)
+    averaging = options.training and running is not None
     if momentum is None and averaging and num_batches_tracked is None:
         raise TypeError("momentum must be a float, got None")
     if options.group is not None:
@@ -35,9 +36,9 @@ def compute(
         if has_kernel(x, "batch_norm_leaky_relu"):
             op = sync.fused.apply
         y, statistics, total = op(x, weight, bias, options)
-        if averaging:
+        if running is not None:
             running_statistics.update_from_all(
-                running_mean, running_var, num_batches_tracked, statistics, momentum, total
+                *running, num_batches_tracked, statistics, momentum, total
             )
         return y
     # PyTorch decides which empty batches are accepted, and with what result.
@@ -45,18 +46,18 @@ def compute(
         if averaging and num_batches_tracked is not None:
             momentum = running_statistics.count_up(num_batches_tracked, momentum)
         return single.reference(
-            x, running_mean, running_var, weight, bias, training, momentum or 0.0,
+            x, running_mean, running_var, weight, bias, options.training, momentum or 0.0,
             options.eps, options.negative_slope, options.activation_first,
         )  # fmt: skip
-    if training:
+    if options.training:
         y, statistics = single.fused.apply(x, weight, bias, None, options)
-        if averaging:
+        if running is not None:
             running_statistics.update(
-                running_mean, running_var, num_batches_tracked, statistics, momentum,
-                single.count(x),
-            )  # fmt: skip
+                *running, num_batches_tracked, statistics, momentum, single.count(x)
+            )
         return y
-    statistics = torch.stack((running_mean, running_var))
+    assert running is not None  # as check_batch_norm requires in evaluation
+    statistics = torch.stack(running)
     if statistics.dtype is not torch.float64 and statistics.dtype is not torch.float32:
         statistics = statistics.float()
     return single.fused.apply(x, weight, bias, statistics, options)[0]

@@ -7,15 +7,28 @@ the derivatives recompute the activation's mask.
 
 from __future__ import annotations
 
+import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from gankernels.ops.autograd import Result, define_op
 from gankernels.ops.kernel import accumulation_dtype, empty_like_dense, kernel
+from gankernels.ops.record import (
+    BACKWARD,
+    KERNEL_PASSES,
+    LAYOUTS,
+    PENALTY,
+    Draw,
+    Inputs,
+    Op,
+    Shape,
+    Traffic,
+)
 
 
 class Options(NamedTuple):
@@ -133,8 +146,10 @@ def _backward(
         grad_y, x, weight, bias, statistics, None, count(x), options.training,
         options.eps, options.negative_slope, options.activation_first, want_sums,
     )  # fmt: skip
-    grad_bias, grad_weight = sums.unbind(0) if want_sums else (None, None)
-    return grad_x, grad_weight, grad_bias
+    if not want_sums:
+        return grad_x, None, None
+    grad_bias, grad_weight = sums.unbind(0)
+    return grad_x, grad_weight if wanted[1] else None, grad_bias if wanted[2] else None
 
 
 def _double_backward(
@@ -156,7 +171,8 @@ def _double_backward(
         None, count(x), options.training,
         options.eps, options.negative_slope, options.activation_first, wanted[0], wanted[1],
     )  # fmt: skip
-    return grad_grad_y, grad_x, grad_weight, zero_for_bias(bias, wanted[3])
+    grad_bias = zero_for_bias(bias, wanted[3])
+    return grad_grad_y, grad_x, grad_weight if wanted[2] else None, grad_bias
 
 
 def zero_for_bias(bias: Tensor | None, wanted: bool) -> Tensor | None:
@@ -175,3 +191,108 @@ fused = define_op(
     backward=_backward,
     double_backward=_double_backward,
 )
+
+
+# ---- the records ---------------------------------------------------------------------------------
+
+_SLOPE = 0.2
+_HALF = (torch.float32, torch.bfloat16)
+_LARGE = ((64, 64, 8, 8), (128, 128, 14, 14), (64, 128, 32, 32))
+
+
+def _inputs(shape: Shape, draw: Draw) -> tuple[Tensor, ...]:
+    return draw(*shape), draw.constant(1.0, shape[1]), draw.constant(0.0, shape[1])
+
+
+def _record(
+    name: str,
+    layer: str,
+    activation_first: bool,
+    baselines: str,
+    **more: tuple[Shape, ...] | tuple[Inputs, ...],
+) -> Op:
+    def public(gk: ModuleType, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return getattr(gk.functional, name)(x, None, None, weight, bias, True)
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return reference(x, None, None, weight, bias, True, 0.1, 1e-5, _SLOPE, activation_first)
+
+    def layer_for(gk: ModuleType, shape: Shape) -> nn.Module:
+        dimensions = 1 if len(shape) == 2 else 2
+        return getattr(gk.nn, f"{layer}{dimensions}d")(shape[1], negative_slope=_SLOPE)
+
+    def eager_layer(shape: Shape) -> nn.Module:
+        norm = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1])
+        activation = nn.LeakyReLU(_SLOPE)
+        return nn.Sequential(*((activation, norm) if activation_first else (norm, activation)))
+
+    return Op(
+        name,
+        inputs=_inputs,
+        public=public,
+        eager=eager,
+        fused=fused,
+        options=lambda shape: Options(True, None, 1e-5, _SLOPE, activation_first),
+        last_inputs=(None,),
+        baselines=baselines,
+        layer=layer_for,
+        eager_layer=eager_layer,
+        # The forward pass reads x and writes y; the backward pass reads x and grad_y and writes
+        # grad_x; the double backward pass reads x, grad_y and v and writes two gradients.
+        traffic={
+            "forward": Traffic(2, 3),
+            "backward": Traffic(3, 5),
+            "double backward": Traffic(5, 8),
+        },
+        # The penalty reads grad_x, and reads it again to write v; the gradient of grad_y is not
+        # needed.
+        penalty_tensors=2 + 3 + 1 + 2 + 4,
+        work=lambda shape: (7 * math.prod(shape), 2 * math.prod(shape)),
+        **more,  # type: ignore[arg-type]
+    )
+
+
+OPS = {
+    "batch_norm_leaky_relu": _record(
+        "batch_norm_leaky_relu",
+        "BatchNormLeakyReLU",
+        False,
+        "Eager: nn.BatchNorm, then nn.LeakyReLU.",
+        samples=((5, 6, 4, 4), (3, 5, 7), (4, 3, 96, 97), (37, 40)),
+        channels_last_samples=((5, 6, 4, 4), (3, 5, 7, 3), (60, 130, 9, 9)),
+        # Whole channels to a block, channels divided among blocks, and rows.
+        representative=((8, 5, 6, 6), (4, 3, 256, 256), (9001, 40)),
+        measured=(
+            Inputs((64, 256), _HALF),
+            Inputs((64, 1024), _HALF),
+            *(Inputs(shape, _HALF, LAYOUTS) for shape in _LARGE),
+        ),
+        measured_quickly=(
+            Inputs((64, 256)),
+            Inputs((64, 64, 8, 8)),
+            Inputs((64, 128, 14, 14), layouts=LAYOUTS),
+            Inputs((64, 128, 14, 14), (torch.bfloat16,)),
+        ),
+        measured_on_gpu=(
+            Inputs((64, 128, 128, 128), _HALF, LAYOUTS, KERNEL_PASSES),
+            Inputs((64, 128, 32, 32), _HALF, LAYOUTS, KERNEL_PASSES),
+            Inputs((64, 256), passes=KERNEL_PASSES),
+            Inputs((64, 128, 32, 32), _HALF, LAYOUTS, (BACKWARD, PENALTY)),
+            Inputs((64, 1024), passes=(BACKWARD, PENALTY)),
+        ),
+    ),
+    "leaky_relu_batch_norm": _record(
+        "leaky_relu_batch_norm",
+        "LeakyReLUBatchNorm",
+        True,
+        "Eager: nn.LeakyReLU, then nn.BatchNorm.",
+        samples=((5, 6, 4, 4), (3, 5, 7)),
+        representative=((8, 5, 6, 6),),
+        measured=(
+            Inputs((64, 256)),
+            Inputs((64, 64, 8, 8)),
+            Inputs((128, 128, 14, 14), layouts=LAYOUTS),
+        ),
+        measured_quickly=(Inputs((64, 128, 14, 14)),),
+    ),
+}

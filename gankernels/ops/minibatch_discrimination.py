@@ -7,12 +7,15 @@ similarities of all pairs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from gankernels._library import has_kernel
 from gankernels.ops.autograd import define_op
 from gankernels.ops.kernel import kernel
+from gankernels.ops.record import BACKWARD, KERNEL_PASSES, Inputs, Op, Shape
 
 
 def reference(m: Tensor) -> Tensor:
@@ -35,7 +38,6 @@ _double_backward = kernel(
 fused = define_op(
     "minibatch_discrimination",
     forward=lambda m, options: _forward(m),
-    saves=lambda inputs, outputs: inputs,
     backward=lambda grad_o, m, options, wanted: _backward(grad_o, m),
     double_backward=lambda grad_grad_m, grad_o, m, options, wanted: _double_backward(
         grad_grad_m, grad_o, m, wanted[1]
@@ -48,3 +50,55 @@ def compute(m: Tensor) -> Tensor:
     if has_kernel(m, "minibatch_discrimination"):
         return fused.apply(m, None)
     return reference(m)
+
+
+# ---- the record ----------------------------------------------------------------------------------
+
+
+def _broadcasting(m: Tensor) -> Tensor:
+    return torch.exp(-(m.unsqueeze(0) - m.unsqueeze(1)).abs().sum(3)).sum(0) - 1
+
+
+def _cdist(m: Tensor) -> Tensor:
+    kernels = m.transpose(0, 1)
+    return (torch.exp(-torch.cdist(kernels, kernels, p=1)).sum(1) - 1).t()
+
+
+def _additions(what: str, shape: Shape) -> int:
+    """Some of them fused with a sign, for each ordered pair and dimension: the difference and the
+    distance; in the derivatives the signed sum of weights; in the second derivative also the
+    tangent's difference and signed sum."""
+    n, b, c = shape
+    return {"forward": 2, "backward": 3, "double backward": 5}[what] * n * (n - 1) * b * c
+
+
+_SHAPES = ((32, 100, 5), (64, 100, 5), (128, 100, 5), (256, 32, 16), (512, 100, 16))
+_ON_GPU = ((128, 100, 5), (512, 100, 16), (1024, 100, 32), (4096, 32, 16), (1024, 32, 64))
+
+OPS = {
+    "minibatch_discrimination": Op(
+        "minibatch_discrimination",
+        inputs=lambda shape, draw: (draw(*shape, scale=0.3),),
+        public=lambda gk, m: gk.functional.minibatch_discrimination(m),
+        eager=_broadcasting,
+        fused=fused,
+        kernel_reference=lambda m: [reference(m)],
+        samples=tuple((70, 3, c) for c in (2, 4, 5, 8, 12, 16, 24, 32, 40)),
+        representative=((70, 9, 5), (70, 3, 40)),  # C in registers, and C in chunks
+        baselines="Eager: broadcasting to N x N x B x C. Cdist: torch.cdist(p=1), differentiable "
+        "once.",
+        eager_elements=lambda shape: shape[0] * math.prod(shape),
+        others={"cdist": _cdist},
+        work=lambda shape: (
+            shape[0] * (shape[0] - 1) * shape[1] * shape[2],
+            shape[0] * shape[1] * (shape[2] + 1),
+        ),
+        additions=_additions,
+        measured=tuple(map(Inputs, _SHAPES)),
+        measured_quickly=tuple(map(Inputs, _SHAPES[:3])),
+        measured_on_gpu=(
+            *(Inputs(shape, passes=KERNEL_PASSES) for shape in _ON_GPU),
+            *(Inputs(shape, passes=(BACKWARD,)) for shape in _ON_GPU[:2]),
+        ),
+    )
+}

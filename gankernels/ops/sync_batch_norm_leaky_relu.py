@@ -114,7 +114,7 @@ def _backward(
     else:
         grad_x, _ = backward_kernel(*tensors, means, 1.0, True, *last, False)
     grad_bias, grad_weight = own.unbind(0)
-    return grad_x, grad_weight, grad_bias
+    return grad_x, grad_weight if wanted[1] else None, grad_bias if wanted[2] else None
 
 
 def _double_backward(
@@ -145,7 +145,7 @@ def _double_backward(
         (5, 2)
     )
     invstd = torch.rsqrt(statistics[1] + options.eps)
-    grad_weight = invstd * (v_g - (means[:2] * v).sum(0))
+    grad_weight = invstd * (v_g - (means[:2] * v).sum(0)) if wanted[2] else None
     grad_bias = zero_for_bias(bias, wanted[3])
     if x.numel() == 0:
         return torch.empty_like(x), torch.empty_like(x), grad_weight, grad_bias

@@ -300,21 +300,6 @@ def test_other_instruction_sets(capability, rerun_with_capability):
 # ---- PyTorch's side ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    ops = torch.ops.gankernels
-    m = draw((5, 3, 2), dtype)
-    o, v = torch.randn(5, 3).to(dtype), torch.randn(5, 3, 2).to(dtype)
-    transposed = v.transpose(0, 1).contiguous().transpose(0, 1)
-    for x in (m, transposed, m[:1].expand(5, 3, 2)):
-        torch.library.opcheck(ops.minibatch_discrimination.default, (x,))
-        torch.library.opcheck(ops.minibatch_discrimination_backward.default, (o, x))
-        for want in (True, False):
-            torch.library.opcheck(
-                ops.minibatch_discrimination_double_backward.default, (v, o, x, want)
-            )
-
-
 def test_third_derivative_raises():
     m = draw((5, 3, 2)).requires_grad_()
     (first,) = torch.autograd.grad(ours(m).sum(), m, create_graph=True)

@@ -2,7 +2,6 @@
 second derivatives against the reference in float64."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -294,22 +293,6 @@ def test_oracle_not_finite(sample, value):
 
 
 # ---- PyTorch's side ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_opcheck(dtype):
-    ops = torch.ops.gankernels
-    x = torch.randn(7, 6, 3, 2, generator=seeded()).to(dtype)
-    tangent = torch.randn(7, 6, 3, 2, generator=seeded(4)).to(dtype)
-    for name, num_channels in itertools.product(("contiguous", "channels_last", "sliced"), (1, 2)):
-        options = (3, num_channels, EPS)
-        y = LAYOUTS[name](x)
-        stddev = ops.minibatch_stddev.default(y, *options)
-        torch.library.opcheck(ops.minibatch_stddev.default, (y, *options))
-        torch.library.opcheck(ops.minibatch_stddev_backward.default, (stddev, y, *options))
-        torch.library.opcheck(
-            ops.minibatch_stddev_double_backward.default, (tangent, stddev, y, *options)
-        )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
