@@ -97,7 +97,8 @@ class GroupsInRuns {
   }
 
   int64_t positions() const { return n_ * s_; }             // of a group
-  int64_t grain() const { return n_ < threads_ ? 1 : s_; }  // of what is shared of them
+  // Threads share whole runs where there are enough of them.
+  int64_t grain() const { return n_ < threads_ ? 1 : maximum<int64_t>(1, s_); }
   int64_t steps() const { return n_ * c_ * pieces_; }       // of applying: runs, or pieces of them
   int64_t steps_of_block() const {
     return ceil_div(kBlockBytes, maximum<int64_t>(1, s_) * int64_t(sizeof(T)));
