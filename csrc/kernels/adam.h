@@ -4,20 +4,19 @@
 //   v = beta2 v + (1 - beta2) g^2
 //   parameter -= lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 //
-// with g the gradient plus weight_decay times the parameter. What this has over PyTorch's:
-// gradients may be half precision while parameters and moments are float32, and a copy of the
-// parameters in half precision is written on the way, so that neither is converted in a pass of its
-// own.
+// with g the gradient plus weight_decay times the parameter. Compared with PyTorch's: gradients may
+// be of half precision while parameters and moments are float32, and the same pass writes a copy of
+// the parameters in half precision, so that neither needs a separate conversion.
 #pragma once
 
 #include "common.h"
 
 namespace gankernels {
 
-// Everything is dense and in the same order as the parameter.
+// All tensors are dense and in the same order as the parameter.
 struct AdamTensor {
   int64_t size = 0;
-  int64_t step = 0;  // this one's number, from 1
+  int64_t step = 0;  // the number of this step, from 1
   DType gradient_dtype = DType::kFloat32;
   float* parameter = nullptr;
   const void* gradient = nullptr;

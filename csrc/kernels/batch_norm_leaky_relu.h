@@ -1,12 +1,12 @@
-// Batch normalisation fused with LeakyReLU, in either order, through the second derivative.
+// Batch normalization fused with LeakyReLU, in either order, through the second derivative.
 //
 //   activation last  (batch_norm_leaky_relu):  y = lrelu(weight * xhat(x) + bias)
 //   activation first (leaky_relu_batch_norm):  y = weight * xhat(lrelu(x)) + bias
 //   xhat(u) = (u - mean) / sqrt(var + eps)
 //
-// Every tensor "of x's shape" has x's dtype and x's memory layout and is dense. Per-channel results
-// and statistics are of the accumulation type: float64 for float64, else float32.
-// The formulas themselves stand in batch_norm_leaky_relu_math.h, shared by CPU and CUDA.
+// Every tensor "of x's shape" is dense and has x's dtype and x's memory layout. Statistics and
+// results per channel are of the accumulation type: float64 for float64, otherwise float32. The
+// formulas are in batch_norm_leaky_relu_math.h, shared by CPU and CUDA.
 #pragma once
 
 #include "common.h"
@@ -16,9 +16,9 @@ namespace gankernels {
 struct BatchNormLeakyReLU {
   // x is (N, C, S), S being the product of the spatial sizes.
   int64_t n = 0, c = 0, s = 0;
-  // The size of weight, bias and their tangents: statistics group i takes element i % affine.
-  // Equals c for batch norm. Instance norm of a contiguous (N, C, S) is this problem with n = 1, c
-  // = N * C and affine = C; the caller then sums the gradients of weight and bias over N.
+  // The size of weight, bias and their tangents: statistics group i takes element i % affine. For
+  // batch norm it equals c. Instance norm of a contiguous (N, C, S) is this problem with n = 1,
+  // c = N * C and affine = C, if the caller sums the gradients of weight and bias over N.
   int64_t affine = 0;
   bool channels_last = false;               // element order [n][s][c] instead of [n][c][s]
   DType dtype = DType::kFloat32;            // of x and everything of its shape
@@ -26,7 +26,7 @@ struct BatchNormLeakyReLU {
   bool activation_first = false;
   bool training = false;  // whether mean and var depend on x, in the derivatives
   double eps = 0, negative_slope = 0;
-  double count = 0;  // elements per channel behind mean and var; n * s unless synchronised
+  double count = 0;  // elements per channel behind mean and var; n * s unless synchronized
 
   const void* x = nullptr;
   const void* weight = nullptr;  // (C), or null: 1
@@ -48,7 +48,7 @@ struct BatchNormLeakyReLUBackward : BatchNormLeakyReLU {
   const void* grad_y = nullptr;
   bool compute_sums = false;  // write `sums` from the tensors; otherwise read them
   // (2, C), sums over a channel of g and g * xhat, where g = grad_y * dy/dz: the gradients of bias
-  // and weight. May be null where nobody needs them: evaluation without parameter gradients.
+  // and weight. May be null where nothing needs them: evaluation without parameter gradients.
   void* sums = nullptr;
   void* grad_x = nullptr;  // of x's shape, or null: sums only
 };
@@ -76,7 +76,7 @@ struct UpdateRunningStatistics {
   void* running_var = nullptr;   // (C)
   DType running_dtype = DType::kFloat32;
   int64_t* num_batches_tracked = nullptr;  // incremented first, or null
-  bool cumulative = false;                 // momentum = 1 / num_batches_tracked, read on the device
+  bool cumulative = false;                 // momentum is 1 / num_batches_tracked
   double momentum = 0;
   double count = 0;
 };

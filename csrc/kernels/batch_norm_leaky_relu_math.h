@@ -15,14 +15,14 @@ GK_HOST_DEVICE static inline V leaky_relu(V v, A slope) {
   return v > 0 ? v : v * slope;
 }
 
-// A gradient times lrelu'(v), by a choice and not by a product: one instruction less. As in
-// PyTorch, the derivative at zero is the negative slope.
+// A gradient times lrelu'(v), by a selection instead of a product, which saves an instruction. As
+// in PyTorch, the derivative at zero is the negative slope.
 template <typename V, typename A>
 GK_HOST_DEVICE static inline V times_derivative(V gradient, V v, A slope) {
   return v > 0 ? gradient : gradient * slope;
 }
 
-// One element's way x -> u -> z -> y: u is what is normalised, z what comes out of the affine map.
+// The values of one element, x -> u -> z -> y: u is normalized, z is the output of the affine map.
 namespace {
 template <typename V, typename A>
 struct Chain {
@@ -46,8 +46,8 @@ GK_HOST_DEVICE static inline Chain<V, A> chain(V x, P mean, P scale, P shift, A 
                                                bool activation_first) {
   const V u = activation_first ? leaky_relu(x, slope) : x;
   const V centred = u - mean;
-  // The backward passes recompute z to know the mask, so this expression stands here only: any
-  // other way of rounding it could put an element on the other side of zero.
+  // The backward passes recompute z to know the mask, so this is the only place that computes it:
+  // any other rounding could put an element on the other side of zero.
   return {x, centred, centred * scale + shift, slope, activation_first};
 }
 
@@ -57,9 +57,9 @@ struct ForwardCoefficients {
   A mean, scale, shift;
 };
 
-// A coefficient times a value. Where the coefficient is zero there is no such term, even if the
-// value is infinite or not a number: in evaluation mean and variance do not depend on x, so that
-// one such element spoils no gradient, its own included.
+// A coefficient times a value. If the coefficient is zero so is the term, even if the value is
+// infinite or NaN: in evaluation mean and variance do not depend on x, so one such element must not
+// spoil any gradient.
 template <typename V, typename P>
 GK_HOST_DEVICE static inline V term(V value, P coefficient) {
   return coefficient == 0 ? V{} : value * coefficient;

@@ -5,8 +5,8 @@
 //   kOneSided:  phi = max(0, sqrt(s) - center)^2    wgan-lp
 //   kSquared:   phi = s                             r1, r2
 //
-// grad is (N, D): whatever the order of the elements within a sample, each sample is dense. Sums
-// and per-sample values are of the accumulation type: float64 for float64, else float32.
+// grad is (N, D). Each sample is dense, with its elements in any order. Sums and values per sample
+// are of the accumulation type: float64 for float64, otherwise float32.
 #pragma once
 
 #include "common.h"
@@ -46,8 +46,8 @@ struct PenaltyValue {
   A value, first, second;
 };
 
-// A norm of zero has no direction: its derivatives are taken as zero, which is what keeps a critic
-// that is flat somewhere from turning all its parameters into NaN.
+// A norm of zero has no direction. Its derivatives are taken as zero, so that a critic that is flat
+// somewhere does not turn all its parameters into NaN.
 template <typename A>
 GK_HOST_DEVICE static inline PenaltyValue<A> penalty_of(A s, A norm, A center, Penalty kind) {
   if (kind == Penalty::kSquared) return {s, A(1), A(0)};

@@ -12,8 +12,8 @@
 //     grad_grad_o[n] = sum over j of -e_nj s_nj
 //     grad_m[n,c]    = sum over j of e_nj (g_n + g_j) s_nj sign(m[n,c] - m[j,c])
 //
-// e_ij is recomputed by the derivatives, for every pair i < j once. All tensors have m's dtype;
-// inputs have any strides, outputs are contiguous.
+// The derivatives recompute e_ij, once for every pair i < j. All tensors have m's dtype. Inputs
+// have any strides, outputs are contiguous.
 #pragma once
 
 #include "common.h"

@@ -1,31 +1,31 @@
 // The standard deviation within groups of samples, through the second derivative.
 //
-// The N samples are dealt out to G groups: sample n is a member of group n % G, so groups have
-// ceil(N / G) members or one less. The elements of a sample are divided into F features of P
-// positions each. With k members and distances from their mean at a position i,
+// Sample n of N is a member of group n % G, so a group has ceil(N / G) members or one less. The
+// elements of a sample are divided into F features of P positions each. With k members and
+// distances from their mean at a position i,
 //
 //   d_m = x_m - mean over m of x_m,   sigma_i = sqrt(mean over m of d_m^2 + eps)
 //   stddev[g][f] = 1 / P * sum over i of sigma_i
 //
-// First derivative. d sigma / d x_m = d_m / (k sigma), since the d_m add up to nothing; with
+// First derivative. d sigma / d x_m = d_m / (k sigma), since the d_m add up to zero; with
 // u = grad_stddev[g][f] / (P k) therefore
 //
 //   grad_x_m = u d_m / sigma
 //
 // Second derivative. With the tangent t of grad_x, its distances c_m = t_m - mean over m of t_m and
-// their product q = sum over m of c_m d_m (in which t_m would do as well, by the same sum),
+// their product q = sum over m of c_m d_m (equal to that of t_m and d_m, by the same sum),
 //
 //   L = sum over g, f of u sum over i of q / sigma
 //   dL/d grad_stddev[g][f] = 1 / (P k) * sum over i of q / sigma
 //   dL/d x_m               = u / sigma * (c_m - q / (k sigma^2) d_m)
 //
-// which a derivative of q (c_m) and one of 1 / sigma (-d_m / (k sigma^3)) add up to. All of it
-// concerns one position of one group, so every pass reads and writes each tensor once. Where the
-// members agree, sigma is sqrt(eps) and every derivative finite.
+// where the first term is the derivative of q (c_m) and the second that of 1 / sigma
+// (-d_m / (k sigma^3)). Every formula concerns one position of one group, so every pass reads and
+// writes each tensor once. Where the members agree, sigma is sqrt(eps) and every derivative finite.
 //
 // x is (N, R, F, L): within a sample R rows of F runs of L elements, P = R L. That is any dense
 // layout for F = 1, contiguous (R = 1, L = C / F * S) and channels last (R = S, L = C / F). Sums
-// and stddev are of the accumulation type: float64 for float64, else float32.
+// and stddev are of the accumulation type: float64 for float64, otherwise float32.
 #pragma once
 
 #include "common.h"

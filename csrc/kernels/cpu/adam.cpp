@@ -1,7 +1,7 @@
 // adam on the CPU. Compiled once per instruction set, into the namespace GK_ISA.
 //
-// Bytes per element: 12 read and written of parameter and moments, 4 (2 in half precision) read of
-// the gradient, 2 written of the cast: 30, or 28.
+// Bytes per element: parameter and moments are read and written, 24, the gradient is read, 4 (2 in
+// half precision), and the cast is written, 2: 30 (28) together.
 #include "../adam.h"
 
 #include "parallel.h"
@@ -11,7 +11,7 @@ namespace gankernels::GK_ISA {
 namespace {
 
 constexpr int64_t kBlock = 8192;    // elements that one thread takes at a time
-constexpr int64_t kSerial = 16384;  // fewer elements are not worth a second thread
+constexpr int64_t kSerial = 16384;  // below this many elements a second thread costs too much
 
 double power(double base, int64_t exponent) {
   double result = 1;
@@ -32,7 +32,7 @@ void update(const Adam& p, const AdamTensor& t, int64_t begin, int64_t end) {
   const float fresh1 = float(1 - p.beta1), fresh2 = float(1 - p.beta2);
   const G* const gradient = static_cast<const G*>(t.gradient);
   BFloat16* const cast = static_cast<BFloat16*>(t.cast);
-  auto some = [&](int64_t i, auto... lanes) {
+  auto step = [&](int64_t i, auto... lanes) {  // one vector, or its first lanes
     V parameter = load(t.parameter + i, lanes...);
     V m = load(t.exp_avg + i, lanes...), v = load(t.exp_avg_sq + i, lanes...);
     const V g = load(gradient + i, lanes...) + parameter * decay;
@@ -45,8 +45,8 @@ void update(const Adam& p, const AdamTensor& t, int64_t begin, int64_t end) {
     if (cast) store(cast + i, parameter, lanes...);
   };
   int64_t i = begin;
-  for (; i + W <= end; i += W) some(i);
-  if (i < end) some(i, int(end - i));
+  for (; i + W <= end; i += W) step(i);
+  if (i < end) step(i, int(end - i));
 }
 
 }  // namespace
@@ -63,14 +63,14 @@ void adam(const Adam& p, const CpuThreads& available) {
     int64_t before = 0;  // blocks of earlier tensors
     for (int64_t i = 0; i < p.count && before < last; ++i) {
       const AdamTensor& t = p.tensors[i];
-      const int64_t own = ceil_div(t.size, kBlock);
+      const int64_t of_this = ceil_div(t.size, kBlock);
       const int64_t begin = maximum(first - before, int64_t(0)) * kBlock;
       const int64_t end = minimum((last - before) * kBlock, t.size);
       if (begin < end) {
         const bool half = t.gradient_dtype == DType::kBFloat16;
         (half ? update<BFloat16> : update<float>)(p, t, begin, end);
       }
-      before += own;
+      before += of_this;
     }
   });
 }

@@ -47,7 +47,7 @@ const char* capability_name() {
 
 }  // namespace gankernels::cpu
 
-// cpu::NAME runs the best of baseline::, avx2:: and avx512::NAME.
+// cpu::NAME calls the best of baseline::NAME, avx2::NAME and avx512::NAME.
 #define GK_DISPATCH(RESULT, NAME, PARAMETERS, ARGUMENTS) \
   namespace gankernels {                                 \
   namespace baseline {                                   \

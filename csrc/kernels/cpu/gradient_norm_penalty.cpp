@@ -1,8 +1,8 @@
 // gradient_norm_penalty on the CPU. Compiled once per instruction set, into the namespace GK_ISA.
 //
-// Bytes: forward reads the gradient once; backward reads it once and writes as much; double
-// backward reads gradient and tangent and writes once, sample by sample, so that what it needs
-// twice of a sample comes from a cache the second time.
+// Bytes: forward reads the gradient once. Backward reads it once and writes as much. Double
+// backward reads gradient and tangent once from memory and writes once: it goes sample by sample,
+// so that the second read of a sample comes from a cache.
 #include "../gradient_norm_penalty.h"
 
 #include "parallel.h"
@@ -12,8 +12,8 @@ namespace gankernels::GK_ISA {
 namespace {
 
 constexpr int64_t kChunk = 4096;            // elements summed in A before going on in double
-constexpr int64_t kSerial = 16384;          // fewer elements are not worth a second thread
-constexpr int64_t kStreamBytes = 16 << 20;  // larger results are stored past the caches
+constexpr int64_t kSerial = 16384;          // below this many elements one thread is faster
+constexpr int64_t kStreamBytes = 16 << 20;  // larger results use non-temporal stores
 
 // The sum over [0, length) of a[i] * b[i].
 template <typename T>
@@ -40,27 +40,27 @@ double dot(const T* a, const T* b, int64_t length) {
   return total;
 }
 
-// out = p * a + q * b over [0, length); without b where that is null.
+// out = p * a + q * b over [0, length). The second term is missing if b is null.
 template <bool kStream, typename T, typename A>
 void combine(const T* a, A p, const T* b, A q, T* out, int64_t length) {
   constexpr int W = VectorOf<A>::width;
   constexpr int64_t ahead = kAheadBytes / int64_t(sizeof(T));
   auto value = [&](int64_t i) { return b ? load(a + i) * p + load(b + i) * q : load(a + i) * p; };
-  auto some = [&](int64_t i, int lanes) {
+  auto tail = [&](int64_t i, int lanes) {
     const Vector<A> scaled = load(a + i, lanes) * p;
     store(out + i, b ? scaled + load(b + i, lanes) * q : scaled, lanes);
   };
   int64_t i = 0;
   if (kStream) {  // from the first whole vector's address on
     i = minimum(-int64_t(reinterpret_cast<uintptr_t>(out) / sizeof(T)) & int64_t(W - 1), length);
-    if (i) some(0, int(i));
+    if (i) tail(0, int(i));
   }
   for (; i + W <= length; i += W) {
     prefetch(a + i + ahead);
     if (b) prefetch(b + i + ahead);
     kStream ? stream(out + i, value(i)) : store(out + i, value(i));
   }
-  if (i < length) some(i, int(length - i));
+  if (i < length) tail(i, int(length - i));
 }
 
 template <typename T>
@@ -68,7 +68,7 @@ struct Kernel {
   using A = Accumulate<T>;
   const GradientNormPenalty& p;
   CpuThreads threads;
-  int64_t parts;  // of a sample, where there are fewer samples than would keep the threads busy
+  int64_t parts;  // of every sample, so that few samples keep all threads busy
 
   Kernel(const GradientNormPenalty& parameters, const CpuThreads& available)
       : p(parameters), threads(available) {
@@ -140,9 +140,9 @@ struct Kernel {
     auto reduce = [&](int64_t, int64_t offset, int64_t length, int64_t task) {
       products[task] = dot(grad + offset, t + offset, length);
     };
-    auto map = [&](int64_t n, int64_t offset, int64_t length, int64_t) {
+    auto apply = [&](int64_t n, int64_t offset, int64_t length, int64_t) {
       const PenaltyValue<double> phi = penalty(n);
-      // A second derivative of zero leaves no term, whatever it would be multiplied with.
+      // If the second derivative is zero there is no second term, even if grad is not finite.
       combine_part(t, outer * phi.first, phi.second == 0 ? nullptr : grad,
                    outer * 2 * phi.second * product(n), static_cast<T*>(q.grad_grad), offset,
                    length);
@@ -150,11 +150,11 @@ struct Kernel {
     if (parts == 1) {
       for_each_part([&](auto... part) {
         reduce(part...);
-        map(part...);
+        apply(part...);
       });
     } else {
       for_each_part(reduce);
-      for_each_part(map);
+      for_each_part(apply);
     }
     double total = 0;
     for (int64_t n = 0; n < p.n; ++n) total += penalty(n).first * product(n);

@@ -1,8 +1,8 @@
 // minibatch_stddev on the CPU. Compiled once per instruction set, into the namespace GK_ISA.
 //
-// Bytes: every pass reads and writes each tensor once. A vector of positions is worked on for all
-// members of its group, whose elements stay in registers, or in L1 where they are many, from the
-// first sum to the results.
+// Bytes: every pass reads and writes each tensor once. It handles one vector of positions at a
+// time, for all members of a group. Their elements stay in registers, or in L1 if there are many,
+// from the first sum to the results.
 #include "../minibatch_stddev.h"
 
 #include "parallel.h"
@@ -12,7 +12,7 @@ namespace gankernels::GK_ISA {
 namespace {
 
 constexpr int64_t kPart = 1024;     // positions to a task, summed in A before going on in double
-constexpr int64_t kSerial = 16384;  // fewer elements are not worth a second thread
+constexpr int64_t kSerial = 16384;  // below this many elements a second thread costs too much
 
 enum class Pass { kForward, kBackward, kDoubleBackward };
 
@@ -24,9 +24,9 @@ struct Members {
   int64_t stride, count;
 };
 
-// The members' distances from their mean, by way of their distances from the first of them: those
-// are exact where the mean is large beside them, when the mean itself could not be held well
-// enough.
+// The members' distances from their mean, computed from their distances from the first member.
+// Those are exact if they are small compared with the mean, when the mean itself would not be
+// precise enough.
 template <typename T, typename V = Vector<Accumulate<T>>>
 GK_INLINE void center(const T* from, int64_t stride, int64_t count, int lanes, V* distances) {
   constexpr int W = VectorOf<Accumulate<T>>::width;
@@ -44,9 +44,9 @@ GK_INLINE void center(const T* from, int64_t stride, int64_t count, int lanes, V
   for (int64_t m = 0; m < count; ++m) distances[m] -= mean;
 }
 
-// One vector of positions, or its first `lanes`: adds to `total` what the pass sums over positions.
-// kCount is the number of members where it is known beforehand, else 0; `scratch` then has room for
-// two vectors to a member.
+// Handles one vector of positions, or its first `lanes`, and adds the pass's sum over positions to
+// `total`. kCount is the number of members if it is known at compile time. Otherwise it is 0, and
+// `scratch` has room for two vectors per member.
 template <Pass kPass, int kCount, typename T, typename A, typename V = Vector<A>>
 GK_INLINE void visit(const Members<T>& members, int64_t i, int lanes, A eps, A u, V* scratch,
                      V& total) {
@@ -99,7 +99,7 @@ struct Kernel {
     if (p.n * size < kSerial) threads.count = 1;
   }
 
-  // What a task adds to the sum over its feature's positions.
+  // A task's part of the sum over a feature's positions.
   template <Pass kPass, int kCount>
   double sum(Members<T> members, int64_t begin, int64_t end, int64_t feature, A u,
              V* scratch) const {
@@ -121,7 +121,7 @@ struct Kernel {
     return sum_lanes<A>(total);
   }
 
-  // The result of a pass that has one per group and feature goes to `result`.
+  // Writes the pass's result per group and feature, if it has one, to `result`.
   template <Pass kPass>
   void run(const void* tangent, const void* grad_stddev, void* grad_x, void* result,
            Scratch scratch) const {
@@ -146,7 +146,7 @@ struct Kernel {
             kPass == Pass::kForward ? 0 : double(static_cast<const A*>(grad_stddev)[cell]);
         const A u = A(outer / (double(positions) * double(count)));
         const int64_t begin = part * kPart, end = minimum(begin + kPart, positions);
-        // Four is what everyone uses.
+        // Groups of four, the usual size, keep their members in registers.
         const auto of_part = count == 4 ? &Kernel::sum<kPass, 4> : &Kernel::sum<kPass, 0>;
         partials[cell * parts + part] = (this->*of_part)(members, begin, end, feature, u, own);
       }
@@ -176,7 +176,7 @@ void run(const MinibatchStddev& p, void* scratch, const CpuThreads& threads, con
 }  // namespace
 
 int64_t scratch_bytes(const MinibatchStddev& p, const CpuThreads& threads) {
-  const Kernel<float> kernel(p, threads);  // of which only the numbers matter
+  const Kernel<float> kernel(p, threads);  // its sizes do not depend on the type
   return Scratch::bytes<double>(p.groups * p.features * kernel.parts) +
          Scratch::bytes<Vector<float>>(kernel.threads.count * 2 * members_of(p, 0));
 }
