@@ -1,11 +1,13 @@
-"""What nvcc made of the kernels, looked at for what only a GPU would notice: `make ptx-lint`.
+"""Checks the kernels' PTX and machine code for mistakes that only a GPU would notice.
 
-    python tests/packaging/ptx_lint.py FOLDER    the *.ptx and *.cubin that a build has left there
+    make ptx-lint
+    python tests/packaging/ptx_lint.py FOLDER    checks the *.ptx and *.cubin of a build
 
-Of PTX, per kernel: no access that names global memory by an address in shared memory; no generic
-access, since the kernels know what they address; no address of shared or local memory made generic,
-which is where such accesses come from; nothing in local memory; no call. Of machine code: no stack,
-which is where registers are spilled to. Exits 1 with a line per finding.
+The PTX of a kernel must not access global memory by an address in shared memory; must have no
+generic access, since the kernels know the memory that they address; must not make an address of
+shared or local memory generic, since that leads to such accesses; must not use local memory; and
+must not call a function. Its machine code must have no stack, since registers are spilled there.
+Exits with 1 and prints one line per finding.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Finding(NamedTuple):
 
 
 def lint_ptx(text: str) -> tuple[set[str], list[tuple[str, str]]]:
-    """The kernels, and (kernel, what) of every finding."""
+    """Returns the kernels, and (kernel, what) of every finding."""
     functions = re.split(
         r"^(?=(?:\.visible |\.weak )?\.(?:entry|func)\b)", text, flags=re.MULTILINE
     )
@@ -68,12 +70,12 @@ def _findings(function: str, shared: set[str]) -> Iterator[str]:
 
 
 def _from_shared(body: list[tuple[list[str], str]], shared: set[str]) -> set[str]:
-    """Registers that hold generic addresses of shared memory, or what was computed from them."""
+    """Returns the registers with generic addresses of shared memory, or results of these."""
     tainted: set[str] = set()
     while True:
         before = len(tainted)
         for (name, *modifiers), operands in body:
-            # What lies in memory or is compared is no address; cvta.to leads back.
+            # Loaded or compared values are no addresses, and cvta.to makes one of one space again.
             if name in (*ACCESSES, "setp", "bra") or not operands.startswith(("%", "{")):
                 continue
             into, *rest = operands.split(",", 1)
@@ -88,12 +90,12 @@ def _from_shared(body: list[tuple[list[str], str]], shared: set[str]) -> set[str
 
 # ---- machine code --------------------------------------------------------------------------------
 
-# Of .nv.info: of a format that holds a size and this many bytes, a symbol and its number.
+# Of .nv.info: the format of an attribute with a size, and the attributes of a symbol's stack.
 SIZED, FRAME_SIZE, MIN_STACK_SIZE = 0x04, 0x11, 0x12
 
 
 def lint_cubin(data: bytes) -> tuple[set[str], list[tuple[str, str]]]:
-    """The kernels, and (kernel, what) of each that has a stack."""
+    """Returns the kernels, and (kernel, what) of each that has a stack."""
     sections = _sections(data)
     (symbols,) = (s for s in sections if s.name == ".symtab")
     names = next(s for s in sections if s.name == ".strtab").content
@@ -121,9 +123,9 @@ class _Section(NamedTuple):
 
 
 def _sections(data: bytes) -> list[_Section]:
-    """Of a 64-bit ELF file."""
+    """Returns the sections of a 64-bit ELF file."""
     if data[:5] != b"\x7fELF\x02":
-        raise ValueError("no 64-bit ELF file")
+        raise ValueError("data must be a 64-bit ELF file")
     (table,) = struct.unpack_from("<Q", data, 0x28)
     size, count, names = struct.unpack_from("<HHH", data, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", data, table + i * size) for i in range(count)]
@@ -142,7 +144,7 @@ def _string(table: bytes, at: int) -> str:
 
 
 def lint(folder: Path) -> tuple[dict[str, int], list[Finding]]:
-    """The number of kernels by file, and the findings."""
+    """Returns the number of kernels by file, and the findings."""
     counts, findings = {}, []
     for path in sorted([*folder.rglob("*.ptx"), *folder.rglob("*.cubin")]):
         if path.suffix == ".ptx":
