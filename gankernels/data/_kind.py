@@ -20,6 +20,10 @@ class DataOptions:
         """These options, with those that were left open as the data turned out to be."""
         return self
 
+    def in_memory(self) -> DataOptions:
+        """These options, but for data that are read into memory as a whole."""
+        return self
+
 
 class Kind(ABC):
     """A kind of data, such as a file format: how it is recognized and opened.
