@@ -37,8 +37,8 @@ test:
 # The library fits every Python and every torch; so does the one built in place.
 oldest:
 	@python=$(call ready,test) && oldest=$$($$python .ci/oldest.py "$(TORCH)") && \
-	$$oldest -m pytest tests/data tests/games tests/metrics tests/models tests/train \
-	  tests/test_cli.py tests/test_report.py
+	$$oldest -m pytest tests/data tests/games tests/metrics tests/networks tests/train \
+	  tests/test_cli.py tests/test_html.py
 
 bench:
 	@python=$(call ready,test) && export PYTHONPATH=. && \

@@ -58,7 +58,7 @@ OPTIONS = {
               "penalty-every", "minibatch-discrimination"],
     "sample": ["out", "format", "count", "labels", "seed", "interpolate", "columns", "truncation",
                "batch-size", "device"],
-    "evaluate": ["count", "seed", "device", "json"],
+    "evaluate": ["count", "seed", "device", "json", "metrics"],
 }  # fmt: skip
 
 

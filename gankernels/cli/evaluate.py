@@ -13,6 +13,7 @@ from gankernels._console import is_terminal
 from gankernels._devices import choose_device
 from gankernels._files import is_stdout, write_json
 from gankernels._memory import require
+from gankernels._options import fill
 from gankernels._paths import expand
 from gankernels.cli._common import add_device, add_source, show, user_errors
 from gankernels.data import Data
@@ -123,7 +124,7 @@ def _real_data(game: Game, config: dict[str, Any], source: str | None) -> Data:
     Raises ValueError where they do not have the fields that the game was built for.
     """
     source = source or config["data"]
-    settings = data.kind_of(source).Options().settled(game.spec)
+    settings = fill(data.kind_of(source).Options, config).settled(game.spec).in_memory()
     real = data.load(source, **vars(settings))
     if game.conditional and real.spec.classes != game.spec.classes:
         raise ValueError(

@@ -39,6 +39,9 @@ class ImageOptions(DataOptions):
             return self
         return replace(self, size=field.height, channels=field.channels)
 
+    def in_memory(self) -> ImageOptions:
+        return replace(self, stream=False)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageData:

@@ -20,6 +20,10 @@ class DataOptions:
         """These options, with those that were left open as the data turned out to be."""
         return self
 
+    def in_memory(self) -> DataOptions:
+        """These options, but for data that are read into memory as a whole."""
+        return self
+
 
 class Kind(ABC):
     """A kind of data, such as a file format: how it is recognized and opened.
@@ -63,5 +67,11 @@ class Kind(ABC):
 
 
 _registry: Registry[Kind] = Registry("gankernels.data", "kind of data", Kind)  # type: ignore[type-abstract]
-kinds, get_kind, register = _registry.names, _registry.get, _registry.register
+kinds = _registry.names
+"""The names of all kinds of data, sorted."""
+get_kind = _registry.get
+"""The kind class of a name. Raises ValueError for an unknown one, with the names that exist."""
+register = _registry.register
+"""Add a kind class under a name, for this process."""
 kind_name = _registry.name_of
+"""The name of a kind."""

@@ -47,4 +47,9 @@ __all__ = [
 ]
 
 
-names, get, register = registry.names, registry.get, registry.register
+names = registry.names
+"""The names of all games, sorted."""
+get = registry.get
+"""The game class of a name. Raises ValueError for an unknown one, with the names that exist."""
+register = registry.register
+"""Add a game class under a name, for this process."""

@@ -99,9 +99,11 @@ def _made_from(sampled: type[Field], given: Sequence[type[Field]]) -> str:
 
 
 _registry: Registry[Metric] = Registry("gankernels.metrics", "metric", Metric)  # type: ignore[type-abstract]
-names, get, register, name_of = (
-    _registry.names,
-    _registry.get,
-    _registry.register,
-    _registry.name_of,
-)
+names = _registry.names
+"""The names of all metrics, sorted."""
+get = _registry.get
+"""The metric class of a name. Raises ValueError for an unknown one, with the names that exist."""
+register = _registry.register
+"""Add a metric class under a name, for this process."""
+name_of = _registry.name_of
+"""The name of a metric."""

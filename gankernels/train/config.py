@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gankernels._options import fill, names, option
-from gankernels.data import DataOptions, Spec, kind_of
+from gankernels.data import DataOptions, Kind, Spec, kind_of
 from gankernels.games import BareOptions, Game
 
 FORMAT = 2
@@ -86,14 +86,19 @@ def configure(game: type[Game], settings: Mapping[str, Any]) -> tuple[Config, Ba
     right one) and for a value that does not fit.
     """
     settings = {**game.defaults, **settings}
-    kind = kind_of(str(settings.get("data", Config.data)))
-    known = {name for cls in (Config, game.Options, kind.Options) for name in names(cls)}
+    kind = _known_kind(str(settings.get("data", Config.data)))
+    classes: list[type] = [Config, game.Options]
+    if kind is not None:
+        classes.append(kind.Options)
+    known = {name for cls in classes for name in names(cls)}
     for name in settings:
-        if name not in known:
+        # Settings of data that were opened by other means, or are no longer there, are not known.
+        if kind is not None and name not in known:
             close = difflib.get_close_matches(str(name)[:100], known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
             raise ValueError(f"unknown setting {reprlib.repr(name)}; {hint}")
-    config = fill(Config, settings, data_options=fill(kind.Options, settings))
+    data_options = fill(kind.Options, settings) if kind else None
+    config = fill(Config, settings, data_options=data_options)
     return config, fill(game.Options, settings)
 
 
@@ -103,12 +108,16 @@ def settle(config: Config, spec: Spec) -> Config:
     The source of data that were opened by other means may be unknown: they have no settings.
     """
     options = config.data_options
-    if options is None:
-        try:
-            options = kind_of(config.data).Options()
-        except ValueError:
-            return config
-    return replace(config, data_options=options.settled(spec))
+    if options is None and (kind := _known_kind(config.data)):
+        options = kind.Options()
+    return replace(config, data_options=options.settled(spec)) if options else config
+
+
+def _known_kind(source: str) -> type[Kind] | None:
+    try:
+        return kind_of(source)
+    except (ValueError, OSError):
+        return None
 
 
 def to_dict(game: str, config: Config, options: BareOptions) -> dict[str, Any]:

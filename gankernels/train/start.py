@@ -70,7 +70,7 @@ def start(game: str | Path, *, resume: bool = False, **settings: Any) -> Trainer
             f"data {config.data!r}, on which the run in {run} was trained, is not there: "
             "--data says where it is now"
         )
-    opened = data.load(config.data, **vars(config.data_options))
+    opened = data.load(config.data, **(vars(config.data_options) if config.data_options else {}))
     _require_memory(game_class, opened.spec, config, options)
     # The networks draw their first weights from the default generator.
     torch.manual_seed(config.seed)

@@ -70,11 +70,13 @@ def make_trainer(name, folder, graph, **more):
     settings |= GAMES[name] | more
     config, options = configure(games.get(name), settings)
     generator = torch.Generator().manual_seed(0)
-    shape = (64, 1, config.size, config.size)
+    shape = (64, 1, config.data_options.size, config.data_options.size)
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     data = ImageData(images, torch.arange(64) % 10, tuple("0123456789"), "noise")
     torch.manual_seed(0)
-    return Trainer(games.get(name)(DataSpec(1, config.size, 10), options), data, config)
+    return Trainer(
+        games.get(name)(DataSpec(1, config.data_options.size, 10), options), data, config
+    )
 
 
 @pytest.mark.parametrize("name", GAMES)

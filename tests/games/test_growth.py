@@ -218,7 +218,7 @@ class Domains(Game):
     def __init__(self, spec, options=None):
         super().__init__(spec, options)
         self.generator = nn.Linear(4, 2 * 64)
-        self.whole, self.half = nn.Linear(64, 1), nn.Linear(32, 1)
+        self.whole, self.part = nn.Linear(64, 1), nn.Linear(32, 1)
 
     def make(self, batch, rng):
         noise = torch.randn(batch.size, 4, generator=rng)
@@ -230,7 +230,7 @@ class Domains(Game):
 
     def fool(self, batch, rng):
         made = self.make(batch, rng)
-        whole, half = self.whole(made["images"].flatten(1)), self.half(made["half"])
+        whole, half = self.whole(made["images"].flatten(1)), self.part(made["half"])
         return {"whole": -whole.mean(), "half": -half.mean()}
 
     def players(self):
@@ -245,7 +245,7 @@ class Domains(Game):
 
         parts = {
             "whole": (self.whole, judged_whole, Penalty("wgan-gp", 10.0)),
-            "half": (self.half, judged_half, Penalty("r1", 5.0, every=2)),
+            "half": (self.part, judged_half, Penalty("r1", 5.0, every=2)),
         }
         critics = [
             adversary(
@@ -270,9 +270,8 @@ def start(request, tmp_path):
         data = make_data()
         torch.manual_seed(0)
         settings = {"log_every": 1, "sample_every": 4, "checkpoint_every": 4} | settings
-        config = Config(
-            out=str(tmp_path / out), steps=steps, batch_size=8, device="cpu", **settings
-        )
+        settings |= {"out": str(tmp_path / out), "steps": steps, "batch_size": 8, "device": "cpu"}
+        config = Config(data="made by hand", **settings)
         return Trainer(game_class(data.spec), data, config)
 
     return start
