@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytorch_gan
 import torch
-from harness import arguments_of, interleaved, save
+from script import arguments_of, medians, save
 from torch import nn
 
 from gankernels.optim import Adam
@@ -71,7 +71,7 @@ def main() -> None:
             torch.manual_seed(0)
             count = sum(p.numel() for p in make().parameters())
             moved = torch.empty(28 * count // 2, dtype=torch.uint8)  # a clone moves it twice
-            times = interleaved(
+            times = medians(
                 {"theirs": theirs(make(), half), "ours": ours(make(), half), "clone": moved.clone},
                 seconds=arguments.seconds,
             )

@@ -1,70 +1,60 @@
 """batch_norm_leaky_relu against eager PyTorch and torch.compile: the bars of the project.
 
-``python benchmarks/batch_norm_leaky_relu.py`` prints the table and writes results/; how each case
-is computed stands in gankernels/bench/ops.py. Times are given in clones, the time of ``x.clone()``
+``python benchmarks/batch_norm_leaky_relu.py`` prints the table and writes results/. The cases are
+those of `gankernels bench`, each with a bar. Times are given in clones, the time of ``x.clone()``
 in the same round, and as ratios to eager and to the best compiled form.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
-from harness import interleaved, prepare, save
+from script import medians, prepare, save
 from torch._inductor.exc import InductorError
 
 from gankernels import bench
+from gankernels.bench.timing import Run
+from gankernels.ops.record import LAYOUTS
 
-PASSES = dict(zip(("forward", "backward", "penalty"), bench.PASSES, strict=True))
-
-
-@dataclass(frozen=True)
-class Case:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    channels_last: bool
-    derivative: str  # "forward", "backward" (forward and backward) or "penalty" (a penalty step)
-    bar: float  # how many times faster than eager it has to be
-
-    @property
-    def layout(self) -> str:
-        return "channels_last" if self.channels_last else "contiguous"
-
-    def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape))
-        return f"{shape} {str(self.dtype)[6:]} {self.layout} {self.derivative}"
+PASSES = dict(zip(bench.PASSES, ("forward", "backward", "penalty"), strict=True))  # in results/
 
 
-def cases() -> Iterator[Case]:
-    bars = {  # (dtype, channels_last): forward, forward + backward, penalty step
-        (torch.float32, False): (2.5, 2.5, 7),
-        (torch.float32, True): (2, 2.2, 20),
-        (torch.bfloat16, False): (2.5, 3, 10),
-        (torch.bfloat16, True): (2.5, 3, 30),
+def cases() -> Iterator[tuple[bench.Case, float]]:
+    """Each case, and how many times as fast as eager it must be."""
+    op, (contiguous, channels_last) = "batch_norm_leaky_relu", LAYOUTS
+    bars = {  # forward, forward + backward, penalty step
+        (torch.float32, contiguous): (2.5, 2.5, 7),
+        (torch.float32, channels_last): (2, 2.2, 20),
+        (torch.bfloat16, contiguous): (2.5, 3, 10),
+        (torch.bfloat16, channels_last): (2.5, 3, 30),
     }
-    for (dtype, channels_last), values in bars.items():
+    for (dtype, layout), values in bars.items():
         for shape in ((64, 128, 32, 32), (128, 128, 14, 14)):
-            for derivative, bar in zip(PASSES, values, strict=True):
-                yield Case(shape, dtype, channels_last, derivative, bar)
+            for what, bar in zip(bench.PASSES, values, strict=True):
+                yield bench.Case(op, what, shape, dtype, layout), bar
     for shape in ((64, 256), (64, 1024)):
         for dtype in (torch.float32, torch.bfloat16):
-            for derivative in PASSES:
-                yield Case(shape, dtype, False, derivative, 1)
+            for what in bench.PASSES:
+                yield bench.Case(op, what, shape, dtype), 1
 
 
-def contenders(case: Case, compiled: bool) -> dict[str, Callable[[], object]]:
-    """The clone, eager, ours and, where asked for, the compiled forms of one case."""
-    what = PASSES[case.derivative]
-    measured = bench.Case("batch_norm_leaky_relu", what, case.shape, case.dtype, case.layout)
-    runs = bench.contenders(measured, compiled=compiled)
+def name_of(case: bench.Case) -> str:
+    """The name in results/."""
+    shape = "x".join(map(str, case.shape))
+    return f"{shape} {str(case.dtype)[6:]} {case.layout} {PASSES[case.what]}"
+
+
+def contenders(case: bench.Case, compiled: bool) -> dict[str, Run]:
+    """The clone, eager, ours and, on request, the compiled form of one case."""
+    runs = bench.contenders(case, compiled=compiled)
     if compiled:
         try:
             runs["compiled"]()
         except InductorError:
             # torch 2.13 writes C++ that does not compile for the bfloat16 penalty step.
-            print(f"{case}: torch.compile fails, see the column of nan")
+            print(f"{case}: torch.compile fails, hence the column of nan")
             del runs["compiled"]
     return runs
 
@@ -82,20 +72,21 @@ def main() -> None:
     print(
         f"{'case':52} {'clones: eager':>13} {'compiled':>9} {'ours':>6}   x eager (bar)  x compiled"
     )
-    for case in cases():
-        if arguments.only not in str(case):
+    for case, bar in cases():
+        name = name_of(case)
+        if arguments.only not in name:
             continue
-        times = interleaved(contenders(case, arguments.compiled), seconds=arguments.seconds)
-        clones = {name: t / times["clone"] for name, t in times.items()}
+        times = medians(contenders(case, arguments.compiled), seconds=arguments.seconds)
+        clones = {key: t / times["clone"] for key, t in times.items()}
         ratio = times["eager"] / times["ours"]
         against = times["compiled"] / times["ours"] if "compiled" in times else float("nan")
-        verdict = " " if ratio >= case.bar else "!"
+        verdict = " " if ratio >= bar else "!"
         print(
-            f"{case!s:52} {clones['eager']:13.2f} {clones.get('compiled', float('nan')):9.2f} "
-            f"{clones['ours']:6.2f}   {ratio:7.2f} ({case.bar:4}){verdict} {against:11.2f}",
+            f"{name:52} {clones['eager']:13.2f} {clones.get('compiled', float('nan')):9.2f} "
+            f"{clones['ours']:6.2f}   {ratio:7.2f} ({bar:4}){verdict} {against:11.2f}",
             flush=True,
         )
-        rows.append({"case": str(case), "bar": case.bar, "seconds": times, "times_eager": ratio})
+        rows.append({"case": name, "bar": bar, "seconds": times, "times_eager": ratio})
     if arguments.save:
         print(save(arguments.save, rows))
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 from gradient_penalty import critic_step, eager_norm_penalty, eager_penalty
-from harness import interleaved, prepare, save
 from networks import DCGAN, ResNet, StyleGAN, UNet
+from script import medians, prepare, save
 from torch import Tensor, nn
 
 import gankernels as gk
@@ -103,7 +103,7 @@ def measure(name: str, batch: int, size: int, seconds: float, lone: bool) -> dic
             "before": steps(copy.deepcopy(before), what, x),
             "after": steps(copy.deepcopy(after), what, x),
         }
-        times = interleaved(pair, seconds=seconds, least=3)
+        times = medians(pair, seconds=seconds, least=3)
         row["seconds"][what] = times
         row["times_faster"][what] = times["before"] / times["after"]
     return row

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from harness import interleaved, prepare, save
+from script import medians, prepare, save
 from torch import Tensor, nn
 
 import gankernels as gk
@@ -24,7 +24,7 @@ SLOPE = 0.2
 
 
 @dataclass(frozen=True)
-class Case:
+class Comparison:
     name: str
     contenders: Callable[[], dict[str, Callable[[], object]]]
     bar: float = 0  # how many times faster than eager it has to be, where that is set
@@ -128,13 +128,13 @@ def normalised() -> dict[str, Callable[[], object]]:
     }
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[Comparison]:
     for shape, limit in (((64, 784), 0), ((64, 3, 64, 64), 0), ((256, 3, 128, 128), 2)):
         name = f"reduction {'x'.join(map(str, shape))}"
-        yield Case(name, lambda shape=shape: reduction(*shape), bar=4, limit=limit)
-    yield Case("critic step, dense, 64x784", lambda: compare_steps(mlp, 64, 1, 28, 28))
-    yield Case("critic step, conv, 16x3x64x64", lambda: compare_steps(conv, 16, 3, 64, 64))
-    yield Case("penalty, 3 x 1024 with batch norm, batch 256", normalised)
+        yield Comparison(name, lambda shape=shape: reduction(*shape), bar=4, limit=limit)
+    yield Comparison("critic step, dense, 64x784", lambda: compare_steps(mlp, 64, 1, 28, 28))
+    yield Comparison("critic step, conv, 16x3x64x64", lambda: compare_steps(conv, 16, 3, 64, 64))
+    yield Comparison("penalty, 3 x 1024 with batch norm, batch 256", normalised)
 
 
 def main() -> None:
@@ -151,7 +151,7 @@ def main() -> None:
         if arguments.only not in case.name:
             continue
         torch.manual_seed(0)
-        times = interleaved(case.contenders(), seconds=arguments.seconds)
+        times = medians(case.contenders(), seconds=arguments.seconds)
         ratio = times["eager"] / times["ours"]
         line = (
             f"{case.name:46} {1e3 * times['eager']:9.3f} {1e3 * times['ours']:9.3f}  {ratio:7.2f}"

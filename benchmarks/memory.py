@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from gradient_penalty import critic_step, eager_penalty
-from harness import save
+from script import save
 from torch import Tensor, nn
 
 import gankernels as gk

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import interleaved, prepare, save
+from script import medians, prepare, save
 
 from gankernels import bench
 
 
 @dataclass(frozen=True)
-class Case:
+class Bars:
     n: int
     b: int
     c: int
@@ -38,14 +38,14 @@ class Case:
 
 
 CASES = (
-    Case(64, 100, 5, (15, 0), repeats=10),
-    Case(128, 100, 5, (25, 0), repeats=10),
-    Case(512, 100, 16, (45, 20)),
-    Case(4096, 32, 16),
+    Bars(64, 100, 5, (15, 0), repeats=10),
+    Bars(128, 100, 5, (25, 0), repeats=10),
+    Bars(512, 100, 16, (45, 20)),
+    Bars(4096, 32, 16),
 )
 
 
-def contenders(case: Case, backward: bool = True) -> dict[str, Callable[[], object]]:
+def contenders(case: Bars, backward: bool = True) -> dict[str, Callable[[], object]]:
     """Forward, or forward and backward, of every way that fits into memory."""
     what = "forward + backward" if backward else "forward"
     shape = (case.n, case.b, case.c)
@@ -54,21 +54,21 @@ def contenders(case: Case, backward: bool = True) -> dict[str, Callable[[], obje
     return {name: runs[key] for name, key in names.items() if key in runs}
 
 
-def measure(case: Case, runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def measure(case: Bars, runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     def repeated(run: Callable[[], object]) -> None:
         for _ in range(case.repeats):
             run()
 
     repeating = {name: lambda r=run: repeated(r) for name, run in runs.items()}
-    times = interleaved(repeating, seconds=seconds, least=3)
+    times = medians(repeating, seconds=seconds, least=3)
     return {name: t / case.repeats for name, t in times.items()}
 
 
-def peak_memory(case: Case, name: str) -> int:
+def peak_memory(case: Bars, name: str) -> int:
     """Bytes that forward and backward add to a process's peak, measured in one of its own."""
     script = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        f"import minibatch_discrimination as b; c = b.Case({case.n}, {case.b}, {case.c})\n"
+        f"import minibatch_discrimination as b; c = b.Bars({case.n}, {case.b}, {case.c})\n"
         f"b.print_peak_memory(c, {name!r})"
     )
     command = [sys.executable, "-c", script]
@@ -76,8 +76,8 @@ def peak_memory(case: Case, name: str) -> int:
     return int(result.stdout)
 
 
-def print_peak_memory(case: Case, name: str) -> None:
-    contenders(Case(2, 1, 1))[name]()  # what is loaded on first use is not counted
+def print_peak_memory(case: Bars, name: str) -> None:
+    contenders(Bars(2, 1, 1))[name]()  # what is loaded on first use is not counted
     run = contenders(case)[name]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")

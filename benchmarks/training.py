@@ -37,9 +37,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import harness
 import numpy as np
 import pytorch_gan
+import script
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -323,7 +323,7 @@ def compare_speed(arguments: argparse.Namespace) -> None:
             print(json.dumps({"row": row}) if arguments.json else describe(row), flush=True)
             rows.append(row)
     if arguments.save:
-        print(harness.save(arguments.save, rows))
+        print(script.save(arguments.save, rows))
 
 
 def summarise(
@@ -385,7 +385,7 @@ QUALITY = ("memory", *OURS)
 def compare_quality(arguments: argparse.Namespace) -> None:
     """Runs what results/ has not, each run's row written as soon as it is there; then the table."""
     name = arguments.save or "training_quality"
-    path = harness.RESULTS / f"{name}.json"
+    path = script.RESULTS / f"{name}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     models = [model for model in arguments.models if model in ITERATIONS]
     wanted = []
@@ -416,7 +416,7 @@ def compare_quality(arguments: argparse.Namespace) -> None:
         finally:
             worker.close()
         rows.append(row)
-        harness.save(name, rows)
+        script.save(name, rows)
         print(
             f"{row['model']:8} {row['contender']:7} seed {row['seed']}: distance "
             f"{row['frechet']:8.3f} in {row['cpu_seconds']:.0f} s of CPU",

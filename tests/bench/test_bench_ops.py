@@ -17,6 +17,7 @@ SHAPES = {
     "gradient_norm_penalty": [(7, 5, 3)],
     "interpolate": [(7, 5, 3)],
 }
+SHAPES |= {name: [op.samples[0]] for name, op in OPS.items() if name not in SHAPES}
 #: To interpolate is linear: it has no second derivative.
 PAIRS = [(op, what) for op in SHAPES for what in PASSES if (op, what) != ("interpolate", PASSES[2])]
 SMALL = [Case(op, what, shape) for op, what in PAIRS for shape in SHAPES[op]]

@@ -4,16 +4,16 @@ import copy
 import json
 
 import fuse
-import harness
 import pytest
+import script
 import torch
 
 import gankernels as gk
 
 
 def test_table_and_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(harness.gk, "tune_allocator", lambda: None)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    monkeypatch.setattr(script.gk, "tune_allocator", lambda: None)
     monkeypatch.setattr(fuse, "NETWORKS", {"DCGAN": lambda: fuse.DCGAN(2)})
     options = "--seconds 0 --batch 2 --threads 1 --save some"
     monkeypatch.setattr("sys.argv", ["fuse.py", *options.split()])
@@ -47,7 +47,7 @@ def test_differences_are_seen(name):
 
 
 def test_page_shows_what_is_saved():
-    rows = json.loads((harness.RESULTS / "fuse.json").read_text())["rows"]
+    rows = json.loads((script.RESULTS / "fuse.json").read_text())["rows"]
     assert [row["network"] for row in rows] == list(fuse.NETWORKS)
     for row in rows:
         assert row["fused"] == row["pairs"]

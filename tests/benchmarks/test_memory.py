@@ -2,9 +2,9 @@
 
 import json
 
-import harness
 import memory
 import pytest
+import script
 import torch
 from torch import nn
 
@@ -45,7 +45,7 @@ def test_nothing_is_kept_without_gradients():
 
 
 def test_table_and_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
     options = "--batch 2 --width 2 --save some"
     monkeypatch.setattr("sys.argv", ["memory.py", *options.split()])
     memory.main()
@@ -62,6 +62,6 @@ def test_table_and_json(tmp_path, monkeypatch, capsys):
 
 
 def test_page_has_the_figures():
-    rows = json.loads((harness.RESULTS / "memory.json").read_text())["rows"]
-    page = (harness.RESULTS.parents[1] / "docs" / "kernels.md").read_text()
+    rows = json.loads((script.RESULTS / "memory.json").read_text())["rows"]
+    page = (script.RESULTS.parents[1] / "docs" / "kernels.md").read_text()
     assert "\n" + "\n".join(map(memory.line, rows)) + "\n\n" in page

@@ -3,9 +3,9 @@
 import json
 from dataclasses import replace
 
-import harness
 import pytest
 import pytorch_gan
+import script
 import torch
 import training
 from torch import Tensor, nn
@@ -247,7 +247,7 @@ def test_every_operator_has_a_group():
 
 
 def test_speed_table_and_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
     monkeypatch.setattr(training, "contenders_of", lambda model, device: ("script", "bf16"))
     options = "--quick --models wgan_gp --threads 1 --save some"
     monkeypatch.setattr("sys.argv", ["training.py", *options.split()])
@@ -277,7 +277,7 @@ def test_quality_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
         def close(self):
             pass
 
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
     monkeypatch.setattr(training, "Worker", Worker)
     options = "--quality --models cgan --seeds 2"
     monkeypatch.setattr("sys.argv", ["training.py", *options.split()])

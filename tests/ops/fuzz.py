@@ -38,8 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import gankernels as gk
 from gankernels.ops import batch_norm_leaky_relu as bn
-from gankernels.ops import minibatch_discrimination, minibatch_stddev
-from gankernels.ops.gradient_norm_penalty import reference as penalty_reference
+from gankernels.ops.record import records
 
 BATCH = 400
 SECONDS_PER_BATCH = 120
@@ -478,20 +477,11 @@ REFERENCES = {
     "batch_norm_leaky_relu": batch_norm,
     "update_running_statistics": updated,
     "adam_": adam,
-    "gradient_norm_penalty": lambda grad, kind, center: [
-        penalty_reference(grad, kind, center),
-        grad.flatten(1).square().sum(1) if grad.dim() > 1 else grad.square(),
-    ],
-    "minibatch_discrimination": lambda m: [minibatch_discrimination.reference(m)],
-    "minibatch_stddev": lambda x, group_size, num_channels, eps: [
-        minibatch_stddev.reference(x, group_size, num_channels, eps)
-        .flatten(2)[: -(-len(x) // group_size)]
-        .mean(2)
-        if x.dim() > 2
-        else minibatch_stddev.reference(x, group_size, num_channels, eps)[
-            : -(-len(x) // group_size)
-        ]
-    ],
+    **{
+        name: op.kernel_reference
+        for name, op in records().items()
+        if op.kernel_reference is not None
+    },
 }
 
 

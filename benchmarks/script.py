@@ -1,29 +1,29 @@
-"""How the scripts here time and save: with the clock of `gankernels bench`."""
+"""The command line of the scripts here, and how they time and save results."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 import gankernels as gk
-from gankernels.bench import timing
-from gankernels.bench.timing import machine
+from gankernels import bench
+from gankernels.bench.timing import Run, machine
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def prepare(threads: int = 2) -> None:
-    """Sets up the process so that kernels are compared, not page faults."""
+    """Sets the number of threads, and keeps page faults out of the comparison."""
     torch.set_num_threads(threads)
     gk.tune_allocator()
 
 
 def arguments_of(description: str) -> argparse.Namespace:
-    """The command line of a script without options of its own; prepares the process as it says."""
+    """Parses the options that most scripts have, and prepares the process."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=2, help="per case")
@@ -33,12 +33,10 @@ def arguments_of(description: str) -> argparse.Namespace:
     return arguments
 
 
-def interleaved(
-    contenders: dict[str, Callable[[], object]], *, seconds: float = 2.0, least: int = 7
-) -> dict[str, float]:
-    """Times the contenders in turn, round after round, and returns each one's median in seconds."""
-    times = timing.interleaved(contenders, seconds=seconds, least=least)
-    return {name: time.median for name, time in times.items()}
+def medians(runs: Mapping[str, Run], *, seconds: float = 2.0, least: int = 7) -> dict[str, float]:
+    """The median seconds of each run, timed by `interleaved`."""
+    times = bench.interleaved(runs, seconds=seconds, least=least)
+    return {name: timing.median for name, timing in times.items()}
 
 
 def save(name: str, rows: list[dict]) -> Path:
