@@ -365,7 +365,7 @@ def minibatch_discrimination(m: Tensor) -> Tensor:
 
 
 def minibatch_stddev(x: Tensor, group_size: int = 4, num_channels: int = 1) -> Tensor:
-    """The feature maps of :class:`gankernels.nn.MinibatchStdDev`, which says how they are computed.
+    """The feature maps of :class:`gankernels.nn.MinibatchStddev`, which says how they are computed.
 
     Args:
         x: ``(N, C)`` or ``(N, C, ...)``, of float32, float64, bfloat16 or float16. Dense contiguous

@@ -438,7 +438,7 @@ def test_a_layer_of_its_own_is_not_taken_for_a_norm(take):
 
 
 def test_layers_of_ours_in_a_trace():
-    layers = [nn.Linear(4, 6), gk.nn.MinibatchStdDev(), gk.nn.MinibatchDiscrimination(7, 3, 2),
+    layers = [nn.Linear(4, 6), gk.nn.MinibatchStddev(), gk.nn.MinibatchDiscrimination(7, 3, 2),
               gk.nn.BatchNormLeakyReLU1d(10)]  # fmt: skip
     net, x = nn.Sequential(*layers), torch.randn(8, 4)
     traced = torch.fx.symbolic_trace(net)

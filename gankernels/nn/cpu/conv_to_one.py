@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from gankernels.nn._rewrite import call_in_trace
 from gankernels.nn.cpu._convolve import convolve
 from gankernels.nn.cpu._eager import runs_on_cpu
 from gankernels.nn.cpu._product import product
-from gankernels.nn._rewrite import call_in_trace
 
 
 class ConvToOneChannel2d(nn.Conv2d):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from gankernels.nn.cpu._eager import runs_on_cpu
 from gankernels.nn._rewrite import call_in_trace
+from gankernels.nn.cpu._eager import runs_on_cpu
 
 
 class BitDropout(nn.Dropout):

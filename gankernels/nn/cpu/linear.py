@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from gankernels.nn._rewrite import call_in_trace
 from gankernels.nn.cpu._eager import runs_on_cpu
 from gankernels.nn.cpu._product import OneDNNProduct, onednn_is_faster
-from gankernels.nn._rewrite import call_in_trace
 
 
 class HalfCopies(Protocol):

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from gankernels.nn._rewrite import Half, call_in_trace
 from gankernels.nn.cpu._convolve import convolve
 from gankernels.nn.cpu._eager import runs_on_cpu
-from gankernels.nn._rewrite import Half, call_in_trace
 
 
 class UpsampleConv2d(Half, nn.Conv2d):
