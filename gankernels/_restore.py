@@ -13,8 +13,9 @@ import sys
 import types
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,13 @@ class _TensorsAsTheyWere(TorchDispatchMode):
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         schema = function._schema.arguments
         given = [*zip(schema, args, strict=False)]
@@ -98,7 +105,7 @@ class _Snapshot:
 
     def __init__(self) -> None:
         self.seen: dict[int, object] = {}
-        self.undo: list[Callable[[], None]] = []
+        self.undo: list[Callable[[], object]] = []
 
     def restore(self) -> None:
         for undo in self.undo:
@@ -139,7 +146,7 @@ class _Snapshot:
         elif isinstance(thing, random.Random):
             self.undo.append(functools.partial(thing.setstate, thing.getstate()))
         elif isinstance(thing, (np.random.Generator, np.random.RandomState)):
-            bits = getattr(thing, "bit_generator", None) or thing._bit_generator
+            bits = getattr(thing, "bit_generator", None) or getattr(thing, "_bit_generator")  # noqa: B009
             self.undo.append(functools.partial(setattr, bits, "state", bits.state))
         elif isinstance(thing, torch.Generator):
             self.undo.append(functools.partial(thing.set_state, thing.get_state()))
@@ -151,7 +158,7 @@ class _Snapshot:
             if _is_users(thing):
                 inside.append(thing.__wrapped__)
                 size = thing.cache_info().currsize
-                self.undo.append(lambda: thing.cache_info().currsize == size or thing.cache_clear())
+                self.undo.append(lambda: _clear_unless(thing, size))
         elif isinstance(thing, FunctionType):
             inside += self._keep_function(thing) if _is_users(thing) else ()
         elif isinstance(thing, types.CellType):
@@ -168,7 +175,7 @@ class _Snapshot:
             inside += self._keep_items(thing, names) if _is_users(type(thing)) else ()
         return inside
 
-    def _note(self, read: Callable[[], list], write: Callable[[list], object]) -> None:
+    def _note(self, read: Callable[[], list[Any]], write: Callable[[list[Any]], object]) -> None:
         old = read()
 
         def undo() -> None:
@@ -234,7 +241,13 @@ class _Snapshot:
         return [*inside, function.__defaults__, function.__kwdefaults__, inspect.unwrap(function)]
 
 
-def _same(now: list, old: list) -> bool:
+def _clear_unless(cached: functools._lru_cache_wrapper[Any], size: int) -> None:
+    """Clear a cache where it has no longer this size."""
+    if cached.cache_info().currsize != size:
+        cached.cache_clear()
+
+
+def _same(now: list[Any], old: list[Any]) -> bool:
     """Whether they hold the same objects, pairs of which are compared one by one."""
     return len(now) == len(old) and all(
         a is b or (type(a) is type(b) is tuple and len(a) == 2 and a[0] is b[0] and a[1] is b[1])

@@ -50,5 +50,5 @@ def with_batch_statistics(
         if old.bias is not None:
             last.bias.copy_(old.bias)
     discriminator.head = nn.Sequential(*layers, last)
-    discriminator.per_sample = False
+    setattr(discriminator, "per_sample", False)  # noqa: B010  (a class attribute before)
     return discriminator

@@ -31,9 +31,9 @@ class _BatchNormActivation(Half, _BatchNorm):
     process_group: dist.ProcessGroup | None = None
 
     # For torch.jit.script.
-    __constants__ = (
+    __constants__ = [  # noqa: RUF012  (a list in PyTorch)
         *_BatchNorm.__constants__, "negative_slope", "sync", "_activation_first",
-    )  # fmt: skip
+    ]  # fmt: skip
     __jit_ignored_attributes__ = ("process_group", "_before_fusion")
     __jit_unused_properties__ = ("eps",)
 
