@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dis
 import functools
 import inspect
 import io
@@ -227,10 +226,9 @@ class _Snapshot:
                 if name in before:
                     if own.get(name, _NOTHING) is not before[name]:
                         own[name] = before[name]
-                elif name in own and name in stored:
+                elif not isinstance(own.get(name, np), ModuleType):  # imports may stay
                     del own[name]
 
-        stored = _stored(function.__code__)
         self.undo.append(undo)
         inside = [*before.values(), vars(function), *(function.__closure__ or ())]
         # Attributes of the user's own modules, as in `config.calls += 1`.
@@ -259,12 +257,6 @@ def names_in(code: CodeType) -> set[str]:
     """All global names and attributes in a function and the functions inside of it."""
     inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return {*code.co_names}.union(*inner)
-
-
-def _stored(code: CodeType) -> set[str]:
-    inner = (_stored(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    stores = (i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL")
-    return set(stores).union(*inner)
 
 
 def _is_users(thing: object) -> bool:
