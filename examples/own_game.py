@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gankernels import data, networks
+from gankernels import data, networks, optim
 from gankernels.games import Adversarial, AdversarialOptions, Player, Round
 from gankernels.train import Callback, Config, Trainer
 
@@ -26,7 +26,7 @@ class HingeGAN(Adversarial):
         return networks.MLPDiscriminator(self.spec.image_shape)
 
     def players(self) -> list[Player]:
-        adam = partial(torch.optim.Adam, lr=2e-4, betas=(0.5, 0.999))
+        adam = partial(optim.Adam, lr=2e-4, betas=(0.5, 0.999))
         return [self.discriminator_player(adam), self.generator_player(adam)]
 
     def discriminator_loss(self, round: Round) -> dict[str, Tensor]:

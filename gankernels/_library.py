@@ -9,11 +9,15 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from gankernels._version import __version__
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _FOLDER = Path(__file__).parent
 _CPU_CAPABILITIES = ("default", "avx2", "avx512")
@@ -21,8 +25,10 @@ _BACKENDS = ("auto", "reference")
 
 _backend = "auto"
 _load_error: str | None = None
-_record: dict = {}
-_entered: list[list] = []  # of every use_backend that is open: itself, and the choice around it
+_record: dict[str, Any] = {}
+_entered: list[
+    list[Any]
+] = []  # of every use_backend that is open: itself, and the choice around it
 _changing = threading.Lock()
 _served: set[tuple[torch.device, str]] = set()
 _warned: set[tuple[torch.device, str]] = set()
@@ -54,7 +60,7 @@ _load()
 LOADED = _load_error is None
 
 
-class use_backend(AbstractContextManager):  # noqa: N801  (reads as a function, like torch.no_grad)
+class use_backend(AbstractContextManager["use_backend"]):  # noqa: N801  (reads as a function, like torch.no_grad)
     """Selects what computes the ops, as a function or as a context manager.
 
     The choice is the whole process's. A context may be entered again, also inside itself; contexts
@@ -102,10 +108,10 @@ class use_backend(AbstractContextManager):  # noqa: N801  (reads as a function, 
                 _backend = around
 
 
-def called_while_tracing(function: Callable) -> Callable:
+def called_while_tracing(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Lets torch.compile call a function of constants instead of looking inside: the same as
     torch.compiler.assume_constant_result, which imports the compiler, and that takes seconds."""
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
@@ -167,7 +173,7 @@ def why_not(kind: str, device: torch.device | None = None) -> str | None:
 def _driver_too_old() -> str | None:
     """Why this machine's driver cannot run the CUDA runtime that is linked in, or None."""
     needed = int(_record["cuda"].split(".")[0])
-    driver = torch._C._cuda_getDriverVersion()  # 12080 is CUDA 12.8's
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 12080 is CUDA 12.8's
     if driver // 1000 >= needed:
         return None
     number = f" ({_DRIVERS[needed]} or newer)" if needed in _DRIVERS else ""
@@ -192,7 +198,10 @@ def _not_built_for(device: torch.device | None) -> str | None:
 
 def _runs(built: str, capability: tuple[int, int]) -> bool:
     """Whether a GPU of this compute capability runs what was built: sm_90, sm_90a, compute_120."""
-    kind, major, minor, specific = re.fullmatch(r"(\w+)_(\d+)(\d)([af]?)", built).groups()
+    parts = re.fullmatch(r"(\w+)_(\d+)(\d)([af]?)", built)
+    if parts is None:
+        return False
+    kind, major, minor, specific = parts.groups()
     of = (int(major), int(minor))
     if specific == "a":  # of that architecture alone
         return capability == of
@@ -201,7 +210,7 @@ def _runs(built: str, capability: tuple[int, int]) -> bool:
     return capability >= of  # PTX
 
 
-def build_info() -> dict:
+def build_info() -> dict[str, Any]:
     """Returns what was built, for which hardware, and what is in use here.
 
     Returns:

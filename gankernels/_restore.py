@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dis
 import functools
 import inspect
 import io
@@ -13,8 +12,9 @@ import sys
 import types
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +69,13 @@ class _TensorsAsTheyWere(TorchDispatchMode):
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.generators: dict[int, tuple[torch.Generator, Tensor]] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         schema = function._schema.arguments
         given = [*zip(schema, args, strict=False)]
@@ -98,7 +104,7 @@ class _Snapshot:
 
     def __init__(self) -> None:
         self.seen: dict[int, object] = {}
-        self.undo: list[Callable[[], None]] = []
+        self.undo: list[Callable[[], object]] = []
 
     def restore(self) -> None:
         for undo in self.undo:
@@ -139,7 +145,7 @@ class _Snapshot:
         elif isinstance(thing, random.Random):
             self.undo.append(functools.partial(thing.setstate, thing.getstate()))
         elif isinstance(thing, (np.random.Generator, np.random.RandomState)):
-            bits = getattr(thing, "bit_generator", None) or thing._bit_generator
+            bits = getattr(thing, "bit_generator", None) or getattr(thing, "_bit_generator")  # noqa: B009
             self.undo.append(functools.partial(setattr, bits, "state", bits.state))
         elif isinstance(thing, torch.Generator):
             self.undo.append(functools.partial(thing.set_state, thing.get_state()))
@@ -151,7 +157,7 @@ class _Snapshot:
             if _is_users(thing):
                 inside.append(thing.__wrapped__)
                 size = thing.cache_info().currsize
-                self.undo.append(lambda: thing.cache_info().currsize == size or thing.cache_clear())
+                self.undo.append(lambda: _clear_unless(thing, size))
         elif isinstance(thing, FunctionType):
             inside += self._keep_function(thing) if _is_users(thing) else ()
         elif isinstance(thing, types.CellType):
@@ -168,7 +174,7 @@ class _Snapshot:
             inside += self._keep_items(thing, names) if _is_users(type(thing)) else ()
         return inside
 
-    def _note(self, read: Callable[[], list], write: Callable[[list], object]) -> None:
+    def _note(self, read: Callable[[], list[Any]], write: Callable[[list[Any]], object]) -> None:
         old = read()
 
         def undo() -> None:
@@ -220,10 +226,9 @@ class _Snapshot:
                 if name in before:
                     if own.get(name, _NOTHING) is not before[name]:
                         own[name] = before[name]
-                elif name in own and name in stored:
+                elif not isinstance(own.get(name, np), ModuleType):  # imports may stay
                     del own[name]
 
-        stored = _stored(function.__code__)
         self.undo.append(undo)
         inside = [*before.values(), vars(function), *(function.__closure__ or ())]
         # Attributes of the user's own modules, as in `config.calls += 1`.
@@ -234,7 +239,13 @@ class _Snapshot:
         return [*inside, function.__defaults__, function.__kwdefaults__, inspect.unwrap(function)]
 
 
-def _same(now: list, old: list) -> bool:
+def _clear_unless(cached: functools._lru_cache_wrapper[Any], size: int) -> None:
+    """Clear a cache where it has no longer this size."""
+    if cached.cache_info().currsize != size:
+        cached.cache_clear()
+
+
+def _same(now: list[Any], old: list[Any]) -> bool:
     """Whether they hold the same objects, pairs of which are compared one by one."""
     return len(now) == len(old) and all(
         a is b or (type(a) is type(b) is tuple and len(a) == 2 and a[0] is b[0] and a[1] is b[1])
@@ -246,12 +257,6 @@ def names_in(code: CodeType) -> set[str]:
     """All global names and attributes in a function and the functions inside of it."""
     inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return {*code.co_names}.union(*inner)
-
-
-def _stored(code: CodeType) -> set[str]:
-    inner = (_stored(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    stores = (i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL")
-    return set(stores).union(*inner)
 
 
 def _is_users(thing: object) -> bool:

@@ -50,7 +50,7 @@ def plain_critic():
         nn.Conv2d(3, 6, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True),
         nn.Conv2d(6, 5, 4, 2, 1, bias=False), nn.BatchNorm2d(5), nn.LeakyReLU(0.2, inplace=True),
         nn.Conv2d(5, 4, 3, 1, 1), nn.LeakyReLU(0.1), nn.BatchNorm2d(4),
-        gk.nn.MinibatchStdDev(), nn.Flatten(), nn.Linear(5 * 4, 8),
+        gk.nn.MinibatchStddev(), nn.Flatten(), nn.Linear(5 * 4, 8),
         gk.nn.MinibatchDiscrimination(8, 3, 2), nn.Linear(11, 1),
     )  # fmt: skip
 
@@ -183,7 +183,7 @@ row(
     "Modules in bfloat16, float16 and float64",
     "yes",
     "parameters may stay in float32 beside half activations",
-    "tests/test_fuse.py::test_dtypes",
+    "tests/fuse/test_pairs.py::test_dtypes",
     "tests/nn/test_batch_norm_leaky_relu.py::test_half_activations_with_float32_parameters",
 )
 
@@ -206,7 +206,7 @@ row(
     "tests/ops/test_minibatch_discrimination.py::test_compiles_without_a_graph_break",
     "tests/ops/test_minibatch_stddev.py::test_compiles_without_a_graph_break",
     "tests/ops/test_gradient_norm_penalty.py::test_compiles_without_a_graph_break",
-    "tests/test_fuse.py::test_compile",
+    "tests/fuse/test_fused_networks.py::test_compile",
     "tests/cuda/test_compile.py::test_without_graph_breaks",
 )
 
@@ -391,7 +391,7 @@ row(
     "yes",
     "`use_reentrant=False` for penalties; running statistics see every computation, as with "
     "PyTorch's BatchNorm",
-    "tests/test_fuse.py::test_checkpointed_pair",
+    "tests/fuse/test_no_pairs.py::test_checkpointed_pair",
 )
 def test_checkpoint():
     fused, plain = twins()
@@ -452,27 +452,27 @@ row(
     "`copy.deepcopy`, `pickle`, `torch.save`",
     "yes",
     "`gk.unfuse` works on the copies",
-    "tests/test_fuse.py::test_copies",
+    "tests/fuse/test_fused_networks.py::test_copies",
     "tests/nn/test_minibatch.py::test_discrimination_state_dict_copy_and_pickle",
 )
 row(
     "`state_dict` from and to plain PyTorch",
     "yes",
     "the keys are the same",
-    "tests/test_fuse.py::test_state_dict_goes_both_ways",
+    "tests/fuse/test_fused_networks.py::test_state_dict_goes_both_ways",
 )
 row(
     "Optimisers made before `gk.fuse`",
     "yes",
     "the parameters stay the same objects",
-    "tests/test_fuse.py::test_an_optimiser_made_before_goes_on",
+    "tests/fuse/test_fused_networks.py::test_an_optimiser_made_before_goes_on",
 )
 row(
     "`nn.utils.parametrizations.spectral_norm` and `weight_norm` on neighbours",
     "yes",
     "untouched; a parametrised BatchNorm is left alone",
-    "tests/test_fuse.py::test_norms_of_neighbours_stay",
-    "tests/test_fuse.py::test_parametrised_batch_norm",
+    "tests/fuse/test_left_alone.py::test_norms_of_neighbours_stay",
+    "tests/fuse/test_left_alone.py::test_parametrised_batch_norm",
 )
 row(
     "Code that looks for norms: `isinstance(m, nn.BatchNorm2d)`, `swa_utils.update_bn`, freezing, "
@@ -499,8 +499,8 @@ row(
     "left alone, the report says so",
     "registered later, they make a pair two layers again, with a warning; hooks on modules around "
     "them are fine",
-    "tests/test_fuse.py::test_hooks",
-    "tests/test_fuse.py::test_hooks_on_the_network_do_not_matter",
+    "tests/fuse/test_left_alone.py::test_hooks",
+    "tests/fuse/test_left_alone.py::test_hooks_on_the_network_do_not_matter",
     "tests/test_drop_in.py::test_a_pair_that_comes_apart_says_so",
 )
 row(
@@ -514,8 +514,8 @@ row(
     "`nn.DataParallel`, `AveragedModel`, `torch.fx.GraphModule`",
     "yes",
     "",
-    "tests/test_fuse.py::test_data_parallel_and_average",
-    "tests/test_fuse.py::test_graph_modules",
+    "tests/fuse/test_fused_networks.py::test_data_parallel_and_average",
+    "tests/fuse/test_fused_networks.py::test_graph_modules",
 )
 
 DISTRIBUTED = """
@@ -542,7 +542,7 @@ os._exit(0)
     "yes",
     "what it broadcasts into the running statistics in between disturbs nothing, since they are "
     "not saved",
-    "tests/test_fuse.py::test_distributed_data_parallel",
+    "tests/fuse/test_fused_networks.py::test_distributed_data_parallel",
 )
 def test_distributed_data_parallel(tmp_path, python):
     assert "same gradients" in python("-c", DISTRIBUTED, tmp_path / "store").stdout
@@ -593,7 +593,7 @@ row(
     "yes",
     "becomes a layer with `sync=True`, which has both derivatives, on CPUs too; breaks a graph of "
     "`torch.compile`",
-    "tests/test_fuse.py::test_sync",
+    "tests/fuse/test_left_alone.py::test_sync",
     "tests/nn/test_sync.py::test_processes_together_do_what_one_does",
 )
 
@@ -603,7 +603,7 @@ row(
     "`torch.jit.trace`",
     "yes",
     "holds plain PyTorch ops, as all exports do",
-    "tests/test_fuse.py::test_export_has_none_of_our_ops",
+    "tests/fuse/test_fused_networks.py::test_export_has_none_of_our_ops",
 )
 
 
@@ -611,7 +611,7 @@ row(
     "`torch.export`, evaluation and training",
     "yes",
     "plain PyTorch ops; the batch may be dynamic",
-    "tests/test_fuse.py::test_export_has_none_of_our_ops",
+    "tests/fuse/test_fused_networks.py::test_export_has_none_of_our_ops",
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_export(training):
@@ -658,7 +658,7 @@ def test_onnx(dynamo, tmp_path):
 @shows(
     "`torch.jit.script`",
     "yes",
-    "plain PyTorch ops; not in training with `sync=True` or `gather=True`",
+    "plain PyTorch ops; not in training with `sync=True`",
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -686,7 +686,7 @@ def test_script(momentum, tmp_path):
 def test_script_where_the_batch_is_that_of_several_processes():
     for layer, option in (
         (gk.nn.BatchNormLeakyReLU1d(3, sync=True), "sync"),
-        (gk.nn.MinibatchDiscrimination(3, 2, 2, gather=True), "gather"),
+        (gk.nn.MinibatchDiscrimination(3, 2, 2, sync=True), "sync"),
     ):
         scripted, x = torch.jit.script(layer), torch.randn(5, 3)
         with pytest.raises(torch.jit.Error, match=f"cannot train with {option}=True"):
@@ -716,7 +716,7 @@ row(
     "Meta and fake tensors",
     "yes",
     "",
-    "tests/test_fuse.py::test_devices",
+    "tests/fuse/test_pairs.py::test_devices",
     "tests/ops/test_batch_norm_leaky_relu_autograd.py::test_opcheck",
 )
 row(

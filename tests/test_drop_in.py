@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import gankernels as gk
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*by themselves again", "ignore:.*deprecated")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is two layers again", "ignore:.*deprecated")
 
 
 def network():
@@ -364,7 +364,7 @@ def test_same_as_before(name):
 
 def test_a_pair_that_comes_apart_says_so():
     net = gk.fuse(network())
-    with pytest.warns(UserWarning, match="by themselves again, since one of them is replaced"):
+    with pytest.warns(UserWarning, match="is two layers again.*since one of them is replaced"):
         net[2] = nn.Tanh()
     assert type(net[1]) is nn.BatchNorm2d
     with pytest.warns(UserWarning, match="since one of them gets a hook"):
@@ -438,7 +438,7 @@ def test_a_layer_of_its_own_is_not_taken_for_a_norm(take):
 
 
 def test_layers_of_ours_in_a_trace():
-    layers = [nn.Linear(4, 6), gk.nn.MinibatchStdDev(), gk.nn.MinibatchDiscrimination(7, 3, 2),
+    layers = [nn.Linear(4, 6), gk.nn.MinibatchStddev(), gk.nn.MinibatchDiscrimination(7, 3, 2),
               gk.nn.BatchNormLeakyReLU1d(10)]  # fmt: skip
     net, x = nn.Sequential(*layers), torch.randn(8, 4)
     traced = torch.fx.symbolic_trace(net)

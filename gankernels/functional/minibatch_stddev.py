@@ -10,7 +10,7 @@ from gankernels.ops.minibatch_stddev import compute, reference
 
 
 def minibatch_stddev(x: Tensor, group_size: int = 4, num_channels: int = 1) -> Tensor:
-    """The feature maps of :class:`gankernels.nn.MinibatchStdDev`, as defined there.
+    """The feature maps of :class:`gankernels.nn.MinibatchStddev`, as defined there.
 
     Args:
         x: ``(N, C)`` or ``(N, C, ...)``, of float32, float64, bfloat16 or float16. Dense contiguous

@@ -90,8 +90,9 @@ def fuse(
     if log is not None and not callable(log):
         raise TypeError(f"log must be a function of a line, got {type(log).__name__}")
     names = {m: name or "module" for name, m in module.named_modules()}
+    norms: list[nn.Module]
     norms = [m for m in names if isinstance(m, _BatchNorm) and not isinstance(m, _norms.FUSED)]
-    wanted = {type(m) for m in norms} & {*_norms.PAIR.main}
+    wanted = {type(m) for m in norms}.intersection(_norms.PAIR.main)
     if cpu and any(type(m) is nn.Upsample for m in names):
         wanted |= {nn.Upsample}
     with Calls(names, wanted) as calls:
@@ -101,8 +102,9 @@ def fuse(
         lines = _norms.rewrite(norms, calls, lone)
         if cpu:
             lines += _cpu.rewrite(calls)
-    for line in (lines or ["no BatchNorm to fuse"]) if log else ():
-        log(line)
+    if log is not None:
+        for line in lines or ["no BatchNorm to fuse"]:
+            log(line)
     return module
 
 

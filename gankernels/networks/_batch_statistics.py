@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import nn
 
-from gankernels.nn import MinibatchDiscrimination, MinibatchStdDev
+from gankernels.nn import MinibatchDiscrimination, MinibatchStddev
 from gankernels.nn.cpu import OneDNNLinear
 
 
@@ -39,7 +39,7 @@ def with_batch_statistics(
     width = features = prod(old.weight.shape[1:])
     layers: list[nn.Module] = [nn.Flatten()]
     if stddev:
-        layers.append(MinibatchStdDev())
+        layers.append(MinibatchStddev())
         width += 1
     if kernels is not None:
         layers.append(MinibatchDiscrimination(width, *kernels))
@@ -50,5 +50,5 @@ def with_batch_statistics(
         if old.bias is not None:
             last.bias.copy_(old.bias)
     discriminator.head = nn.Sequential(*layers, last)
-    discriminator.per_sample = False
+    setattr(discriminator, "per_sample", False)  # noqa: B010  (a class attribute before)
     return discriminator

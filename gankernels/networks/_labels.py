@@ -14,7 +14,7 @@ def join_one_hot(x: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
     refused. Raises ValueError when labels are missing or not wanted.
     """
     check_labels(labels, num_classes)
-    if num_classes == 0:
+    if labels is None:
         return x
     one_hot = F.one_hot(labels, num_classes).to(x.dtype)
     planes = one_hot.reshape(*one_hot.shape, *(1,) * (x.dim() - 2))
@@ -27,6 +27,6 @@ def join_one_hot(x: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
 
 def check_labels(labels: Tensor | None, num_classes: int) -> None:
     if num_classes == 0 and labels is not None:
-        raise ValueError("labels were given to an unconditional network")
+        raise ValueError("labels must be None for an unconditional network, got labels")
     if num_classes > 0 and labels is None:
-        raise ValueError(f"labels are missing: the network is conditional on {num_classes} classes")
+        raise ValueError(f"labels must be given for {num_classes} classes, got None")

@@ -9,7 +9,7 @@ from gankernels.nn.batch_norm_leaky_relu import (
     LeakyReLUBatchNorm3d,
 )
 from gankernels.nn.minibatch_discrimination import MinibatchDiscrimination
-from gankernels.nn.minibatch_stddev import MinibatchStdDev
+from gankernels.nn.minibatch_stddev import MinibatchStddev
 
 __all__ = [
     "BatchNormLeakyReLU1d",
@@ -19,5 +19,5 @@ __all__ = [
     "LeakyReLUBatchNorm2d",
     "LeakyReLUBatchNorm3d",
     "MinibatchDiscrimination",
-    "MinibatchStdDev",
+    "MinibatchStddev",
 ]

@@ -79,7 +79,7 @@ def become(layer: nn.Module, cls: type[nn.Module], *others: nn.Module) -> None:
     if others:
         watch(_module.register_module_module_registration_hook, _replaced)
     vars(layer)[_RECORD] = (type(layer), tuple(map(Ref, others)))
-    layer.__class__ = cls  # type: ignore[assignment]
+    layer.__class__ = cls
 
 
 def revert(layer: nn.Module) -> None:

@@ -31,9 +31,9 @@ class _BatchNormActivation(Half, _BatchNorm):
     process_group: dist.ProcessGroup | None = None
 
     # For torch.jit.script.
-    __constants__ = (
+    __constants__ = [  # noqa: RUF012  (a list in PyTorch)
         *_BatchNorm.__constants__, "negative_slope", "sync", "_activation_first",
-    )  # fmt: skip
+    ]  # fmt: skip
     __jit_ignored_attributes__ = ("process_group", "_before_fusion")
     __jit_unused_properties__ = ("eps",)
 
@@ -57,7 +57,7 @@ class _BatchNormActivation(Half, _BatchNorm):
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **given
         )
         if not isinstance(sync, bool):
-            raise TypeError(f"sync is a {type(sync).__name__}; a bool is needed")
+            raise TypeError(f"sync must be a bool, got {type(sync).__name__}")
         check_group(process_group)
         self.negative_slope = negative_slope
         self.sync = sync
@@ -177,7 +177,7 @@ _DOC = """{title} over a {shapes} input, as one layer.
 def _layer(order: str, d: int) -> type[_BatchNormActivation]:
     activation_first = order == "LeakyReLUBatchNorm"
     parts = [f"BatchNorm{d}d(C)", "LeakyReLU(negative_slope)"]
-    titles = ["Batch normalisation", "LeakyReLU"]
+    titles = ["Batch normalization", "LeakyReLU"]
     if activation_first:
         parts.reverse()
         titles.reverse()

@@ -38,11 +38,11 @@ class MinibatchDiscrimination(nn.Module):
         in_features: size of a sample's features.
         num_kernels: numbers appended to them (B in the paper; improved-gan: 100 for MNIST).
         kernel_dim: dimensions in which a kernel compares samples (C in the paper; 5).
-        device: of the parameter.
-        dtype: of the parameter.
-        gather: whether samples are compared, in training, with those of all processes of
+        sync: whether samples are compared, in training, with those of all processes of
             ``process_group``; may also be set later, as an attribute. See below.
         process_group: of ``torch.distributed``; None for all processes.
+        device: of the parameter.
+        dtype: of the parameter.
 
     Shape:
         - Input: ``(N, in_features)``
@@ -56,7 +56,7 @@ class MinibatchDiscrimination(nn.Module):
     the sums over distances in float32. Differentiable twice; details and errors:
     :func:`gankernels.functional.minibatch_discrimination`.
 
-    With ``gather=True`` the output and both derivatives are those of the batches of all processes
+    With ``sync=True`` the output and both derivatives are those of the batches of all processes
     together: gradients are those of the sum of all processes' losses, the weight's of this process'
     part of it, as in ``gankernels.nn.BatchNormLeakyReLU2d(sync=True)``. Batches may be of different
     sizes. All processes run forward and backward alike, since they wait for each other: one
@@ -74,11 +74,11 @@ class MinibatchDiscrimination(nn.Module):
         in_features: int,
         num_kernels: int,
         kernel_dim: int,
+        *,
+        sync: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        gather: bool = False,
-        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -87,14 +87,14 @@ class MinibatchDiscrimination(nn.Module):
             ("kernel_dim", kernel_dim),
         ):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, but got {value}")
-        if not isinstance(gather, bool):
-            raise TypeError(f"gather is a {type(gather).__name__}; a bool is needed")
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(sync, bool):
+            raise TypeError(f"sync must be a bool, got {type(sync).__name__}")
         check_group(process_group)
         self.in_features = in_features
         self.num_kernels = num_kernels
         self.kernel_dim = kernel_dim
-        self.gather = gather
+        self.sync = sync
         self.process_group = process_group
         self.weight = nn.Parameter(
             torch.empty(in_features, num_kernels, kernel_dim, device=device, dtype=dtype)
@@ -117,17 +117,17 @@ class MinibatchDiscrimination(nn.Module):
             )
         m = (input @ self.weight.flatten(1)).unflatten(1, (self.num_kernels, self.kernel_dim))
         if not torch.jit.is_scripting():
-            group = group_of_several(self.process_group) if self.gather and self.training else None
+            group = group_of_several(self.process_group) if self.sync and self.training else None
             if group is not None:
                 counts = row_counts(m, group)
                 o = minibatch_discrimination(rows_of_all(m, counts, group))
                 return torch.cat((input, own_rows(o, counts, group)), 1)
-        elif self.gather and self.training:
-            raise RuntimeError("a scripted layer cannot train with gather=True")
+        elif self.sync and self.training:
+            raise RuntimeError("a scripted layer cannot train with sync=True")
         return torch.cat((input, minibatch_discrimination(m)), 1)
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, num_kernels={self.num_kernels}, kernel_dim={self.kernel_dim}"
-            f"{', gather=True' if self.gather else ''}"
+            f"{', sync=True' if self.sync else ''}"
         )

@@ -10,7 +10,7 @@ from gankernels.functional import minibatch_stddev
 from gankernels.nn._rewrite import call_in_trace
 
 
-class MinibatchStdDev(nn.Module):
+class MinibatchStddev(nn.Module):
     """Appends feature maps that say how much the samples of a group differ.
 
     The batch is divided into groups; within a group, the standard deviation of every feature is
@@ -40,7 +40,7 @@ class MinibatchStdDev(nn.Module):
         super().__init__()
         for name, value in (("group_size", group_size), ("num_channels", num_channels)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, but got {value}")
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.group_size = group_size
         self.num_channels = num_channels
 

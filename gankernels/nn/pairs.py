@@ -87,28 +87,29 @@ def pair(norms: Mapping[nn.Module, type[nn.Module]], activation: nn.Module | Non
         slope = activation.negative_slope
     for norm, cls in norms.items():
         become(norm, cls, *([] if activation is None else [activation]))
-        norm.negative_slope = slope
+        vars(norm)["negative_slope"] = slope
     if activation is not None:
         become(activation, _FUSED[type(activation)], *norms)
 
 
 def slope_of(group: Sequence[nn.Module]) -> float | None:
     """The slope of norms that share an activation. Raises ValueError where they have several."""
-    slopes = {m.negative_slope for m in group if not isinstance(m, _Identity)}
+    slopes: set[Any] = {m.negative_slope for m in group if not isinstance(m, _Identity)}
     if len(slopes) > 1:
         raise ValueError(f"norms that share an activation must have one slope, got {slopes}")
     return slopes.pop() if slopes else None
 
 
 class Eps(float):
-    """The ``eps`` of a fused layer as others get it: the number, and whose it is.
+    """The ``eps`` of a fused layer as other code gets it: the number, and the layer.
 
-    Whatever computes a norm elsewhere needs its eps: to add it to the variance where the norm is
-    folded into a convolution, or to keep it in a module of its own where the norm is copied. Both
-    see a BatchNorm, and would lose the activation.
+    Other code that computes a norm needs its eps, to add it to the variance where it folds the norm
+    into a convolution, or to store it where it copies the norm into another module. Such code sees
+    a BatchNorm and would lose the activation.
     """
 
     __array_ufunc__ = None  # so that NumPy leaves sums to __radd__
+    layer: nn.Module
 
     def __new__(cls, value: float, layer: nn.Module) -> Eps:
         watch(_module.register_module_parameter_registration_hook, _registered)
@@ -130,17 +131,23 @@ class Eps(float):
         return float.__float__(self)
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        def plain(value):
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        def plain(value: Any) -> Any:
             return value.taken() if isinstance(value, Eps) else value
 
         kwargs = {name: plain(value) for name, value in (kwargs or {}).items()}
         return function(*map(plain, args), **kwargs)
 
-    def __add__(self, other):
+    def __add__(self, other: Any) -> Any:
         return self.taken() + other
 
-    def __radd__(self, other):
+    def __radd__(self, other: Any) -> Any:
         return other + self.taken()
 
     def __float__(self) -> float:
@@ -153,4 +160,4 @@ class Eps(float):
 def _registered(owner: nn.Module, name: str, tensor: Tensor | None) -> None:
     eps = vars(owner).get("eps")
     if type(eps) is Eps:
-        owner.eps = eps.taken()
+        vars(owner)["eps"] = eps.taken()

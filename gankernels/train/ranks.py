@@ -91,10 +91,8 @@ class Ranks:
 def synchronize(network: nn.Module) -> None:
     """Make layers that look at a whole batch look at that of all processes."""
     for name, module in network.named_modules():
-        if isinstance(module, _BatchNormActivation):
+        if isinstance(module, (_BatchNormActivation, MinibatchDiscrimination)):
             module.sync = True
-        elif isinstance(module, MinibatchDiscrimination):
-            module.gather = True
         elif isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
             warnings.warn(
                 f"{name} ({type(module).__name__}) normalizes with the statistics of each process; "

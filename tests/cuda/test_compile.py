@@ -19,7 +19,7 @@ class Discriminator(nn.Module):
             gk.nn.BatchNormLeakyReLU2d(16),
             nn.Conv2d(16, 16, 3, 2, 1),
             gk.nn.LeakyReLUBatchNorm2d(16),
-            gk.nn.MinibatchStdDev(),
+            gk.nn.MinibatchStddev(),
             nn.Flatten(),
         )
         self.compare = gk.nn.MinibatchDiscrimination(17 * 16, 6, 5)

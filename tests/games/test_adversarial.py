@@ -174,7 +174,7 @@ def test_a_penalty_pulls_the_gradient_towards_norm_one(name, batch):
 
 
 def layers(game):
-    kinds = (gknn.MinibatchDiscrimination, gknn.MinibatchStdDev)
+    kinds = (gknn.MinibatchDiscrimination, gknn.MinibatchStddev)
     return [m for m in game.discriminator.modules() if isinstance(m, kinds)]
 
 
@@ -184,7 +184,7 @@ def layers(game):
 def test_every_game_takes_statistics(name, spec, penalty):
     game = make(name, spec, minibatch_discrimination="6,2", minibatch_stddev=True, penalty=penalty)
     deviation, discrimination = layers(game)
-    assert isinstance(deviation, gknn.MinibatchStdDev)
+    assert isinstance(deviation, gknn.MinibatchStddev)
     assert (discrimination.num_kernels, discrimination.kernel_dim) == (6, 2)
     images = torch.rand(8, *spec.image_shape, generator=rng()) * 2 - 1
     batch = Batch({"images": images, "labels": torch.arange(8) % spec.num_classes})

@@ -106,7 +106,7 @@ def test_label_planes_keep_channels_last():
     ],
 )
 def test_missing_labels(network):
-    with pytest.raises(ValueError, match="labels are missing"):
+    with pytest.raises(ValueError, match="labels must be given for"):
         network(torch.zeros(2, 1, 28, 28))
 
 

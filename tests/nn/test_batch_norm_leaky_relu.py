@@ -131,7 +131,7 @@ def test_name_module_and_documentation(name):
     layer = getattr(gk.nn, name)
     assert (layer.__name__, layer.__qualname__) == (name, name)
     assert "num_features: the number of channels" in layer.__doc__
-    order = "LeakyReLU then Batch" if name.startswith("Leaky") else "Batch normalisation then Leaky"
+    order = "LeakyReLU then Batch" if name.startswith("Leaky") else "Batch normalization then Leaky"
     assert layer.__doc__.startswith(order)
     assert f"BatchNorm{name[-2]}d" in layer.__doc__
 

@@ -1,4 +1,4 @@
-"""MinibatchDiscrimination and MinibatchStdDev as layers."""
+"""MinibatchDiscrimination and MinibatchStddev as layers."""
 
 import copy
 import pickle
@@ -102,7 +102,7 @@ def test_discrimination_constructor_errors(place):
     sizes = [4, 5, 6]
     sizes[place] = 0
     name = ("in_features", "num_kernels", "kernel_dim")[place]
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, but got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         gk.nn.MinibatchDiscrimination(*sizes)
 
 
@@ -110,15 +110,15 @@ def test_discrimination_constructor_errors(place):
 @pytest.mark.parametrize("num_channels", [1, 2])
 def test_stddev_appends_maps(shape, num_channels):
     x = torch.randn(shape)
-    layer = gk.nn.MinibatchStdDev(3, num_channels)
+    layer = gk.nn.MinibatchStddev(3, num_channels)
     y = layer(x)
     assert torch.equal(y[:, :6], x)
     assert torch.equal(y[:, 6:], gk.functional.minibatch_stddev(x, 3, num_channels))
 
 
 def test_stddev_in_a_model():
-    model = nn.Sequential(gk.nn.MinibatchStdDev(), nn.Conv2d(4, 2, 3))
-    assert repr(model[0]) == "MinibatchStdDev(group_size=4, num_channels=1)"
+    model = nn.Sequential(gk.nn.MinibatchStddev(), nn.Conv2d(4, 2, 3))
+    assert repr(model[0]) == "MinibatchStddev(group_size=4, num_channels=1)"
     assert list(model.state_dict()) == ["1.weight", "1.bias"]
     x = torch.randn(5, 3, 4, 4, requires_grad=True)
     (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
@@ -128,5 +128,5 @@ def test_stddev_in_a_model():
 
 @pytest.mark.parametrize("name", ["group_size", "num_channels"])
 def test_stddev_constructor_errors(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, but got 0"):
-        gk.nn.MinibatchStdDev(**{name: 0})
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        gk.nn.MinibatchStddev(**{name: 0})

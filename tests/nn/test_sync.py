@@ -304,7 +304,7 @@ def fused(share):
 @case(HALVES, UNEQUAL, EMPTY, backend="reference")
 def discrimination(share, backend):
     layer = gk.nn.MinibatchDiscrimination(
-        6, 5, 2, dtype=torch.float64, gather=True, process_group=share.group
+        6, 5, 2, dtype=torch.float64, sync=True, process_group=share.group
     )
     with gk.use_backend(backend):
         return penalised(share, layer, share.random(6))
@@ -312,7 +312,7 @@ def discrimination(share, backend):
 
 @case(UNEQUAL)
 def discrimination_in_half_precision(share):
-    layer = gk.nn.MinibatchDiscrimination(6, 5, 2, gather=True, process_group=share.group)
+    layer = gk.nn.MinibatchDiscrimination(6, 5, 2, sync=True, process_group=share.group)
     layer.bfloat16()
     x = share.random(6).bfloat16().requires_grad_()
     layer(x).sum().backward()
@@ -321,7 +321,7 @@ def discrimination_in_half_precision(share):
 
 @case(UNEQUAL)
 def discrimination_in_evaluation(share):
-    layer = gk.nn.MinibatchDiscrimination(6, 5, 2, gather=True, process_group=share.group).eval()
+    layer = gk.nn.MinibatchDiscrimination(6, 5, 2, sync=True, process_group=share.group).eval()
     x = share.random(6).float()
     return {"rows y": torch.cat([layer(x[part]) for part in share.parts])}
 
@@ -329,7 +329,7 @@ def discrimination_in_evaluation(share):
 @case(HALVES)
 def third_derivative_of_discrimination(share):
     layer = gk.nn.MinibatchDiscrimination(
-        6, 5, 2, dtype=torch.float64, gather=True, process_group=share.group
+        6, 5, 2, dtype=torch.float64, sync=True, process_group=share.group
     )
     return refuses_third_derivative(layer, share.random(6))
 
@@ -343,7 +343,7 @@ class Together(nn.Module):
         self.conv = nn.Conv2d(3, 3, 1, bias=False, dtype=torch.float64)
         self.norm, _ = batch_norm(share, "BatchNormLeakyReLU")
         self.discrimination = gk.nn.MinibatchDiscrimination(
-            60, 2, 2, dtype=torch.float64, gather=True, process_group=share.group
+            60, 2, 2, dtype=torch.float64, sync=True, process_group=share.group
         )
 
     def forward(self, x):
@@ -476,14 +476,14 @@ def test_layers_that_synchronise_look_as_others(name):
         assert twin.sync is True
 
 
-def test_discrimination_that_gathers_looks_as_others():
-    layer, other = (gk.nn.MinibatchDiscrimination(4, 3, 2, gather=g) for g in (True, False))
-    assert (layer.gather, other.gather, other.process_group) == (True, False, None)
-    assert repr(layer) == repr(other)[:-1] + ", gather=True)"
+def test_discrimination_that_synchronizes_looks_as_others():
+    layer, other = (gk.nn.MinibatchDiscrimination(4, 3, 2, sync=g) for g in (True, False))
+    assert (layer.sync, other.sync, other.process_group) == (True, False, None)
+    assert repr(layer) == repr(other)[:-1] + ", sync=True)"
     assert list(layer.state_dict()) == list(other.state_dict())
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert repr(twin) == repr(layer)
-        assert twin.gather is True
+        assert twin.sync is True
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -509,11 +509,11 @@ def test_one_value_per_channel_without_processes():
     [
         (lambda **options: gk.nn.BatchNormLeakyReLU2d(3, **options), "sync"),
         (lambda **options: gk.nn.LeakyReLUBatchNorm1d(3, **options), "sync"),
-        (lambda **options: gk.nn.MinibatchDiscrimination(3, 4, 2, **options), "gather"),
+        (lambda **options: gk.nn.MinibatchDiscrimination(3, 4, 2, **options), "sync"),
     ],
 )
 def test_wrong_arguments(make, name):
-    with pytest.raises(TypeError, match=f"{name} is a str; a bool is needed"):
+    with pytest.raises(TypeError, match=f"{name} must be a bool, got str"):
         make(**{name: "yes"})
     with pytest.raises(TypeError, match=r"process_group must be .* got list"):
         make(**{name: True}, process_group=[0, 1])

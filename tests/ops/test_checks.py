@@ -205,7 +205,7 @@ def test_other_layouts_are_refused(change):
 @pytest.mark.parametrize("size", [sys.maxsize, sys.maxsize - 1, 2**62, 9])
 def test_the_whole_batch_as_one_group(size):
     x = torch.randn(9, 4, 3, 3, dtype=f64, requires_grad=True)
-    layer = gk.nn.MinibatchStdDev(group_size=size)
+    layer = gk.nn.MinibatchStddev(group_size=size)
     with gk.use_backend("reference"):
         expected = layer(x)
     torch.testing.assert_close(layer(x), expected)

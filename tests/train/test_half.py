@@ -1,6 +1,7 @@
 """HalfWeights: what autocast computes, with weights that are cast when they change."""
 
 import copy
+import itertools
 import pickle
 from functools import partial
 
@@ -21,7 +22,7 @@ from gankernels.train.trainer import make_optimizer
 
 def twins(*sizes):
     """Two equal networks."""
-    layers = [OneDNNLinear(a, b) for a, b in pairwise(sizes)]
+    layers = [OneDNNLinear(a, b) for a, b in itertools.pairwise(sizes)]
     network = nn.Sequential(*layers)
     return network, copy.deepcopy(network)
 
