@@ -1,4 +1,4 @@
-"""What was measured, and the files that hold it."""
+"""Benchmark results."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NOISY = 0.3
 
 @dataclass
 class Row:
-    """What was measured of one case: a Timing per contender, or why there is none."""
+    """The results of one case: a Timing for each contender, or the error that it raised."""
 
     case: Case | Training
     timings: dict[str, Timing]
     errors: dict[str, str]
 
     def ratio(self, name: str) -> float | None:
-        """How many times as long as ours another contender takes; None where one is missing."""
+        """Another contender's time divided by ours; None if one of them is missing."""
         if name not in self.timings or "ours" not in self.timings:
             return None
         return self.timings[name].median / self.timings["ours"].median
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def clones(self) -> float | None:
-        """Our time in clones of the input, where those are a measure of it."""
+        """Our time divided by that of a clone of the input, for ops bound by memory."""
         if not isinstance(self.case, Case) or self.case.fewest_clones is None:
             return None
         ratio = self.ratio("clone")
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass
 class Results:
-    """What was measured so far, and on what."""
+    """The rows measured so far, and the machine they were measured on."""
 
     environment: dict[str, Any]
     planned: int
@@ -84,7 +84,7 @@ class Results:
 
     @property
     def failed(self) -> list[Row]:
-        """The rows in which ours did not run."""
+        """The rows in which ours failed."""
         return [row for row in self.rows if "ours" in row.errors]
 
     def of(self, op: str) -> list[Row]:
@@ -98,7 +98,7 @@ class Results:
 
     @property
     def noisy(self) -> str | None:
-        """A warning where the machine was too busy for the figures to be believed."""
+        """A warning if the machine was too busy for reliable figures."""
         env = self.environment
         count = sum((row.spread or 0) > NOISY for row in self.rows)
         if env["load"] <= env["processors"] and 2 * count <= len(self.rows):
@@ -111,7 +111,7 @@ class Results:
 
     @property
     def ops(self) -> list[str]:
-        """Those that there are rows of."""
+        """The ops that have rows."""
         return [op for op in OPS if self.of(op)]
 
     def to_json(self) -> dict[str, Any]:

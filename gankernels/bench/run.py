@@ -1,4 +1,4 @@
-"""From what was asked for to results: what `gankernels bench` does."""
+"""Plans and runs a benchmark."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gankernels.bench.training import Training
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured, how and where; `plan` makes one."""
+    """What to measure, how and where; `plan` makes one."""
 
     cases: tuple[Case, ...]
     trainings: tuple[Training, ...]
@@ -50,7 +50,7 @@ def plan(
     quick: bool = False,
     seconds: float | None = None,
 ) -> Plan:
-    """Says what will be measured, after checking that it can be.
+    """Plans a benchmark, and checks that it can run.
 
     Args:
         op_names: keys of `OPS`; an empty sequence for all. None leaves the ops out where `models`
@@ -100,10 +100,11 @@ def plan(
 
 @bound_threads()
 def compare(plan: Plan, stop: Callable[[], bool] = lambda: False) -> Results:
-    """Measures what is planned, and tells on stderr how far it is.
+    """Runs a plan, and reports progress on stderr.
 
-    KeyboardInterrupt ends it early, as `stop` does between two cases: then the results are those
-    that there are. A contender that fails, for want of memory say, is left out with its reason.
+    KeyboardInterrupt ends it early, as `stop` does between two cases; the results are then those of
+    the cases so far. A contender that fails, by running out of memory for instance, is left out,
+    with its error.
     """
     gk.tune_allocator()
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The results as tables, and these as lines for a terminal."""
+"""Formats results as tables, and tables as lines for a terminal."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def tables(results: Results) -> Iterator[tuple[str, list[str], list[list[Any]]]]
 
 
 def baselines(rows: Sequence[Row]) -> list[str]:
-    """What these rows are compared with, in the order of their first appearance."""
+    """The contenders other than ours, in the order of their first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row.baselines))
 
 

@@ -1,4 +1,4 @@
-"""How everything is timed: side by side in one process, interleaved, medians."""
+"""Timing: all contenders in one process, interleaved, with medians."""
 
 from __future__ import annotations
 
@@ -96,14 +96,14 @@ def _timing(times: list[float], calls: int) -> Timing:
 
 
 def waiting(device: torch.device | str) -> Callable[[], None]:
-    """What `interleaved` takes to wait for this device."""
+    """The argument `wait` of `interleaved` for this device."""
     if torch.device(device).type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return lambda: None
 
 
 def machine() -> dict[str, Any]:
-    """What CPU figures were measured on."""
+    """The machine and the versions that figures depend on."""
     name = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -120,7 +120,7 @@ def machine() -> dict[str, Any]:
 
 
 def ceilings(device: torch.device | str) -> dict[str, float]:
-    """What a roofline is drawn with: bytes and operations per second, of the fastest round.
+    """The ceilings of a roofline: bytes and operations per second, of the fastest round.
 
     `memory` and `cache` are copies, read and written, of a tensor beyond all caches and of one
     within a core's. `operations` is what the faster of a matrix product and a convolution reaches

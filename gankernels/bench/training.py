@@ -1,4 +1,4 @@
-"""Whole iterations of a game: with our kernels, and the same with PyTorch's ops in their place."""
+"""Whole iterations of a game, by our kernels and by PyTorch's ops."""
 
 from __future__ import annotations
 
