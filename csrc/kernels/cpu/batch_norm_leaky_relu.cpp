@@ -3,8 +3,8 @@
 // Each derivative is a pass of two halves: `reduce` sums over every channel, `apply` writes the
 // elementwise results from per-channel coefficients. This file says which sums become which
 // coefficients. norm_leaky_relu/ has the rest, from the inside out: the arithmetic of one element
-// (element.h), loops (walk.h), accurate reductions (reduction.h), memory layouts (layout.h), threads
-// and caches (schedule.h).
+// (element.h), loops (walk.h), accurate reductions (reduction.h), memory layouts (layout.h),
+// threads and caches (schedule.h).
 #include "norm_leaky_relu/schedule.h"
 
 namespace gankernels::GK_ISA {
