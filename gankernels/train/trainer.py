@@ -306,7 +306,6 @@ class Trainer(State):
         scaler.update()
         return terms
 
-
     @contextmanager
     def sampling(self) -> Iterator[Game]:
         """The game in evaluation mode with its averaged networks, for the `with` block.
