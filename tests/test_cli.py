@@ -324,7 +324,7 @@ def test_a_defect_keeps_its_traceback(tmp_path, monkeypatch, error):
 
 
 def test_no_memory_in_training_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("gankernels.train.Trainer.iterate", lambda self: torch.empty(10**15))
+    monkeypatch.setattr("gankernels.train.Trainer.advance", lambda self: torch.empty(10**15))
     assert train(tmp_path / "run") == 2
     assert capsys.readouterr().err.startswith("gankernels: error: out of memory, asking for 40000")
 

@@ -22,6 +22,7 @@ class Run(Protocol):
     device: torch.device
     run: Path
     step: int
+    callbacks: list[Callback]
 
     def sampling(self) -> AbstractContextManager[Game]:
         """The game in evaluation mode with its averaged networks."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gankernels._console import describe, warn
-from gankernels.train.callback import Callback, Run
+from gankernels.train.callback import Run
 
 
 class Notifier:
@@ -16,8 +16,8 @@ class Notifier:
         failure: what a user's callback raised first.
     """
 
-    def __init__(self, run: Run, callbacks: list[Callback]) -> None:
-        self.run, self.callbacks = run, callbacks
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.reset()
 
     def reset(self) -> None:
@@ -31,7 +31,7 @@ class Notifier:
         A built-in one that fails is not called again. Where a user's callback fails, the run ends
         after a checkpoint, and that callback is called for the end alone.
         """
-        for callback in list(self.callbacks):
+        for callback in list(self.run.callbacks):
             method = getattr(callback, event)
             if callback.shows is not None:
                 self.attempt(callback.shows, method, self.run, *details)

@@ -137,7 +137,7 @@ class Trainer(State):
             builtin.append(Score(scores))
         self.callbacks = [*builtin, *callbacks] if self.ranks.first else []
         self.has_user_callbacks = len(callbacks) > 0
-        self.notifier = Notifier(self, self.callbacks)
+        self.notifier = Notifier(self)
         self.folder = RunFolder(self.run, self.settings)
         self._stop = StopRequest()
 

@@ -292,17 +292,17 @@ def test_quality_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("model", "contender"), [("cgan", "fp32"), ("wgan_gp", "memory")])
-def test_score_is_of_the_trained_generator(model, contender, monkeypatch):
-    def untrained(data, cache):
+def test_score_is_of_the_trained_generator(model, contender, monkeypatch, tmp_path):
+    def untrained(data, **_):
         return metrics.Classifier(1, data.size, 10).eval(), 0.1
 
     monkeypatch.setattr(training.gk, "tune_allocator", lambda: None)
-    monkeypatch.setattr(metrics, "load_or_train_classifier", untrained)
+    monkeypatch.setattr(metrics._cache, "train_classifier", untrained)
     data = training.read_data(None, 100)
     run = training.Run(model, contender, data)
     steps = []
     monkeypatch.setattr(run, "step", lambda: steps.append(1))
-    job = {"model": model, "iterations": 5, "cache": ""}
+    job = {"model": model, "iterations": 5, "cache": str(tmp_path)}
     torch.manual_seed(0)
     before = training.score(run, job, data)
     assert len(steps) == 5

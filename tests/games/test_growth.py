@@ -35,6 +35,13 @@ from gankernels.metrics import Metric
 from gankernels.train import Config, Trainer, load_game
 
 
+@pytest.fixture(autouse=True)
+def _unregister(monkeypatch):
+    """Other tests see the built-in games, metrics and kinds of data only."""
+    for registry in (games._game.registry, metrics._metric._registry, data_module._kind._registry):
+        monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+
+
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 

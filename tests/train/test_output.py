@@ -10,7 +10,7 @@ import children
 import numpy as np
 import pytest
 
-from gankernels import _console, cli
+from gankernels import _console
 from gankernels.cli import main
 from gankernels.train import Callback, start
 
@@ -283,7 +283,7 @@ def test_an_interrupted_command_is_no_defect(monkeypatch, capsys):
     def interrupt(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "describe_build", interrupt)
+    monkeypatch.setattr("gankernels.cli.info.describe_build", interrupt)
     assert main(["info"]) == 130
     assert capsys.readouterr().err == "gankernels: interrupted\n"
 
