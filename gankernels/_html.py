@@ -376,8 +376,7 @@ def _svg(figure: Any, alt: str, prefix: str) -> str:
     _check_alt(alt)
     file = io.StringIO()
     # Text stays text, in the page's font; ids repeat from run to run.
-    own = {"svg.fonttype": "none", "svg.hashsalt": "gankernels"}
-    with style(), matplotlib.rc_context(own):  # type: ignore[arg-type]
+    with style(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gankernels"}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].strip()
