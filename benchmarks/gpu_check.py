@@ -71,7 +71,7 @@ class Stage:
     must_say: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     skip_because: str = ""
-    together: str = ""  # neighbours of the same word run at the same time
+    together: str = ""  # neighbors of the same word run at the same time
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Gradient penalties against eager PyTorch: the reduction alone, and whole critic steps.
 
 ``python benchmarks/gradient_penalty.py`` prints the table and ``--save NAME`` writes results/. The
-eager side is what GAN code writes by hand, with the same networks and the same optimiser. Beside
+eager side is what GAN code writes by hand, with the same networks and the same optimizer. Beside
 the ratio to it stands the ratio to another yardstick: for the reduction, three times the time to
 read the tensor once (it is forward, backward and double backward); for the critic with batch norm,
 the same step of the same critic without norm.
@@ -100,8 +100,8 @@ def conv() -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(512, 1, 4))
 
 
-def normalised() -> dict[str, Callable[[], object]]:
-    """A penalty and its gradient for a dense critic, 3 x 1024, whose layers are normalised."""
+def normalized() -> dict[str, Callable[[], object]]:
+    """A penalty and its gradient for a dense critic, 3 x 1024, whose layers are normalized."""
     real, fake = torch.rand(256, 784) * 2 - 1, torch.rand(256, 784) * 2 - 1
 
     def critic(*between: Callable[[], nn.Module]) -> nn.Module:
@@ -134,7 +134,7 @@ def cases() -> Iterator[Comparison]:
         yield Comparison(name, lambda shape=shape: reduction(*shape), bar=4, limit=limit)
     yield Comparison("critic step, dense, 64x784", lambda: compare_steps(mlp, 64, 1, 28, 28))
     yield Comparison("critic step, conv, 16x3x64x64", lambda: compare_steps(conv, 16, 3, 64, 64))
-    yield Comparison("penalty, 3 x 1024 with batch norm, batch 256", normalised)
+    yield Comparison("penalty, 3 x 1024 with batch norm, batch 256", normalized)
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def measure(step: Callable[[], object], *networks: nn.Module) -> dict[str, int]:
-    """Of the second of two steps: by then the optimisers have what they keep."""
+    """Of the second of two steps: by then the optimizers have what they keep."""
     step()
     saved = Saved(networks)
     # For all modules, since a pair that gets a hook of its own is two layers again.

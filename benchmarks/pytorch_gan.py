@@ -187,7 +187,7 @@ def memory_batches(
 
 
 class Script:
-    """A script's networks, optimisers and steps; each `step` is a batch as the script counts.
+    """A script's networks, optimizers and steps; each `step` is a batch as the script counts.
 
     Args:
         print: where the line that it prints at a step goes.

@@ -6,7 +6,7 @@ PyTorch-GAN's cgan, dcgan and wgan_gp, batch 64, the contenders are
 - ``script``: as its user runs it (pytorch_gan.py), with images through Pillow;
 - ``memory``: the same with images ready in memory, so that only the training is compared;
 - ``memory, malloc``: that with an allocator that keeps large blocks, set from outside;
-- ``fp32`` and ``bf16``: the same networks, losses and optimiser steps in gankernels' trainer; with
+- ``fp32`` and ``bf16``: the same networks, losses and optimizer steps in gankernels' trainer; with
   ``--device cuda`` also without CUDA graphs.
 
 An iteration is what the scripts count: one batch. That is a step of either network, or for wgan_gp
@@ -484,7 +484,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 #: What an operator's own time counts as: the first group of which a word is part of its name.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "optimiser": ("adam", "rmsprop", "_foreach"),
+    "optimizer": ("adam", "rmsprop", "_foreach"),
     "gankernels": ("gankernels::",),
     "convolution and GEMM": ("conv", "addmm", "aten::mm", "aten::linear", "mkldnn", "bmm"),
     "casts and copies": ("copy_", "aten::to", "contiguous", "clone", "aten::cat"),

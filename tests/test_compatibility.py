@@ -132,7 +132,7 @@ def test_autocast(dtype):
 
 
 @shows(
-    "`torch.amp.GradScaler`, one for two optimisers",
+    "`torch.amp.GradScaler`, one for two optimizers",
     "yes",
     "a player with an overflow skips its step, the other takes it",
 )
@@ -263,7 +263,7 @@ def test_compiled_penalty_step(backend, make, x, compiler):
     "no (PyTorch raises)",
     "`gradient_penalty` names the module; compile the whole step, or take "
     '`method="finite-difference"`',
-    "tests/functional/test_gradient_penalty_errors.py::test_compiled_critics_are_recognised",
+    "tests/functional/test_gradient_penalty_errors.py::test_compiled_critics_are_recognized",
     "tests/functional/test_finite_difference.py::test_finite_difference_of_a_compiled_module",
 )
 def test_compiled_module_differentiated_twice(compiler):
@@ -462,17 +462,17 @@ row(
     "tests/fuse/test_fused_networks.py::test_state_dict_goes_both_ways",
 )
 row(
-    "Optimisers made before `gk.fuse`",
+    "Optimizers made before `gk.fuse`",
     "yes",
     "the parameters stay the same objects",
-    "tests/fuse/test_fused_networks.py::test_an_optimiser_made_before_goes_on",
+    "tests/fuse/test_fused_networks.py::test_an_optimizer_made_before_goes_on",
 )
 row(
-    "`nn.utils.parametrizations.spectral_norm` and `weight_norm` on neighbours",
+    "`nn.utils.parametrizations.spectral_norm` and `weight_norm` on neighbors",
     "yes",
-    "untouched; a parametrised BatchNorm is left alone",
-    "tests/fuse/test_left_alone.py::test_norms_of_neighbours_stay",
-    "tests/fuse/test_left_alone.py::test_parametrised_batch_norm",
+    "untouched; a parametrized BatchNorm is left alone",
+    "tests/fuse/test_left_alone.py::test_norms_of_neighbors_stay",
+    "tests/fuse/test_left_alone.py::test_parametrized_batch_norm",
 )
 row(
     "Code that looks for norms: `isinstance(m, nn.BatchNorm2d)`, `swa_utils.update_bn`, freezing, "

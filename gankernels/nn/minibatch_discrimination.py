@@ -29,7 +29,7 @@ class MinibatchDiscrimination(nn.Module):
     is appended to them. A generator that collapses to few modes gives itself away by large
     :math:`o`. As in the authors' own code (improved-gan), a sample is not compared with itself.
 
-    That code also gives every column of W unit norm times a learnt scale, initialised from a batch,
+    That code also gives every column of W a norm with a learned scale, initialized from a batch,
     and :math:`o` a bias. Here W is a plain parameter, drawn from a normal distribution with mean 0
     and variance ``1 / in_features``, so that its columns start with a norm of about 1; the bias is
     left to the layer that follows.

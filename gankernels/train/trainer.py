@@ -372,7 +372,7 @@ class Trainer(State):
 
 
 def make_optimizer(player: Player, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The player's optimiser, fused where PyTorch has it fused, fit for CUDA graphs on CUDA."""
+    """The player's optimizer, fused where PyTorch has it fused, fit for CUDA graphs on CUDA."""
     factory = player.optimizer
     accepted = inspect.signature(getattr(factory, "func", factory)).parameters
     options = {}
