@@ -315,7 +315,7 @@ class WGANGP(Script):
 
     def critic_step(self, images: Tensor, noise: Tensor) -> Tensor:
         self.optimizer_d.zero_grad()
-        generated = self.generator(noise)  # not detached: its gradients are computed in vain
+        generated = self.generator(noise)  # not detached: its gradients are computed but not used
         real, fake = self.discriminator(images), self.discriminator(generated)
         penalty = self.penalty(images.data, generated.data)
         loss = -torch.mean(real) + torch.mean(fake) + PENALTY_WEIGHT * penalty
