@@ -7,7 +7,7 @@
 #                 benchmarks; WHEEL=path tests a wheel, OUT=folder sets where results go; installs
 #                 nothing
 # make wheel      build a wheel that can be published, for every Python and all GPUs, in DIST
-# make lint       check formatting and run the linters
+# make lint       check formatting and types, and run the linters
 # make ptx-lint   check what nvcc makes of the kernels for every GPU: address spaces, spills
 # make docs       build the documentation as a website, in site/
 #
@@ -66,7 +66,7 @@ wheel:
 
 lint:
 	@python=$(call ready,--no-kernels test) && \
-	$$python -m ruff check . && $$python -m ruff format --check . && \
+	$$python -m ruff check . && $$python -m ruff format --check . && $$python -m mypy && \
 	find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' | \
 	xargs $$python -c "import clang_format; clang_format.clang_format()" --dry-run --Werror
 

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "oldest"
 #: What tests in that environment do not use.
-TOOLS = {"torch", "torch-fidelity", "auditwheel", "ruff", "clang-format"}
+TOOLS = {"torch", "torch-fidelity", "auditwheel", "ruff", "clang-format", "mypy"}
 
 
 def oldest() -> list[str]:

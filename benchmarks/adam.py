@@ -1,10 +1,10 @@
-"""Steps of Adam on CPU, as a training step makes them, against `torch.optim.Adam`.
+"""Measures steps of `gk.optim.Adam` on CPU against `torch.optim.Adam`.
 
 ``python benchmarks/adam.py`` prints the table, ``--save adam`` writes results/. The networks are
 those of the training benchmark's generators and one of many small layers. "Half" has gradients in
-bfloat16 and writes a bfloat16 copy of the matrices: PyTorch has to convert both in passes of their
-own. A step of n parameters reads 16 n bytes and writes 12 n, with half gradients and copies 14 n
-and 14 n; the floor is the time of a clone that moves as many.
+bfloat16 and writes a bfloat16 copy of the matrices: PyTorch has to convert both in separate passes.
+A step of n parameters reads 16 n bytes and writes 12 n, with half gradients and copies 14 n and
+14 n; the lower bound is the time of a clone that moves as many.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def theirs(network: nn.Module, half: bool) -> Callable[[], object]:
 
     def step() -> None:
         for p, g in gradients.items():
-            p.grad = g.float()  # the tensor itself where it is float32
+            p.grad = g.float()  # the tensor itself if it is float32
         optimizer.step()
         if half:
             for p in gradients:

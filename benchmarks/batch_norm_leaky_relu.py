@@ -54,7 +54,7 @@ def contenders(case: bench.Case, compiled: bool) -> dict[str, Run]:
             runs["compiled"]()
         except InductorError:
             # torch 2.13 writes C++ that does not compile for the bfloat16 penalty step.
-            print(f"{case}: torch.compile fails, hence the column of nan")
+            print(f"{case}: torch.compile fails, so its column is nan")
             del runs["compiled"]
     return runs
 
@@ -62,9 +62,9 @@ def contenders(case: bench.Case, compiled: bool) -> dict[str, Run]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1.5, help="per case")
+    parser.add_argument("--seconds", type=float, default=1.5, help="seconds per case")
     parser.add_argument("--compiled", action="store_true", help="time torch.compile too")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="measure only cases whose name contains this")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
     arguments = parser.parse_args()
     prepare(arguments.threads)

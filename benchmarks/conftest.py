@@ -1,8 +1,8 @@
 """``pytest benchmarks/ --benchmark-only``: the cases of `gankernels bench` under pytest-benchmark.
 
-``--full`` takes those of a whole run instead of the quick ones, ``-k`` selects,
-``--benchmark-group-by=group`` puts what is comparable side by side and ``--benchmark-json`` saves.
-Ratios are better read off `gankernels bench`, which interleaves.
+``--full`` measures the cases of a whole run instead of the quick ones, ``-k`` selects some,
+``--benchmark-group-by=group`` groups comparable ones, and ``--benchmark-json`` saves the results.
+The ratios of `gankernels bench` are more reliable, because it interleaves the contenders.
 """
 
 import pytest
@@ -14,8 +14,10 @@ from gankernels.bench.training import trainings
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="all cases, not only the quick ones")
-    parser.addoption("--compiled", action="store_true", help="torch.compile takes part")
+    parser.addoption(
+        "--full", action="store_true", help="measure all cases, not only the quick ones"
+    )
+    parser.addoption("--compiled", action="store_true", help="also measure torch.compile")
     parser.addoption("--device", default="cpu", help="cpu, cuda, ...")
 
 

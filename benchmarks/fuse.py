@@ -1,12 +1,12 @@
-"""What `gk.fuse(network)` does to networks as others write them: the same results, sooner.
+"""Compares typical networks before and after `gk.fuse(network)`: results and speed.
 
 ``python benchmarks/fuse.py`` prints a table, ``--save NAME`` writes results/ as well and ``--save
-fuse`` also the table of docs/migrating.md. A row says how many pairs were found; how far outputs,
-gradients and second derivatives in float64 are from those of the network before; and how many times
-faster it is in float32. "Forward + backward" is one pass and the gradients of all parameters;
-"penalty step" is what a WGAN-GP critic does: two passes, a gradient penalty written by hand in
-PyTorch, backward and Adam. How much of the time goes into convolutions, which stay as they are,
-decides the ratio.
+fuse`` also the table of docs/migrating.md. A row has the number of pairs that were found; the
+differences of outputs, gradients and second derivatives in float64 from those of the original
+network; and the speed-up in float32. "Forward + backward" is one pass and the gradients of all
+parameters; "penalty step" is a step of a WGAN-GP critic: two passes, a gradient penalty written by
+hand in PyTorch, backward and Adam. The ratio depends on the share of the convolutions, which are
+not changed.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ HEAD = (
 
 
 def differences(before: nn.Module, after: nn.Module, x: Tensor) -> dict[str, float]:
-    """How far what a user can see of two networks is apart, in float64: the output, the gradients
-    of its square by input and parameters, and those of a penalty on the gradient by the input.
+    """Returns the differences between two networks in float64: of the output, of the gradients of
+    its square with respect to input and parameters, and of those of a penalty on the input's
+    gradient.
 
-    A tensor's difference is the largest of its elements, relative to its largest value, or to a
-    thousandth of that of all gradients where this is more: the gradient of a bias in front of a
-    norm is nothing but rounding.
+    The difference of a tensor is the largest of its elements, relative to its largest value, or to
+    a thousandth of the largest gradient if that is more, since the gradient of a bias in front of a
+    norm consists of rounding errors.
     """
 
     def visible(network: nn.Module) -> dict[str, list[Tensor]]:
         network, leaf = copy.deepcopy(network).double(), x.double().requires_grad_()
         weights = list(network.parameters())
         out = network(leaf)
-        # Squared, since the sum of what comes out of a norm does not depend on the input.
+        # Squared, since the sum of the outputs of a norm does not depend on the input.
         first = torch.autograd.grad(out.square().sum(), [leaf, *weights], create_graph=True)
         second = torch.autograd.grad(
             eager_norm_penalty(first[0]), weights, allow_unused=True, materialize_grads=True
@@ -84,7 +85,7 @@ def steps(network: nn.Module, what: str, x: Tensor) -> Callable[[], object]:
 
 
 def measure(name: str, batch: int, size: int, seconds: float, lone: bool) -> dict:
-    """A network's row of results/."""
+    """Measures a network and returns its row for results/."""
     torch.manual_seed(0)
     before = NETWORKS[name]()
     x = torch.rand(batch, 3, size, size) * 2 - 1
@@ -110,7 +111,7 @@ def measure(name: str, batch: int, size: int, seconds: float, lone: bool) -> dic
 
 
 def line(row: dict) -> str:
-    """A network's row of the printed table."""
+    """Formats a row for the printed table."""
     cells = [row["network"], f"{row['fused']} of {row['pairs']}"]
     cells += [f"{value:.0e}" if value else "0" for value in row["differences"].values()]
     cells += [f"{row['times_faster'][what]:.2f}x" for what in TIMED]
@@ -120,11 +121,13 @@ def line(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=5, help="per case")
+    parser.add_argument("--seconds", type=float, default=5, help="seconds per case")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=64, help="of the images")
-    parser.add_argument("--lone", action="store_true", help="fuse BatchNorms alone too")
-    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images")
+    parser.add_argument(
+        "--lone", action="store_true", help="also fuse BatchNorms without an activation"
+    )
+    parser.add_argument("--only", default="", help="measure only networks whose name contains this")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
     arguments = parser.parse_args()
     prepare(arguments.threads)

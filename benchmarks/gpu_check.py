@@ -1,13 +1,12 @@
-"""Everything that takes an NVIDIA GPU to check, in under ten minutes: `make gpu-check`.
+"""Runs all checks that need an NVIDIA GPU, in under ten minutes: `make gpu-check`.
 
-Builds the kernels in place, or takes a wheel (WHEEL=path), and runs in stages of a limited time
-each: the environment; the tests of the CPU on CUDA; CUDA graphs, streams and torch.compile;
-compute-sanitizer's memcheck, racecheck, synccheck and initcheck; benchmarks of the kernels, then of
-whole training iterations. Tests run beside tests and the sanitizer's tools beside each other,
-benchmarks alone. A stage that fails does not keep the next
-from running, and the exit status tells. The table is printed, the figures are written as JSON, with
-all output in a log beside it, to $OUT or to benchmarks/results. Installs nothing: what is missing
-is named, and what it would have been for is left out.
+Builds the kernels in place, or tests a wheel (WHEEL=path), in stages with a time limit each: the
+environment; the CPU tests on CUDA; CUDA graphs, streams and torch.compile; compute-sanitizer's
+memcheck, racecheck, synccheck and initcheck; benchmarks of the kernels and of whole training
+iterations. Tests run in parallel, and so do the sanitizer's tools; benchmarks run alone. If a stage
+fails, the next ones still run, and the exit status reports the failure. The table is printed; the
+figures as JSON, and a log of all output, are written to $OUT or to benchmarks/results. Nothing is
+installed: missing packages are listed, and the checks that need them are skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OPS = ROOT / "benchmarks" / "gpu_ops.py"
 TRAINING = ROOT / "benchmarks" / "training.py"
 
-# What is absent is not installed: the machine may have no network.
+# Missing packages are not installed, because the machine may have no network.
 OPTIONAL = {
     "pytest": "no test can run",
     "hypothesis": "tests of any input are skipped",
@@ -63,7 +62,7 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, the seconds it may take, and what its output has to say beside exit status 0."""
+    """A command, its time limit in seconds, and a text that its output must contain."""
 
     name: str
     command: Sequence[object]
@@ -71,7 +70,7 @@ class Stage:
     must_say: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     skip_because: str = ""
-    together: str = ""  # neighbours of the same word run at the same time
+    together: str = ""  # adjacent stages with the same word run at the same time
 
 
 @dataclass
@@ -87,7 +86,7 @@ class Result:
 
 
 def run_stage(stage: Stage, folder: Path) -> Result:
-    """Runs a stage with the package in `folder`; ends all it started when its time is over."""
+    """Runs a stage with the package in `folder`, and ends its processes at the time limit."""
     if stage.skip_because:
         return Result(stage.name, "skipped", 0.0, stage.skip_because)
     begin = time.monotonic()
@@ -120,7 +119,7 @@ def run_stage(stage: Stage, folder: Path) -> Result:
         note = f"exit status {process.returncode}: {last_line(output)}".rstrip(": ")
         return Result(stage.name, "failed", seconds, note, output)
     if not re.search(stage.must_say, output):
-        return Result(stage.name, "failed", seconds, f"did not say {stage.must_say!r}", output)
+        return Result(stage.name, "failed", seconds, f"no {stage.must_say!r} in its output", output)
     return Result(stage.name, "passed", seconds, last_line(output), output)
 
 
@@ -131,7 +130,7 @@ def last_line(output: str) -> str:
 
 
 def stages(wheel: bool) -> list[Stage]:
-    """What runs together counted once, their budgets add up to less than ten minutes."""
+    """Returns all stages. Their limits, counting parallel ones once, total under ten minutes."""
     python = sys.executable
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ROOT]
     tests += ["-c", ROOT / "pyproject.toml", "-m", "cuda"]
@@ -173,7 +172,7 @@ def stages(wheel: bool) -> list[Stage]:
 
 
 def search_path() -> str:
-    """PATH, and behind it where the CUDA toolkit is wont to be."""
+    """Returns PATH, followed by the usual folders of the CUDA toolkit."""
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
     return os.pathsep.join([os.environ.get("PATH", os.defpath), str(toolkit)])
 
@@ -183,7 +182,7 @@ def has(module: str) -> bool:
 
 
 def nvidia_smi(query: str) -> str:
-    """What the driver says, or "unknown"."""
+    """Returns the name that the driver reports, or "unknown"."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -196,7 +195,7 @@ DRIVERS = {"12": 525, "13": 580}
 
 
 def cuda_version(wheel: Path | None) -> str | None:
-    """Of the toolkit that the kernels are, or will be, built with."""
+    """Returns the version of the toolkit that the kernels are built with."""
     if wheel:
         archive, record = zipfile.ZipFile(wheel), "gankernels/_build.json"
         return json.loads(archive.read(record))["cuda"] if record in archive.namelist() else None
@@ -209,7 +208,7 @@ def cuda_version(wheel: Path | None) -> str | None:
 
 
 def opening(wheel: Path | None) -> str:
-    """The first line: what is checked on what, and whether its driver can run it at all."""
+    """Returns the first line: the package, the GPU, and whether the driver is new enough."""
     driver, cuda = nvidia_smi("driver_version"), cuda_version(wheel)
     line = f"{nvidia_smi('name')}, driver {driver}, kernels of CUDA {cuda}"
     needed = DRIVERS.get((cuda or "").split(".")[0])
@@ -219,7 +218,7 @@ def opening(wheel: Path | None) -> str:
 
 
 def build_settings() -> dict[str, str]:
-    """CUDA kernels or an error, for this GPU alone unless told otherwise."""
+    """Builds the CUDA kernels, by default for this GPU only."""
     capability = nvidia_smi("compute_cap")
     settings = {"GANKERNELS_CUDA": "1"}
     if capability != "unknown" and "TORCH_CUDA_ARCH_LIST" not in os.environ:
@@ -231,7 +230,7 @@ def build_settings() -> dict[str, str]:
 
 
 def records(output: str) -> list[dict]:
-    """The JSON objects among the lines; one that a time limit has cut short is left out."""
+    """Yields the JSON objects among the lines, except incomplete ones."""
     found = []
     for line in output.splitlines():
         if line.startswith("{"):
@@ -243,7 +242,7 @@ def records(output: str) -> list[dict]:
 
 
 def assess(row: dict, bandwidth: float | None, additions: float | None) -> dict:
-    """Adds to a row what its times mean: shares of the ceilings, ratios, the bar's verdict."""
+    """Adds shares of the ceilings, ratios and the verdict to a row."""
     seconds = row["seconds"].get("ours")
     shares = {"bandwidth": None, "moved_bandwidth": None, "additions": None, "launches": None}
     if seconds:
@@ -272,7 +271,7 @@ COLUMNS += ("x eager", "x compiled")
 
 
 def cells(row: dict) -> list[str]:
-    """A row that was assessed, as the table shows it."""
+    """Formats an assessed row for the table."""
     seconds, shares = row["seconds"].get("ours"), row["shares"]
     work = reached = bar = ""
     if row["additions"]:
@@ -316,7 +315,7 @@ def table(rows: list[dict]) -> str:
 
 
 def report(results: list[Result]) -> dict:
-    """All there is to keep, as it is written to JSON."""
+    """Returns all results as they are written to JSON."""
     by_name = {result.name: result for result in results}
     environment: dict = {"driver": nvidia_smi("driver_version"), "date": now()}
     for record in records(by_name["environment"].output) if "environment" in by_name else []:
@@ -348,7 +347,7 @@ def now() -> str:
 
 
 def describe(found: dict) -> str:
-    """The report in words: what ran where, and how it went."""
+    """Returns the lines of the report."""
     environment, ceilings = found["environment"], found["ceilings"]
     parts = [environment.get("device", "no device"), f"driver {environment['driver']}"]
     parts += [f"torch {environment.get('torch', 'unknown')}", environment["date"]]
@@ -381,7 +380,7 @@ def describe(found: dict) -> str:
 
 
 def run_all(planned: Sequence[Stage], folder: Path, log: Path) -> list[Result]:
-    """Runs every stage, whatever became of those before it."""
+    """Runs every stage, even if earlier ones fail."""
     results = []
     with log.open("w") as file, ThreadPoolExecutor(len(planned) or 1) as pool:
         for group in groups(planned):
@@ -397,14 +396,14 @@ def run_all(planned: Sequence[Stage], folder: Path, log: Path) -> list[Result]:
 
 
 def groups(planned: Sequence[Stage]) -> list[list[Stage]]:
-    """What runs at the same time, in order."""
+    """Groups the stages that run at the same time, in order."""
     numbered = itertools.groupby(enumerate(planned), lambda at: at[1].together or at[0])
     return [[stage for _, stage in group] for _, group in numbered]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wheel", type=Path, help="check this instead of building in place")
+    parser.add_argument("--wheel", type=Path, help="wheel to test (default: build in place)")
     parser.add_argument(
         "--out",
         type=Path,

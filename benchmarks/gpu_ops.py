@@ -1,4 +1,4 @@
-"""Every op on a GPU: one pass at a time against the roofline, whole steps against PyTorch.
+"""Measures every op on a GPU: single passes against the roofline, whole steps against PyTorch.
 
 ``python benchmarks/gpu_ops.py`` measures and prints one JSON object per line, so that
 results are kept if time runs out: first the ceilings, then a row for each case. Each op has its own
@@ -36,7 +36,7 @@ LAUNCH_BOUND = 1 << 20  # bytes of a tensor that a launch costs more than
 
 
 def bar(case: Case) -> tuple[str, float] | None:
-    """The goal: a share of a ceiling, or the largest number of launches."""
+    """A goal: a share of a ceiling, or the largest number of launches."""
     if case.is_step:
         return None
     if case.additions is not None:
@@ -47,7 +47,7 @@ def bar(case: Case) -> tuple[str, float] | None:
 
 
 def with_compiler(case: Case) -> bool:
-    """Whether to measure torch.compile, which takes about ten seconds to get ready."""
+    """Whether to measure torch.compile, which takes about ten seconds to compile."""
     large = case.input_bytes > LAUNCH_BOUND
     return case.is_step and case.dtype is torch.float32 and large
 
@@ -62,7 +62,7 @@ def cases() -> Iterator[Case]:
 
 
 def small_cases() -> Iterator[Case]:
-    """Through every kernel and its ways of dividing work, with elements left over at all ends."""
+    """Runs every kernel and every way of dividing its work, with incomplete blocks at all ends."""
     for name in measured_ops():
         op = OPS[name]
         if op.fused is None:
@@ -79,7 +79,7 @@ def small_cases() -> Iterator[Case]:
 def contenders(
     case: Case, device: str = "cuda", *, drawn_on: str | None = None, compiled: bool = False
 ) -> dict[str, Run]:
-    """Ours; eager PyTorch if it has the same pass; compiled PyTorch on request."""
+    """Returns ours; eager PyTorch if it has the same pass; compiled PyTorch on request."""
     if case.is_step:
         runs = bench.contenders(case, device, compiled=compiled, layers=False, drawn_on=drawn_on)
         return {name: runs[name] for name in ("ours", "eager", "compiled") if name in runs}
@@ -114,7 +114,7 @@ def graph_of(run: Run, calls: int) -> torch.cuda.CUDAGraph:
 
 
 def seconds_of(run: Run, *, span: float = 4e-3, replays: int = 15) -> float:
-    """The median time of a call in a graph of as many as take `span` seconds."""
+    """Returns the median time of a call, in a graph of calls that takes `span` seconds."""
 
     def once(graph: torch.cuda.CUDAGraph) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -134,7 +134,7 @@ def seconds_of(run: Run, *, span: float = 4e-3, replays: int = 15) -> float:
 
 
 def launches_of(run: Run) -> int | None:
-    """The number of kernels that a call launches; None if the profiler sees none."""
+    """Counts the kernels that a call launches; None if the profiler sees none."""
     run()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -145,14 +145,14 @@ def launches_of(run: Run) -> int | None:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a copy too large for any cache."""
+    """Measures the bytes per second, reads plus writes, of a copy larger than all caches."""
     x = torch.randn(1 << 29, device="cuda")
     y = torch.empty_like(x)
     return 2 * x.nbytes / seconds_of(lambda: y.copy_(x))
 
 
 def addition_rate() -> dict:
-    """What fadd_rate.cu measures; without nvcc the formula, multiprocessors x 128 x clock."""
+    """Runs fadd_rate.cu; without nvcc, returns multiprocessors x 128 x clock."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         count = torch.cuda.get_device_properties(0).multi_processor_count
@@ -195,8 +195,10 @@ def measure_apart(ops: Sequence[str]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--once", action="store_true", help="small shapes, once, untimed")
-    parser.add_argument("--only", default="", help=f"one op, or {CEILINGS!r}, in this process")
+    parser.add_argument("--once", action="store_true", help="run small shapes once, without timing")
+    parser.add_argument(
+        "--only", default="", help=f"measure one op, or {CEILINGS!r}, in this process"
+    )
     arguments = parser.parse_args()
     if arguments.once:
         count = 0

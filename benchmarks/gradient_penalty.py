@@ -1,10 +1,10 @@
 """Gradient penalties against eager PyTorch: the reduction alone, and whole critic steps.
 
 ``python benchmarks/gradient_penalty.py`` prints the table and ``--save NAME`` writes results/. The
-eager side is what GAN code writes by hand, with the same networks and the same optimiser. Beside
-the ratio to it stands the ratio to another yardstick: for the reduction, three times the time to
-read the tensor once (it is forward, backward and double backward); for the critic with batch norm,
-the same step of the same critic without norm.
+eager side is what GAN code writes by hand, with the same networks and the same optimizer. The
+table also has the ratio to a yardstick: for the reduction, three times the time to read the tensor
+once (for forward, backward and double backward); for the critic with batch norm, the same step of
+the same critic without norm.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ SLOPE = 0.2
 class Comparison:
     name: str
     contenders: Callable[[], dict[str, Callable[[], object]]]
-    bar: float = 0  # how many times faster than eager it has to be, where that is set
-    limit: float = 0  # how many times the yardstick it may take, where that is set
+    bar: float = 0  # the least speed-up over eager, or 0
+    limit: float = 0  # the largest ratio to the yardstick, or 0
 
 
 def eager_norm_penalty(grad: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def reduction(*shape: int) -> dict[str, Callable[[], object]]:
 
 
 def critic_step(critic: nn.Module, penalty: Callable, real: Tensor, fake: Tensor) -> Callable:
-    """A step of WGAN-GP's critic: both losses, the penalty, backward, Adam."""
+    """Returns a step of a WGAN-GP critic: both losses, the penalty, backward, Adam."""
     optimizer = torch.optim.Adam(critic.parameters(), lr=1e-4, betas=(0.5, 0.9), fused=True)
 
     def run() -> None:
@@ -100,8 +100,8 @@ def conv() -> nn.Module:
     return nn.Sequential(*layers, nn.Conv2d(512, 1, 4))
 
 
-def normalised() -> dict[str, Callable[[], object]]:
-    """A penalty and its gradient for a dense critic, 3 x 1024, whose layers are normalised."""
+def normalized() -> dict[str, Callable[[], object]]:
+    """A penalty and its gradient for a dense critic, 3 x 1024, whose layers are normalized."""
     real, fake = torch.rand(256, 784) * 2 - 1, torch.rand(256, 784) * 2 - 1
 
     def critic(*between: Callable[[], nn.Module]) -> nn.Module:
@@ -134,14 +134,14 @@ def cases() -> Iterator[Comparison]:
         yield Comparison(name, lambda shape=shape: reduction(*shape), bar=4, limit=limit)
     yield Comparison("critic step, dense, 64x784", lambda: compare_steps(mlp, 64, 1, 28, 28))
     yield Comparison("critic step, conv, 16x3x64x64", lambda: compare_steps(conv, 16, 3, 64, 64))
-    yield Comparison("penalty, 3 x 1024 with batch norm, batch 256", normalised)
+    yield Comparison("penalty, 3 x 1024 with batch norm, batch 256", normalized)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=3, help="per case")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--seconds", type=float, default=3, help="seconds per case")
+    parser.add_argument("--only", default="", help="measure only cases whose name contains this")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
     arguments = parser.parse_args()
     prepare(arguments.threads)

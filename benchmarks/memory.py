@@ -1,11 +1,11 @@
-"""What a training step keeps for its backward pass, and what it allocates at most.
+"""Measures the memory that a training step saves for backward, and its peak allocation.
 
 ``python benchmarks/memory.py`` prints a table in Markdown, ``--save NAME`` writes results/. The
 networks are those of examples/dcgan.py. "DCGAN" is a step of both players; "WGAN-GP" is one of its
 critic, gradient penalty included. "Saved" is the most that autograd holds at a time, as distinct
 storages seen by ``saved_tensors_hooks``, without parameters and buffers; "allocated" is the most
-that the step allocates on top of what there was before it, from PyTorch's profiler (what a library
-allocates for itself, such as oneDNN, does not show).
+that the step allocates in addition to the memory before it, from PyTorch's profiler (which does not
+see the allocations of libraries such as oneDNN).
 
 Of a BatchNorm + LeakyReLU pair, with x going in, z in between and y coming out, there is kept
   - by eager PyTorch x and z, and by the next convolution y;
@@ -44,11 +44,11 @@ from dcgan import blobs, discriminator, generator
 
 
 class Saved:
-    """The tensors that autograd holds: now, and at most, in bytes of distinct storages."""
+    """Counts the tensors that autograd holds, now and at most, in bytes of distinct storages."""
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self.apart = {_storage(t) for m in networks for t in (*m.parameters(), *m.buffers())}
-        self.inputs: set[int] = set()  # storages that go into fused layers
+        self.inputs: set[int] = set()  # storages of the inputs of fused layers
         self.held: Counter[int] = Counter()
         self.bytes = self.bytes_of_inputs = 0
         self.peak = self.peak_without_inputs = 0
@@ -91,7 +91,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def measure(step: Callable[[], object], *networks: nn.Module) -> dict[str, int]:
-    """Of the second of two steps: by then the optimisers have what they keep."""
+    """Measures the second of two steps, after the optimizers have allocated their state."""
     step()
     saved = Saved(networks)
     # For all modules, since a pair that gets a hook of its own is two layers again.
@@ -115,7 +115,7 @@ def measure(step: Callable[[], object], *networks: nn.Module) -> dict[str, int]:
 
 
 def dcgan(G: nn.Module, D: nn.Module, batch: int) -> Callable[[], None]:
-    """A step of both players, as in examples/dcgan.py."""
+    """Returns a step of both players, as in examples/dcgan.py."""
     adams = [torch.optim.Adam(m.parameters(), 2e-4, (0.5, 0.999)) for m in (G, D)]
     real, noise = blobs(batch), torch.randn(batch, 100, 1, 1)
 
@@ -133,7 +133,7 @@ def dcgan(G: nn.Module, D: nn.Module, batch: int) -> Callable[[], None]:
 
 
 def wgan_gp(G: nn.Module, D: nn.Module, batch: int) -> Callable[[], object]:
-    """A step of the critic alone, with the penalty written by hand."""
+    """Returns a step of the critic alone, with the penalty written by hand."""
     return critic_step(D, eager_penalty, blobs(batch), blobs(batch))
 
 
@@ -155,7 +155,7 @@ def variants(width: int) -> dict[str, tuple[nn.Module, nn.Module]]:
 
 
 def line(row: dict) -> str:
-    """Of the table in Markdown."""
+    """Formats a row of the table in Markdown."""
     figures = (row["saved"], row["allocated"])
     cells = ("-" if f is None else f"{f / 2**20:.1f}" for f in figures)
     return f"| {row['step']} | {row['network']} | {' | '.join(cells)} |"

@@ -1,7 +1,7 @@
 """Minibatch discrimination against broadcasting and cdist: time, peak memory, element operations.
 
 ``python benchmarks/minibatch_discrimination.py`` prints the table and writes results/; how each
-case is computed stands in gankernels/bench/ops.py. One element operation is one
+case is computed is in gankernels/bench/ops.py. One element operation is one
 |m[i,b,c] - m[j,b,c]| of a pair i < j, added to its distance: two additions. A peak that is given in
 additions per second (lanes of a vector x additions per cycle x clock x cores) is therefore reached
 at half as many element operations.
@@ -26,8 +26,10 @@ class Bars:
     n: int
     b: int
     c: int
-    bars: tuple[float, float] = (0, 0)  # times faster than broadcasting, than cdist
-    repeats: int = 1  # in a row: else what a contender leaves in the caches decides the next time
+    bars: tuple[float, float] = (0, 0)  # speed-up over broadcasting and over cdist
+    repeats: int = (
+        1  # calls in a row, so that cache contents left by other contenders do not matter
+    )
 
     def __str__(self) -> str:
         return f"({self.n},{self.b},{self.c})"
@@ -46,7 +48,7 @@ CASES = (
 
 
 def contenders(case: Bars, backward: bool = True) -> dict[str, Callable[[], object]]:
-    """Forward, or forward and backward, of every way that fits into memory."""
+    """Returns forward, or forward and backward, by every contender that fits into memory."""
     what = "forward + backward" if backward else "forward"
     shape = (case.n, case.b, case.c)
     runs = bench.contenders(bench.Case("minibatch_discrimination", what, shape))
@@ -65,7 +67,7 @@ def measure(case: Bars, runs: dict[str, Callable[[], object]], seconds: float) -
 
 
 def peak_memory(case: Bars, name: str) -> int:
-    """Bytes that forward and backward add to a process's peak, measured in one of its own."""
+    """Measures the peak memory of forward and backward, in bytes, in a separate process."""
     script = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         f"import minibatch_discrimination as b; c = b.Bars({case.n}, {case.b}, {case.c})\n"
@@ -77,16 +79,16 @@ def peak_memory(case: Bars, name: str) -> int:
 
 
 def print_peak_memory(case: Bars, name: str) -> None:
-    contenders(Bars(2, 1, 1))[name]()  # what is loaded on first use is not counted
+    contenders(Bars(2, 1, 1))[name]()  # excludes everything that is loaded on first use
     run = contenders(case)[name]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     run()
     print(status("VmHWM") - before)
 
 
 def status(name: str) -> int:
-    """A number of bytes from what Linux says about this process."""
+    """Reads a number of bytes from the status that Linux reports for this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
@@ -94,16 +96,18 @@ def status(name: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=5, help="per case")
+    parser.add_argument("--seconds", type=float, default=5, help="seconds per case")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too")
-    parser.add_argument("--peak", type=float, help="additions per second in 1e9, of all threads")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument(
+        "--peak", type=float, help="peak additions of all threads, in 1e9 per second"
+    )
+    parser.add_argument("--only", default="", help="measure only cases whose name contains this")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
     arguments = parser.parse_args()
     prepare(arguments.threads)
     rows = []
     cases = [case for case in CASES if arguments.only in str(case)]
-    # Memory first: what is timed afterwards leaves this process holding gigabytes.
+    # Memory first, because the timed calls leave gigabytes allocated in this process.
     peaks = {
         case: {name: peak_memory(case, name) for name in contenders(case)}
         for case in cases

@@ -1,4 +1,4 @@
-"""The minibatch standard deviation against the same in PyTorch's own ops.
+"""Measures minibatch standard deviation against the same in PyTorch's ops.
 
 ``python benchmarks/minibatch_stddev.py`` prints the table, ``--save NAME`` writes results/. The
 cases are those of `gankernels bench`; "least" is the number of clones of x that move as many bytes

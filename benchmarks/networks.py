@@ -1,4 +1,4 @@
-"""Networks as others write them, in plain PyTorch, for `gk.fuse` to work on.
+"""Typical networks in plain PyTorch, to be fused by `gk.fuse`.
 
 `PAIRS` is how many a network of the default depth has of a BatchNorm and a LeakyReLU or ReLU, both
 of them modules, one right after the other: counted by hand, for `gk.fuse` to find as many.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class DCGAN(nn.Module):
-    """The discriminator of PyTorch's own DCGAN example, down from `size` to one number."""
+    """The discriminator of PyTorch's DCGAN example, from `size` pixels to one number."""
 
     PAIRS = 3  # where 32, 16 and 8 pixels are left; the first and the last layer have no norm
 
@@ -49,7 +49,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Activation first, then norm, and a second norm that goes into the skip as it is."""
+    """Activation, then norm; the output of a second norm goes into the skip connection."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class ResNet(nn.Module):
 
 
 class EqualConv(nn.Conv2d):
-    """With the learning rate equalised by a factor on the weight."""
+    """With the learning rate equalized by a factor on the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         scale = (self.in_channels * self.kernel_size[0] ** 2) ** -0.5
@@ -131,7 +131,7 @@ class EqualConv(nn.Conv2d):
 
 
 class StyleGAN(nn.Module):
-    """A StyleGAN-like critic: residual blocks, the minibatch's deviation, no norm."""
+    """A StyleGAN-like critic: residual blocks, minibatch standard deviation, no norm."""
 
     PAIRS = 0
 

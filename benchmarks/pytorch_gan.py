@@ -1,4 +1,4 @@
-"""PyTorch-GAN's cgan, dcgan and wgan_gp for MNIST: its networks, and its way of training them.
+"""PyTorch-GAN's cgan, dcgan and wgan_gp for MNIST: networks and training loops.
 
 The baseline of training.py, written afresh from the configurations of those scripts. Kept as they
 are: eager float32 and contiguous, batches of 64, `num_workers=0` and an image through Pillow for
@@ -166,7 +166,7 @@ class PillowImages(Dataset):
 
 
 def script_batches(data: ImageData, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Epoch after epoch, as the scripts load them."""
+    """Yields batches, epoch after epoch, as the scripts load them."""
     loader = DataLoader(PillowImages(data, size), batch_size=BATCH, shuffle=True, drop_last=True)
     while True:
         yield from loader
@@ -175,7 +175,7 @@ def script_batches(data: ImageData, size: int) -> Iterator[tuple[Tensor, Tensor]
 def memory_batches(
     data: ImageData, size: int, device: str | torch.device = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same with everything done beforehand that can be."""
+    """Yields the same batches from images that are decoded and normalized beforehand."""
     images, labels = to_float(resize(data.images, size)).to(device), data.labels.to(device)
     while True:
         for rows in torch.randperm(len(images), device=device).split(BATCH):
@@ -187,7 +187,7 @@ def memory_batches(
 
 
 class Script:
-    """A script's networks, optimisers and steps; each `step` is a batch as the script counts.
+    """A script's networks, optimizers and steps; each `step` trains on one batch.
 
     Args:
         print: where the line that it prints at a step goes.
@@ -294,7 +294,7 @@ class DCGAN(AlternatingScript):
 
 
 class WGANGP(Script):
-    """A critic step for every batch, after every fifth from the first one a generator step."""
+    """A critic step for every batch; a generator step after the first and every fifth one."""
 
     size = 28
 
@@ -315,7 +315,7 @@ class WGANGP(Script):
 
     def critic_step(self, images: Tensor, noise: Tensor) -> Tensor:
         self.optimizer_d.zero_grad()
-        generated = self.generator(noise)  # not detached: its gradients are computed in vain
+        generated = self.generator(noise)  # not detached: its gradients are computed but not used
         real, fake = self.discriminator(images), self.discriminator(generated)
         penalty = self.penalty(images.data, generated.data)
         loss = -torch.mean(real) + torch.mean(fake) + PENALTY_WEIGHT * penalty

@@ -1,4 +1,4 @@
-"""The command line of the scripts here, and how they time and save results."""
+"""The command line of the benchmark scripts, and functions to time runs and save results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def arguments_of(description: str) -> argparse.Namespace:
     """Parses the options that most scripts have, and prepares the process."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=2, help="per case")
+    parser.add_argument("--seconds", type=float, default=2, help="seconds per case")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
     arguments = parser.parse_args()
     prepare(arguments.threads)
@@ -34,7 +34,7 @@ def arguments_of(description: str) -> argparse.Namespace:
 
 
 def medians(runs: Mapping[str, Run], *, seconds: float = 2.0, least: int = 7) -> dict[str, float]:
-    """The median seconds of each run, timed by `interleaved`."""
+    """Returns the median time of each run in seconds, measured by `interleaved`."""
     times = bench.interleaved(runs, seconds=seconds, least=least)
     return {name: timing.median for name, timing in times.items()}
 

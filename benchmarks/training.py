@@ -1,22 +1,22 @@
-"""Iterations per second of whole training runs: PyTorch-GAN's way against the trainer's.
+"""Measures whole training runs, in iterations per second: PyTorch-GAN's scripts and the trainer.
 
 ``python benchmarks/training.py`` prints the table, ``--save training`` writes results/. For each of
 PyTorch-GAN's cgan, dcgan and wgan_gp, batch 64, the contenders are
 
-- ``script``: as its user runs it (pytorch_gan.py), with images through Pillow;
-- ``memory``: the same with images ready in memory, so that only the training is compared;
-- ``memory, malloc``: that with an allocator that keeps large blocks, set from outside;
-- ``fp32`` and ``bf16``: the same networks, losses and optimiser steps in gankernels' trainer; with
+- ``script``: the script as its user runs it (pytorch_gan.py), with images decoded by Pillow;
+- ``memory``: the same with decoded images in memory, so that only the training is compared;
+- ``memory, malloc``: as ``memory``, with an allocator that keeps large blocks;
+- ``fp32`` and ``bf16``: the same networks, losses and optimizer steps in gankernels' trainer; with
   ``--device cuda`` also without CUDA graphs.
 
-An iteration is what the scripts count: one batch. That is a step of either network, or for wgan_gp
-a critic step and a fifth of a generator step: the trainer's iteration, five critic steps and one
-of the generator, counts as five. Every contender has a process of its own and they run in turn,
-round after round. ``keras cgan`` is the trainer's own ``cgan``, at batch 32.
+An iteration is one batch, as the scripts count. That is a step of both networks, or for wgan_gp a
+critic step and a fifth of a generator step: the trainer's iteration, five critic steps and one of
+the generator, counts as five. Every contender has a separate process, and they run in turn, round
+after round. ``keras cgan`` is the trainer's own ``cgan``, at batch 32.
 
 ``--quality`` trains all of them for equally many iterations, several seeds each, and compares the
-Fréchet distances of their samples; runs that results/ has are not repeated. ``--profile MODEL``
-shows where the trainer's time goes.
+Fréchet distances of their samples; runs that are already in results/ are not repeated.
+``--profile MODEL`` shows how the trainer spends its time.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from gankernels.train import Config, Trainer
 
 
 class SameFakes(Adversarial):
-    """The generator moves first, then the discriminator on the very same fakes, like a script."""
+    """The generator steps first, then the discriminator on the same fakes, as in the scripts."""
 
     script: ClassVar[type[pytorch_gan.AlternatingScript]]
 
@@ -152,7 +152,7 @@ def contenders_of(model: str, device: str) -> tuple[str, ...]:
 
 
 class Run:
-    """A training run of a contender: `run()` goes on a little and returns the iterations made."""
+    """A training run of a contender: `run()` continues it and returns the number of iterations."""
 
     def __init__(
         self, model: str, contender: str, data: ImageData, seed: int = 0, device: str = "cpu"
@@ -200,7 +200,7 @@ def make_trainer(
 
 
 def read_data(source: str | None, count: int) -> ImageData:
-    """Real images, or by default blobs of MNIST's size."""
+    """Loads real images, or by default makes blobs of MNIST's size."""
     if source is not None:
         return load(source, channels=1)
     rng = torch.Generator().manual_seed(0)
@@ -214,7 +214,7 @@ def read_data(source: str | None, count: int) -> ImageData:
 
 
 class Worker:
-    """A process that does jobs: one line of JSON for each, in both directions."""
+    """A process that does jobs; each job and each result is a line of JSON."""
 
     def __init__(self, contender: str, options: dict[str, Any]) -> None:
         environment = {
@@ -250,7 +250,7 @@ class Worker:
 
 @contextmanager
 def workers(options: dict[str, dict[str, Any]]) -> Iterator[dict[str, Worker]]:
-    """One for each contender, started one after the other: each is ready before the next."""
+    """Starts a worker for each contender, one after the other."""
     started: dict[str, Worker] = {}
     try:
         for contender, own in options.items():
@@ -263,7 +263,7 @@ def workers(options: dict[str, dict[str, Any]]) -> Iterator[dict[str, Worker]]:
 
 
 def work(job: dict[str, Any]) -> None:
-    """What a worker's process does: warm up, then go on for as many seconds as it is told to."""
+    """Runs in a worker's process: warms up, then trains for the number of seconds of each job."""
     if job["threads"]:
         torch.set_num_threads(job["threads"])
     data = read_data(job["data"], job["count"])
@@ -329,7 +329,7 @@ def compare_speed(arguments: argparse.Namespace) -> None:
 def summarise(
     model: str, contender: str, rounds: list[dict[str, float]], device: str = "cpu"
 ) -> dict[str, Any]:
-    """Medians over the rounds; a ratio is the median of each round's, which share its weather."""
+    """Returns medians over the rounds; a ratio is the median of the ratios of the rounds."""
 
     def times(other: str) -> float | None:
         if other not in rounds[0]:
@@ -383,7 +383,7 @@ QUALITY = ("memory", *OURS)
 
 
 def compare_quality(arguments: argparse.Namespace) -> None:
-    """Runs what results/ has not, each run's row written as soon as it is there; then the table."""
+    """Does the runs that results/ lacks, saves each row at once, and prints the table."""
     name = arguments.save or "training_quality"
     path = script.RESULTS / f"{name}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -454,7 +454,7 @@ def score(run: Run, job: dict[str, Any], data: ImageData) -> dict[str, float]:
 
 
 def quality_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Means, their standard errors, and whether ours differs from the baseline by chance only."""
+    """Returns means, standard errors, and whether ours differs significantly from the baseline."""
     lines = [f"{'model':8} {'contender':9} {'runs':>4} {'distance':>9} {'+-':>7}  from memory's"]
     distances: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
@@ -484,7 +484,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 #: What an operator's own time counts as: the first group of which a word is part of its name.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "optimiser": ("adam", "rmsprop", "_foreach"),
+    "optimizer": ("adam", "rmsprop", "_foreach"),
     "gankernels": ("gankernels::",),
     "convolution and GEMM": ("conv", "addmm", "aten::mm", "aten::linear", "mkldnn", "bmm"),
     "casts and copies": ("copy_", "aten::to", "contiguous", "clone", "aten::cat"),
@@ -503,7 +503,7 @@ def group_of(operator: str) -> str:
 
 
 def show_profile(arguments: argparse.Namespace) -> None:
-    """Shares of the time of an iteration by the operators' own time; Python has what is left."""
+    """Returns the shares of an iteration by self time of operators; the rest is Python."""
     model = arguments.profile
     data = read_data(arguments.data, arguments.count)
     for precision in OURS:
@@ -543,25 +543,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", default=",".join(GAMES), help="of %(default)s")
-    parser.add_argument("--device", default="cpu", help="of speed and quality: cpu or cuda")
-    parser.add_argument("--data", metavar="SOURCE", help="what gankernels.data.load takes; blobs")
-    parser.add_argument("--threads", type=int, default=0, help="0 is PyTorch's default")
+    parser.add_argument(
+        "--models",
+        default=",".join(GAMES),
+        help="names, separated by commas (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="device of the speed and quality runs: cpu or cuda"
+    )
+    parser.add_argument(
+        "--data", metavar="SOURCE", help="data set for gankernels.data.load (default: blobs)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="number of threads; 0 is PyTorch's default"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4, help="per contender and round")
-    parser.add_argument("--warm-up", type=float, default=2, help="seconds per contender")
-    parser.add_argument("--quick", action="store_true", help="see that it runs")
+    parser.add_argument("--seconds", type=float, default=4, help="seconds per contender and round")
+    parser.add_argument("--warm-up", type=float, default=2, help="seconds of warm-up per contender")
+    parser.add_argument("--quick", action="store_true", help="a short run, to see that it works")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
-    parser.add_argument("--json", action="store_true", help="a line of JSON per row of the table")
-    parser.add_argument("--profile", metavar="MODEL", choices=GAMES, help="where the time goes")
-    parser.add_argument("--operators", type=int, default=4, help="that a profile names per group")
-    parser.add_argument("--quality", action="store_true", help="compare samples, not speed")
-    parser.add_argument("--seeds", type=int, default=5, help="of the quality")
-    parser.add_argument("--scale", type=float, default=1, help="times the quality's iterations")
+    parser.add_argument("--json", action="store_true", help="also print each row as a line of JSON")
+    parser.add_argument(
+        "--profile", metavar="MODEL", choices=GAMES, help="show how the trainer spends its time"
+    )
+    parser.add_argument(
+        "--operators",
+        type=int,
+        default=4,
+        help="number of operators that a profile lists per group",
+    )
+    parser.add_argument(
+        "--quality", action="store_true", help="compare the quality of samples instead of speed"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds for --quality")
+    parser.add_argument(
+        "--scale", type=float, default=1, help="factor on the number of iterations of --quality"
+    )
     parser.add_argument(
         "--cache",
         default=str(Path(tempfile.gettempdir()) / "gankernels-classifiers"),
-        help="folder of the quality's classifiers",
+        help="folder for the classifiers of --quality",
     )
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

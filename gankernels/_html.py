@@ -35,9 +35,9 @@ from gankernels._paths import expand
 #: Inches that a figure as wide as the page has; text of 9 points then has the page's size.
 WIDTH = 9.6
 
-# name: (on a light page, on a dark one). The series are Okabe and Ito's colours, which stay
-# distinct under every kind of colour blindness, the pale ones darkened until they stand out.
-_COLOURS = {
+# name: (on a light page, on a dark one). The series are Okabe and Ito's colors, which stay
+# distinct under every kind of color blindness, the pale ones darkened until they stand out.
+_COLORS = {
     "paper": ("#ffffff", "#14171c"),
     "ink": ("#1f2430", "#e4e7ec"),
     "muted": ("#5a6373", "#9ba4b3"),
@@ -49,7 +49,7 @@ _COLOURS = {
     "series-4": ("#b8568f", "#e39cc6"),
     "series-5": ("#9a6a00", "#e8b84a"),
 }
-SERIES = tuple(light for name, (light, _) in _COLOURS.items() if name.startswith("series"))
+SERIES = tuple(light for name, (light, _) in _COLORS.items() if name.startswith("series"))
 
 _STYLE = """
 *{box-sizing:border-box}
@@ -207,7 +207,7 @@ class Page:
     def html(self) -> str:
         """The whole page."""
         light, dark = (
-            "".join(f"--{name}:{pair[i]};" for name, pair in _COLOURS.items()) for i in (0, 1)
+            "".join(f"--{name}:{pair[i]};" for name, pair in _COLORS.items()) for i in (0, 1)
         )
         body = "\n".join(self._body)
         return (
@@ -241,7 +241,7 @@ def style() -> Iterator[None]:
     matplotlib = import_matplotlib()
     from cycler import cycler
 
-    ink, muted, rule = (_COLOURS[name][0] for name in ("ink", "muted", "rule"))
+    ink, muted, rule = (_COLORS[name][0] for name in ("ink", "muted", "rule"))
     settings = {
         "axes.axisbelow": True,
         "axes.edgecolor": rule,
@@ -370,14 +370,13 @@ def png_size(png: bytes) -> tuple[int, int]:
 
 
 def _svg(figure: Any, alt: str, prefix: str) -> str:
-    """A figure as an <svg> element whose ids begin with `prefix`, in the page's own colours."""
+    """A figure as an <svg> element whose ids begin with `prefix`, in the page's own colors."""
     import matplotlib
 
     _check_alt(alt)
     file = io.StringIO()
     # Text stays text, in the page's font; ids repeat from run to run.
-    own = {"svg.fonttype": "none", "svg.hashsalt": "gankernels"}
-    with style(), matplotlib.rc_context(own):  # type: ignore[arg-type]
+    with style(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gankernels"}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].strip()
@@ -385,7 +384,7 @@ def _svg(figure: Any, alt: str, prefix: str) -> str:
     text = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
     text = re.sub(r" font-family: [^;\"]*;", "", text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text)
-    for name, (light, _) in _COLOURS.items():
+    for name, (light, _) in _COLORS.items():
         text = re.sub(rf"(stroke|fill): {light}\b", rf"\1: var(--{name})", text)
     (viewbox,) = re.findall(r'viewBox="[^"]*"', text)[:1]
     opened = f'<svg {viewbox} xmlns:xlink="http://www.w3.org/1999/xlink" role="img"'

@@ -132,9 +132,9 @@ def test_autocast(dtype):
 
 
 @shows(
-    "`torch.amp.GradScaler`, one for two optimisers",
+    "`torch.amp.GradScaler`, one for two optimizers",
     "yes",
-    "a player with an overflow skips its step, the other takes it",
+    "a player with an overflow skips its step, the other does not",
 )
 def test_grad_scaler():
     fused, plain = twins(dtype=torch.float32)
@@ -182,7 +182,7 @@ def test_channels_last():
 row(
     "Modules in bfloat16, float16 and float64",
     "yes",
-    "parameters may stay in float32 beside half activations",
+    "parameters may stay in float32 with half-precision activations",
     "tests/fuse/test_pairs.py::test_dtypes",
     "tests/nn/test_batch_norm_leaky_relu.py::test_half_activations_with_float32_parameters",
 )
@@ -263,7 +263,7 @@ def test_compiled_penalty_step(backend, make, x, compiler):
     "no (PyTorch raises)",
     "`gradient_penalty` names the module; compile the whole step, or take "
     '`method="finite-difference"`',
-    "tests/functional/test_gradient_penalty_errors.py::test_compiled_critics_are_recognised",
+    "tests/functional/test_gradient_penalty_errors.py::test_compiled_critics_are_recognized",
     "tests/functional/test_finite_difference.py::test_finite_difference_of_a_compiled_module",
 )
 def test_compiled_module_differentiated_twice(compiler):
@@ -410,7 +410,7 @@ def test_checkpoint():
 @shows(
     "`torch.no_grad`, `torch.inference_mode`",
     "yes",
-    "running statistics are updated in both; penalties take tensors that were made there",
+    "running statistics are updated in both; penalties accept tensors that were created there",
     "tests/functional/test_gradient_penalty_errors.py::test_inference_mode",
 )
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -442,7 +442,7 @@ def test_saved_tensor_hooks():
 row(
     "Two forward passes before one backward",
     "yes",
-    "also where running statistics are overwritten in between, as DistributedDataParallel does",
+    "even if running statistics are overwritten in between, as DistributedDataParallel does",
     "tests/ops/test_batch_norm_leaky_relu_autograd.py::test_two_forwards_before_one_backward",
 )
 
@@ -462,17 +462,17 @@ row(
     "tests/fuse/test_fused_networks.py::test_state_dict_goes_both_ways",
 )
 row(
-    "Optimisers made before `gk.fuse`",
+    "Optimizers made before `gk.fuse`",
     "yes",
     "the parameters stay the same objects",
-    "tests/fuse/test_fused_networks.py::test_an_optimiser_made_before_goes_on",
+    "tests/fuse/test_fused_networks.py::test_an_optimizer_made_before_goes_on",
 )
 row(
-    "`nn.utils.parametrizations.spectral_norm` and `weight_norm` on neighbours",
+    "`nn.utils.parametrizations.spectral_norm` and `weight_norm` on neighbors",
     "yes",
-    "untouched; a parametrised BatchNorm is left alone",
-    "tests/fuse/test_left_alone.py::test_norms_of_neighbours_stay",
-    "tests/fuse/test_left_alone.py::test_parametrised_batch_norm",
+    "untouched; a parametrized BatchNorm is left alone",
+    "tests/fuse/test_left_alone.py::test_norms_of_neighbors_stay",
+    "tests/fuse/test_left_alone.py::test_parametrized_batch_norm",
 )
 row(
     "Code that looks for norms: `isinstance(m, nn.BatchNorm2d)`, `swa_utils.update_bn`, freezing, "
@@ -487,7 +487,7 @@ row(
     "Code that replaces, copies or folds norms: `convert_sync_batchnorm`, `fuse_conv_bn_eval`, "
     "`setattr(m, name, nn.GroupNorm(...))`",
     "yes, by two layers again",
-    "a warning says so; to synchronize, set `sync`. A layer that `gk.fuse` has not made has no "
+    "with a warning; to synchronize, set `sync`. A layer that `gk.fuse` has not made has no "
     "activation beside it: what copies or folds it raises. Not seen: a layer put in between, code "
     "that calls one of the two by itself",
     "tests/test_drop_in.py::test_same_as_before",
@@ -496,7 +496,7 @@ row(
 )
 row(
     "Hooks on the pair's layers",
-    "left alone, the report says so",
+    "left alone, and reported",
     "registered later, they make a pair two layers again, with a warning; hooks on modules around "
     "them are fine",
     "tests/fuse/test_left_alone.py::test_hooks",
@@ -602,7 +602,7 @@ row(
 row(
     "`torch.jit.trace`",
     "yes",
-    "holds plain PyTorch ops, as all exports do",
+    "contains plain PyTorch ops, as all exports do",
     "tests/fuse/test_fused_networks.py::test_export_has_none_of_our_ops",
 )
 
@@ -722,7 +722,7 @@ row(
 row(
     "Other devices: `mps`, `xpu`; CUDA tensors in a build without CUDA",
     "by PyTorch's ops",
-    "one warning says so",
+    "with one warning",
     "tests/test_library.py::test_warns_once_on_a_device_without_kernels",
     "tests/test_library.py::test_warns_on_cuda_where_the_build_has_no_cuda",
 )

@@ -115,7 +115,7 @@ def test_light_and_dark(page):
     defined = set(re.findall(r"--([\w-]+):#", html))
     used = set(re.findall(r"var\(--([\w-]+)\)", html))
     assert {"ink", "muted", "rule", "series-1"} <= used <= defined
-    # No colour of the light page is left in a figure, where the dark one could not replace it.
+    # No color of the light page is left in a figure, where the dark one could not replace it.
     figures = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
     assert not set(re.findall(r"#[0-9a-f]{6}\b", figures)) & {*SERIES, "#1f2430", "#5a6373"}
     assert "#000000" not in figures

@@ -26,7 +26,7 @@ GK_HOST_DEVICE static inline V times_derivative(V gradient, V v, A slope) {
 namespace {
 template <typename V, typename A>
 struct Chain {
-  V x, centred, z;  // centred is u - mean
+  V x, centered, z;  // centered is u - mean
   A slope;
   bool activation_first;
 
@@ -45,10 +45,10 @@ template <typename V, typename A, typename P>
 GK_HOST_DEVICE static inline Chain<V, A> chain(V x, P mean, P scale, P shift, A slope,
                                                bool activation_first) {
   const V u = activation_first ? leaky_relu(x, slope) : x;
-  const V centred = u - mean;
+  const V centered = u - mean;
   // The backward passes recompute z to know the mask, so this is the only place that computes it:
   // any other rounding could put an element on the other side of zero.
-  return {x, centred, centred * scale + shift, slope, activation_first};
+  return {x, centered, centered * scale + shift, slope, activation_first};
 }
 
 // Per channel: y from x.
@@ -65,18 +65,18 @@ GK_HOST_DEVICE static inline V term(V value, P coefficient) {
   return coefficient == 0 ? V{} : value * coefficient;
 }
 
-// Per channel: grad_x = du/dx * (g * g_ + centred * centred_ + constant).
+// Per channel: grad_x = du/dx * (g * g_ + centered * centered_ + constant).
 template <typename A>
 struct BackwardCoefficients {
-  A g, centred, constant;
+  A g, centered, constant;
 };
 
-// Per channel: grad_grad_y = dy/dz * (v * y_v + centred * y_centred + y_constant) and
-//              grad_x = du/dx * (g * x_g + v * x_v + centred * x_centred + x_constant).
+// Per channel: grad_grad_y = dy/dz * (v * y_v + centered * y_centered + y_constant) and
+//              grad_x = du/dx * (g * x_g + v * x_v + centered * x_centered + x_constant).
 template <typename A>
 struct DoubleBackwardCoefficients {
-  A y_v, y_centred, y_constant;
-  A x_g, x_v, x_centred, x_constant;
+  A y_v, y_centered, y_constant;
+  A x_g, x_v, x_centered, x_constant;
 };
 
 template <typename A>

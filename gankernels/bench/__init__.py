@@ -1,11 +1,11 @@
-"""How fast the ops and the games are here, beside PyTorch without them: `gankernels bench`.
+"""Measures the ops and the games against plain PyTorch: `gankernels bench`.
 
     results = compare(plan(quick=True))
     write(results, "bench")  # results.json, index.html and PNG plots
 
-`ops` has the cases, `timing` the clock, `training` whole iterations, `run` puts them together;
-`results`, `table` and `page` are what comes of it. The suite in benchmarks/ and the scripts there
-are built from the same parts.
+`ops` has the cases of the ops, `training` those of the games, `timing` the clock, and `run` puts
+them together; `results` is what they return, and `table` and `page` show it. The test suite and
+the scripts in benchmarks/ are built from the same parts.
 """
 
 from gankernels.bench.ops import OPS, PASSES, Case, cases, contenders

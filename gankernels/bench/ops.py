@@ -1,9 +1,9 @@
-"""The cases: which op, with which input, and every way to compute it.
+"""The cases (an op, a pass and an input), and every way to compute them.
 
 "Eager" is how GAN code writes an op in PyTorch. "Forward" records the graph for backward, as a
 training step does. A "penalty step" is what a gradient penalty requires of a layer: forward,
 backward, the penalty on the gradient, and its derivative with respect to the input and the weight,
-which is the layer's double backward. What is known of each op is in its record in gankernels/ops.
+which is the layer's double backward. Each op is described by its record in gankernels/ops.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gankernels.ops.record import BACKWARD, FORWARD, PENALTY, STEPS, Draw, Input
 PASSES = STEPS
 OPS = records()
 
-#: The elements of eager's largest tensor beyond which it is not measured.
+#: Eager is not measured if its largest tensor has more elements than this.
 LARGEST_BROADCAST = 1 << 30
 
 
@@ -32,9 +32,9 @@ class Case:
 
     Args:
         op: a key of `OPS`.
-        what: one of `PASSES`, or a pass of the kernels alone.
-        shape: of the op's input.
-        dtype: of the input; parameters of half-precision cases are float32.
+        what: one of `PASSES`, or a single pass of the kernels.
+        shape: the shape of the op's input.
+        dtype: the dtype of the input; parameters of half-precision cases are float32.
         layout: "contiguous", or "channels_last" for four dimensions.
     """
 
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def bytes(self) -> int | None:
-        """The fewest bytes that the pass or step can move; None if bytes are not the limit."""
+        """The fewest bytes that the pass or step can move; None if it is not memory-bound."""
         traffic = OPS[self.op].traffic
         if not traffic:
             return None
@@ -79,13 +79,13 @@ class Case:
 
     @property
     def moved_bytes(self) -> int | None:
-        """The bytes that a pass of the kernels moves if nothing stays in a cache."""
+        """The bytes that a pass of the kernels moves if nothing stays cached."""
         traffic = OPS[self.op].traffic.get(self.what)
         return None if traffic is None else traffic.moved * self.input_bytes
 
     @property
     def additions(self) -> int | None:
-        """The additions of a pass of the kernels; None if these are not the limit."""
+        """The additions of a pass of the kernels; None if they are not its limit."""
         count = OPS[self.op].additions
         return None if count is None or self.is_step else count(self.what, self.shape)
 
@@ -96,7 +96,7 @@ class Case:
 
     @property
     def work(self) -> tuple[int, int] | None:
-        """The operations of a forward pass, and the bytes that it must move."""
+        """The number of operations of a forward pass, and the number of bytes that it must move."""
         count = OPS[self.op].work
         if self.what != FORWARD or count is None:
             return None
@@ -105,13 +105,13 @@ class Case:
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
-    """All cases, op by op; the quick ones are small and few enough for a minute in all."""
+    """All cases, op by op; the quick ones take less than a minute in total."""
     for name, op in OPS.items():
         yield from expand(name, op.measured_quickly if quick else op.measured)
 
 
 def expand(op: str, measured: Iterable[Inputs]) -> Iterator[Case]:
-    """A case for each combination of an op's inputs."""
+    """One case for each combination of an op's inputs."""
     for shape, dtypes, layouts, passes in measured:
         for dtype in dtypes:
             for layout in layouts:
@@ -134,14 +134,14 @@ def contenders(
     layers: bool = True,
     drawn_on: torch.device | str | None = None,
 ) -> dict[str, Run]:
-    """Every way to compute a case, and the clone of its input, ready to be called.
+    """Returns every way to compute a case, and the clone of its input, ready to be called.
 
     Args:
-        case: what to compute.
-        device: where.
+        case: the case to compute.
+        device: the device to compute it on.
         compiled: whether to include torch.compile, which compiles on the first call.
-        layers: whether to compare layers, for ops that have one, rather than functions.
-        drawn_on: the device that draws the random numbers.
+        layers: whether to compare layers instead of functions, for ops that have a layer.
+        drawn_on: the device on which the random numbers are drawn.
 
     Returns:
         "clone", "eager", further baselines ("cdist"), "compiled" and "ours".
@@ -152,16 +152,16 @@ def contenders(
     x, *parameters = (t.detach().requires_grad_() for t in inputs)
     with torch.no_grad():
         y = op.public(gk, x, *parameters)
-    # The gradient of a scalar would be the op itself: it gets a tangent instead of a penalty.
+    # For an op with a scalar result, itself a penalty, the gradient is multiplied by a tangent.
     scalar = y.dim() == 0
     grad_y = torch.ones_like(y) if scalar else torch.randn_like(y)
     tangent = torch.randn_like(x) if scalar else None
 
     def step(function: Callable[..., Tensor], penalty: Callable[[Tensor], Tensor]) -> Run:
+        arguments: tuple[Tensor, ...] = (x, *parameters)
+        leaves = arguments
         if isinstance(function, nn.Module):
-            leaves, arguments = (x, *function.parameters()), (x,)
-        else:
-            leaves = arguments = (x, *parameters)
+            arguments, leaves = (x,), (x, *function.parameters())
 
         def penalized() -> tuple[Tensor, ...]:
             y = function(*arguments)
@@ -198,8 +198,8 @@ def contenders(
 
 
 def _compiled_step(op: Op, inputs: list[Tensor], grad_y: Tensor, tangent: Tensor | None) -> Run:
-    """A whole step, compiled with torch.func inside: a compiled module cannot be differentiated
-    twice, and this is PyTorch's fastest form."""
+    """Compiles a whole step with torch.func, because a compiled module cannot be differentiated
+    twice. This is PyTorch's fastest form."""
 
     def program(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         def penalized(x: Tensor, *parameters: Tensor) -> Tensor:

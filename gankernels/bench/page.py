@@ -1,22 +1,23 @@
-"""The plots and the page."""
+"""Writes the results as a page with plots."""
 
 from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gankernels._console import describe, warn
 from gankernels._files import write_atomically, write_json
 from gankernels._html import SERIES, WIDTH, Page, style
 from gankernels._paths import expand
-from gankernels.bench.ops import OPS, PASSES, Case
-from gankernels.bench.results import Results, Row
+from gankernels.bench.ops import OPS, PASSES
+from gankernels.bench.results import OpRow, Results, Row
 from gankernels.bench.table import TRAINING, baselines, tables
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -26,28 +27,29 @@ PAPER, MUTED = "#ffffff", "#5a6373"  # of _html.py's light pages
 
 METHOD = (
     "All contenders of a row ran in turn in one process, round after round, so that a slow moment "
-    "of the machine falls on all of them; the times are medians of the rounds. Noise is the "
-    "largest interquartile range of ours and what it is compared with, as a share of the median: "
-    "ratios that differ by less mean nothing. Calls shorter than a millisecond were repeated until "
-    "one had passed. The allocator keeps large blocks (gankernels.tune_allocator), for all alike. "
-    "On a GPU the clock is read after waiting for it, so launches by the host count."
+    "of the machine affects all of them; the times are medians over the rounds. Noise is the "
+    "largest interquartile range of the contenders, as a share of the median: ratios that differ "
+    "by less are not significant. Calls shorter than a millisecond were repeated until one had "
+    "passed. The allocator keeps large blocks (gankernels.tune_allocator) for all contenders. "
+    "On a GPU the clock is read after synchronizing, so that times include launches by the host."
 )
 CLONES = (
-    "Clones are our time in units of x.clone(), which reads and writes the input once; fewest is "
-    "the number that moves as many bytes as the pass has to, were every tensor read once. A clone "
-    "of a small tensor stays in the caches, and a call costs some microseconds besides."
+    "Clones are our time divided by that of x.clone(), which reads and writes the input once. "
+    "Fewest is the number of clones that move as many bytes as the pass must move if it accesses "
+    "every tensor once. A clone of a small tensor stays in the caches, and every call has an "
+    "overhead of some microseconds."
 )
 GAMES = (
-    "The same trainer twice on the digits, with our kernels (ours) and with PyTorch's ops in their "
-    'place (eager, use_backend("reference")): the loop, the networks and the data are the same, so '
-    "the difference is the kernels'."
+    "The same trainer ran twice on the digits, with our kernels (ours) and with PyTorch's ops "
+    'instead of them (eager, use_backend("reference")). The loop, the networks and the data are '
+    "the same, so only the kernels make a difference."
 )
 
 
 def write(results: Results, folder: str | Path) -> Path | None:
     """Write results.json, index.html and the plots as PNG; return the page's path.
 
-    Where the page cannot be drawn there is none, and a warning.
+    If the plots cannot be drawn, there is a warning instead of a page.
     """
     folder = expand(folder)
     write_json(folder / "results.json", results.to_json())
@@ -56,12 +58,12 @@ def write(results: Results, folder: str | Path) -> Path | None:
     except OSError:
         raise
     except Exception as error:  # whatever a plotting library raises
-        warn(f"{folder}: there are no plots, since they could not be drawn: {describe(error)}")
+        warn(f"{folder}: the plots could not be drawn: {describe(error)}")
         return None
 
 
 def write_page(results: Results, folder: Path) -> Path:
-    """Write index.html and its plots, as PNG files beside it; return the page's path."""
+    """Write index.html, and its plots as PNG files to the same folder; return the page's path."""
     page = Page("gankernels bench")
     environment = {name.replace("_", " "): value for name, value in results.environment.items()}
     environment["instruction set"] = environment.pop("capability")
@@ -76,7 +78,7 @@ def write_page(results: Results, folder: Path) -> Path:
         _save_png(figure, folder / f"{name}.png")
 
     for title, columns, body in tables(results):
-        rows = results.training if title == TRAINING else results.of(title)
+        rows: Sequence[Row] = results.training if title == TRAINING else results.of(title)
         page.section(title)
         page.text(GAMES if title == TRAINING else OPS[title].baselines)
         page.table(columns, body, highlight="x eager" if "x eager" in columns else None)
@@ -85,7 +87,7 @@ def write_page(results: Results, folder: Path) -> Path:
                 page.text(f"{row.case}: {name} failed: {why}")
         if "clones" in columns:
             page.text(CLONES)
-        if series := sizes(rows):
+        if series := sizes(results.of(title)):
             case = series[0].case
             show(
                 plot_sizes(series),
@@ -98,12 +100,13 @@ def write_page(results: Results, folder: Path) -> Path:
     if points := list(roofline(results)):
         page.section("Roofline")
         page.text(
-            "Operations that a forward pass has to do, a second, against those it has to do to a "
-            "byte that it has to move. The roofs were measured here: copies of a tensor beyond "
-            "all caches and of one inside them, and the faster of a matrix product and a "
-            "convolution in float32, whose multiply-adds count as two operations: of additions "
-            "alone, as in minibatch discrimination, about half as many can be done. What stays in "
-            "a cache lies above the slope of memory."
+            "The operations per second of the forward passes against their operations per byte, "
+            "where operations and bytes are those that a pass cannot avoid. The roofs were "
+            "measured on this machine: copies of a tensor larger than all caches and of one that "
+            "fits in them, and the faster of a matrix product and a convolution in float32. A "
+            "multiply-add counts as two operations, so additions alone, as in minibatch "
+            "discrimination, can reach about half of that. Points above the slope of memory "
+            "belong to inputs that stay in a cache."
         )
         show(
             plot_roofline(points, results.ceilings),
@@ -131,23 +134,19 @@ def _save_png(figure: Figure, path: Path) -> None:
 # ---- time against size ---------------------------------------------------------------------------
 
 
-def sizes(rows: list[Row]) -> list[Row]:
-    """Rows that differ in shape alone, and in the pass: of the dtype and layout with most shapes.
-
-    None where there are fewer than two shapes.
-    """
-    groups: dict[tuple, list[Row]] = {}
+def sizes(rows: list[OpRow]) -> list[OpRow]:
+    """Returns the rows of the dtype and layout with the most shapes, if these are at least two."""
+    groups: dict[tuple[torch.dtype, str], list[OpRow]] = {}
     for row in rows:
-        if isinstance(row.case, Case):
-            groups.setdefault((row.case.dtype, row.case.layout), []).append(row)
+        groups.setdefault((row.case.dtype, row.case.layout), []).append(row)
     if not groups:
         return []
     largest = max(groups.values(), key=lambda group: len({row.case.shape for row in group}))
     return largest if len({row.case.shape for row in largest}) > 1 else []
 
 
-def plot_sizes(rows: list[Row]) -> Figure:
-    """Every contender's time over the input's elements, a panel per pass."""
+def plot_sizes(rows: list[OpRow]) -> Figure:
+    """Plots every contender's time over the number of elements, with a panel for each pass."""
     with style():
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
@@ -159,8 +158,8 @@ def plot_sizes(rows: list[Row]) -> Figure:
         for ax, what in zip(panels, passes, strict=True):
             chosen = [row for row in rows if row.case.what == what]
             chosen.sort(key=lambda row: row.case.elements)
-            for colour, name in zip(SERIES, names, strict=False):
-                _curve(ax, name, colour, chosen)
+            for color, name in zip(SERIES, names, strict=False):
+                _curve(ax, name, color, chosen)
             _limit(ax, chosen)
             ax.set(xscale="log", yscale="log", title=what, xlabel="elements of the input")
             plain_numbers(ax.yaxis)
@@ -177,21 +176,21 @@ def plot_sizes(rows: list[Row]) -> Figure:
     return figure
 
 
-def _curve(ax: Axes, name: str, colour: str, rows: list[Row]) -> None:
+def _curve(ax: Axes, name: str, color: str, rows: list[OpRow]) -> None:
     points = [(row.case.elements, row.timings[name]) for row in rows if name in row.timings]
     if not points:
         return
     x = [elements for elements, _ in points]
     y = [[getattr(t, part) * 1e3 for _, t in points] for part in ("median", "low", "high")]
-    ax.plot(x, y[0], color=colour, linestyle="-", marker="o", markersize=4, label=name)
-    ax.fill_between(x, y[1], y[2], color=colour, alpha=0.2, linewidth=0)
+    ax.plot(x, y[0], color=color, linestyle="-", marker="o", markersize=4, label=name)
+    ax.fill_between(x, y[1], y[2], color=color, alpha=0.2, linewidth=0)
 
 
-def _limit(ax: Axes, rows: list[Row]) -> None:
+def _limit(ax: Axes, rows: list[OpRow]) -> None:
     points = [
-        (row.case.elements, 1e3 * row.case.fewest_clones * row.timings["clone"].median)
+        (row.case.elements, 1e3 * fewest * row.timings["clone"].median)
         for row in rows
-        if row.case.fewest_clones is not None and "clone" in row.timings
+        if (fewest := row.case.fewest_clones) is not None and "clone" in row.timings
     ]
     if points:
         label = "fewest bytes at a clone's speed"
@@ -199,7 +198,7 @@ def _limit(ax: Axes, rows: list[Row]) -> None:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Labels of a logarithmic axis: 0.1 for a power of ten, which `style` would not typeset."""
+    """Labels a logarithmic axis with plain numbers (0.1), since `style` cannot typeset powers."""
     from matplotlib.ticker import FuncFormatter, StrMethodFormatter
 
     def between(value: float, _: object) -> str:
@@ -213,30 +212,38 @@ def plain_numbers(axis: Axis) -> None:
 # ---- speed-up ------------------------------------------------------------------------------------
 
 
-def plot_ratios(rows: list[Row]) -> Figure:
-    """A bar for every case and baseline: how many times as fast ours is."""
+class Bar(NamedTuple):
+    """How many times as fast as a baseline ours is."""
+
+    row: Row
+    baseline: str
+    ratio: float
+
+
+def plot_ratios(rows: Sequence[Row]) -> Figure:
+    """Plots a bar for every case and baseline: how many times as fast ours is."""
     with style():
         from matplotlib.figure import Figure
         from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
         bars = [
-            (row, name, row.ratio(name))
+            Bar(row, name, ratio)
             for row in rows
             for name in baselines(rows)
-            if row.ratio(name) is not None
+            if (ratio := row.ratio(name)) is not None
         ]
         names = baselines(rows)
         figure = Figure(figsize=(WIDTH, 0.9 + 0.21 * len(bars)))
         ax = figure.subplots()
         places = [-i - 0.5 * _groups_before(bars, i) for i in range(len(bars))]
-        for colour, name in zip(SERIES, names, strict=False):
-            chosen = [i for i, bar in enumerate(bars) if bar[1] == name]
+        for color, name in zip(SERIES, names, strict=False):
+            chosen = [i for i, bar in enumerate(bars) if bar.baseline == name]
             ax.barh(
                 [places[i] for i in chosen],
-                [bars[i][2] - 1 for i in chosen],
+                [bars[i].ratio - 1 for i in chosen],
                 left=1,
                 height=0.8,
-                color=colour,
+                color=color,
                 label=f"against {name}",
             )
         for place, (_, _, ratio) in zip(places, bars, strict=True):
@@ -250,7 +257,7 @@ def plot_ratios(rows: list[Row]) -> Figure:
                 va="center",
                 fontsize=8,
             )
-        ax.set_yticks(places, [_label(row) for row, _, _ in bars], fontsize=8)
+        ax.set_yticks(places, [bar.row.label for bar in bars], fontsize=8)
         ax.set_xscale("log")
         ax.margins(x=0.12, y=0.01)
         ax.axvline(1, color=MUTED, linewidth=0.8)
@@ -261,27 +268,23 @@ def plot_ratios(rows: list[Row]) -> Figure:
     return figure
 
 
-def _label(row: Row) -> str:
-    case = row.case
-    return f"{case.input}, {case.what}" if isinstance(case, Case) else str(case)
-
-
-def _groups_before(bars: list[tuple[Row, str, float]], i: int) -> int:
-    """How many times the input changes before bar i: bars of one input stand together."""
-    inputs = [getattr(row.case, "input", None) for row, _, _ in bars[: i + 1]]
-    return sum(a != b for a, b in itertools.pairwise(inputs))
+def _groups_before(bars: list[Bar], i: int) -> int:
+    """Returns how many groups of bars come before that of bar i."""
+    groups = [bar.row.group for bar in bars[: i + 1]]
+    return sum(a != b for a, b in itertools.pairwise(groups))
 
 
 # ---- roofline ------------------------------------------------------------------------------------
 
 
 def roofline(results: Results) -> Iterator[tuple[str, str, float, float]]:
-    """(op, contender, operations per byte, operations per second) of every forward pass."""
+    """Yields (op, contender, operations per byte, operations per second) of the forward passes."""
     for op in results.ops:
         for row in results.of(op):
-            if row.case.work is None:
+            work = row.case.work
+            if work is None:
                 continue
-            operations, nbytes = row.case.work
+            operations, nbytes = work
             for name in ("ours", "eager"):
                 if name in row.timings:
                     rate = operations / row.timings[name].median
@@ -291,7 +294,7 @@ def roofline(results: Results) -> Iterator[tuple[str, str, float, float]]:
 def plot_roofline(
     points: list[tuple[str, str, float, float]], ceilings: dict[str, float]
 ) -> Figure:
-    """Ours filled, eager hollow, under the roofs that memory, cache and arithmetic make."""
+    """Plots ours filled and eager hollow, below the roofs of memory, cache and arithmetic."""
     with style():
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter
@@ -309,17 +312,18 @@ def plot_roofline(
             ax.plot(xs, ys, color=MUTED, linestyle=dash, linewidth=1.2, label=label)
         ops = list(dict.fromkeys(op for op, *_ in points))
         for i, op in enumerate(ops):
-            colour = SERIES[i % len(SERIES)]
+            color = SERIES[i % len(SERIES)]
             marker = "os^Dv*"[i % 6]
             for name in ("eager", "ours"):
                 chosen = [(x, y) for o, n, x, y in points if (o, n) == (op, name)]
                 if chosen:
                     ax.scatter(
-                        *zip(*chosen, strict=True),
+                        [x for x, _ in chosen],
+                        [y for _, y in chosen],
                         s=30,
                         marker=marker,
-                        edgecolors=colour,
-                        facecolors=colour if name == "ours" else "none",
+                        edgecolors=color,
+                        facecolors=color if name == "ours" else "none",
                         label=op if name == "ours" else None,
                         zorder=3,
                     )

@@ -10,7 +10,7 @@ from gankernels.bench.timing import Timing
 from gankernels.bench.training import Training
 
 FORMAT = 1
-#: Spread from which on a row says little.
+#: Rows with a larger spread are noisy.
 NOISY = 0.3
 
 
@@ -33,38 +33,70 @@ class Row:
         return [name for name in (*self.timings, *self.errors) if name not in ("clone", "ours")]
 
     @property
-    def clones(self) -> float | None:
-        """Our time divided by that of a clone of the input, for ops bound by memory."""
-        if not isinstance(self.case, Case) or self.case.fewest_clones is None:
-            return None
-        ratio = self.ratio("clone")
-        return ratio and 1 / ratio
-
-    @property
     def spread(self) -> float | None:
         """The largest interquartile range of a ratio's two sides, as a share of the median."""
         sides = [t.spread for name, t in self.timings.items() if name != "clone"]
         return max(sides, default=None)
 
+    @property
+    def label(self) -> str:
+        """The row's name within its table."""
+        return str(self.case)
+
+    @property
+    def group(self) -> str:
+        """What a plot groups the rows of a table by."""
+        return ""
+
     def to_json(self) -> dict[str, Any]:
-        case = self.case
-        if isinstance(case, Case):
-            head: dict[str, Any] = {
-                "op": case.op,
-                "what": case.what,
-                "shape": list(case.shape),
-                "dtype": str(case.dtype)[6:],
-                "layout": case.layout,
-                "fewest_clones": case.fewest_clones,
-                "clones": self.clones,
-            }
-        else:
-            head = {"model": case.model, "settings": dict(case.settings)}
-        return head | {
+        return {
             "seconds": {name: t._asdict() for name, t in self.timings.items()},
             "ratios": {f"times_{name}": self.ratio(name) for name in self.baselines},
             "errors": self.errors,
         }
+
+
+@dataclass
+class OpRow(Row):
+    """The results of a case of an op."""
+
+    case: Case
+
+    @property
+    def clones(self) -> float | None:
+        """Our time divided by that of a clone of the input, for ops bound by memory."""
+        ratio = self.ratio("clone")
+        return None if ratio is None or self.case.fewest_clones is None else 1 / ratio
+
+    @property
+    def label(self) -> str:
+        return f"{self.case.input}, {self.case.what}"
+
+    @property
+    def group(self) -> str:
+        return self.case.input
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "op": self.case.op,
+            "what": self.case.what,
+            "shape": list(self.case.shape),
+            "dtype": str(self.case.dtype)[6:],
+            "layout": self.case.layout,
+            "fewest_clones": self.case.fewest_clones,
+            "clones": self.clones,
+        } | super().to_json()
+
+
+@dataclass
+class TrainingRow(Row):
+    """The results of a game."""
+
+    case: Training
+
+    def to_json(self) -> dict[str, Any]:
+        head = {"game": self.case.game, "settings": dict(self.case.settings)}
+        return head | super().to_json()
 
 
 @dataclass
@@ -87,14 +119,14 @@ class Results:
         """The rows in which ours failed."""
         return [row for row in self.rows if "ours" in row.errors]
 
-    def of(self, op: str) -> list[Row]:
+    def of(self, op: str) -> list[OpRow]:
         """The rows of an op."""
-        return [row for row in self.rows if isinstance(row.case, Case) and row.case.op == op]
+        return [row for row in self.rows if isinstance(row, OpRow) and row.case.op == op]
 
     @property
-    def training(self) -> list[Row]:
+    def training(self) -> list[TrainingRow]:
         """The rows of games."""
-        return [row for row in self.rows if isinstance(row.case, Training)]
+        return [row for row in self.rows if isinstance(row, TrainingRow)]
 
     @property
     def noisy(self) -> str | None:
@@ -105,8 +137,8 @@ class Results:
             return None
         return (
             f"The machine was busy: a load of {env['load']:.1f} on {env['processors']} processors "
-            f"to begin with, and noise above {NOISY:.0%} in {count} of {len(self.rows)} rows. "
-            "Fewer threads (OMP_NUM_THREADS) or a quieter hour give better figures."
+            f"at the start, and noise above {NOISY:.0%} in {count} of {len(self.rows)} rows. "
+            "Use fewer threads (OMP_NUM_THREADS) or an idle machine for better figures."
         )
 
     @property

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from gankernels.bench.results import Results, Row
 from gankernels.bench.timing import Timing
 
-#: The title over the games, as an op's name is over its cases.
+#: The title of the table of games; that of an op's table is the name of the op.
 TRAINING = "training"
-#: Columns of words; all others are of numbers.
+#: The columns that contain words; all others contain numbers.
 WORDS = ("input", "pass", "game")
 
 
 def describe(results: Results) -> Iterator[str]:
-    """The tables as lines."""
+    """Yields the lines of all tables."""
     env = results.environment
     where = env.get("gpu") or f"{env['cpu']}, {env['threads']} threads, {env['capability']}"
     yield f"{where}; torch {env['torch']}, gankernels {env['gankernels']}, {env['date']}"
@@ -28,10 +27,10 @@ def describe(results: Results) -> Iterator[str]:
         yield noisy
 
 
-def tables(results: Results) -> Iterator[tuple[str, list[str], list[list[Any]]]]:
-    """(title, columns, rows) of every op and of the games; numbers as text, None for what is not.
+def tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str | None]]]]:
+    """Yields (title, columns, rows) of every op and of the games.
 
-    A ratio says how many times as fast ours is.
+    Numbers are formatted as text, missing ones are None. A ratio is how many times as fast ours is.
     """
     for op in results.ops:
         rows = results.of(op)
@@ -40,27 +39,29 @@ def tables(results: Results) -> Iterator[tuple[str, list[str], list[list[Any]]]]
         columns = ["input", "pass", "ours ms", *(f"{name} ms" for name in names)]
         columns += [*(f"x {name}" for name in names), "noise"]
         columns += ["clones", "fewest"] if bytes_count else []
-        body = []
+        body: list[list[str | None]] = []
         for row in rows:
-            line = [row.case.input, row.case.what]
+            line: list[str | None] = [row.case.input, row.case.what]
             line += [milliseconds(row.timings.get(name)) for name in ("ours", *names)]
             line += [times(row.ratio(name)) for name in names] + [percent(row.spread)]
             if bytes_count:
                 line += [digits(row.clones), digits(row.case.fewest_clones)]
             body.append(line)
         yield op, columns, body
-    if rows := results.training:
-        body = [
+    if games := results.training:
+        yield (
+            TRAINING,
+            ["game", "ours it/s", "eager it/s", "x eager", "noise"],
             [
-                str(row.case),
-                *(per_second(row.timings.get(name)) for name in ("ours", "eager")),
-                times(row.ratio("eager")),
-                percent(row.spread),
-            ]
-            for row in rows
-        ]
-        columns = ["game", "ours it/s", "eager it/s", "x eager", "noise"]
-        yield TRAINING, columns, body
+                [
+                    row.label,
+                    *(per_second(row.timings.get(name)) for name in ("ours", "eager")),
+                    times(row.ratio("eager")),
+                    percent(row.spread),
+                ]
+                for row in games
+            ],
+        )
 
 
 def baselines(rows: Sequence[Row]) -> list[str]:
@@ -68,8 +69,8 @@ def baselines(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.baselines))
 
 
-def aligned(rows: list[list[str | None]]) -> Iterator[str]:
-    """Rows of equal length in columns: words to the left, numbers to the right."""
+def aligned(rows: Sequence[Sequence[str | None]]) -> Iterator[str]:
+    """Yields rows of equal length as aligned columns: words to the left, numbers to the right."""
     texts = [["-" if cell is None else cell for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for row in texts:
@@ -97,7 +98,7 @@ def percent(share: float | None) -> str | None:
 
 
 def digits(value: float | None) -> str | None:
-    """Three significant digits, without an exponent."""
+    """Formats with three significant digits and without an exponent."""
     if value is None:
         return None
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")

@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import gankernels as gk
 
 Run = Callable[[], object]
 
-#: Calls that one sample of the clock takes in at most.
+#: The most calls that one sample of the clock covers.
 MOST_CALLS = 100
 
 
@@ -30,7 +31,7 @@ class Timing(NamedTuple):
     high: float
     least: float
     rounds: int
-    calls: int  # in a row, which a round's time is the mean of
+    calls: int  # in a row per round; the time of a round is their mean
 
     @property
     def spread(self) -> float:
@@ -49,18 +50,19 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times the contenders in turn, round after round.
 
-    Interleaving lets a machine's slow moments fall on all of them alike, so that the ratios hold
-    where the times do not.
+    Interleaving spreads a slow moment of the machine over all contenders, so that the ratios are
+    reliable even if the times are not.
 
     Args:
         contenders: by name; each is called twice beforehand, untimed.
-        seconds: until then new rounds begin.
-        least: rounds there are at least,
-        most: but none, after the first, begins later than so many seconds.
-        span: a contender is called so often in a row, at most MOST_CALLS times, that a round takes
-            this long: else what another one leaves in the caches decides on a short call. Zero for
-            one call.
-        wait: called before the clock is read; waits for a device that works on its own.
+        seconds: new rounds begin until this much time has passed.
+        least: the least number of rounds.
+        most: the time, in seconds, after which no round but the first begins, even if there were
+            fewer than `least`.
+        span: the time, in seconds, for which a contender is called in a row in each round, at most
+            MOST_CALLS times. Otherwise the contents of the caches, which other contenders change,
+            would determine the time of a short call. Zero for one call.
+        wait: called before the clock is read, to wait for an asynchronous device.
     """
 
     def sample(run: Run, calls: int) -> float:
@@ -96,14 +98,14 @@ def _timing(times: list[float], calls: int) -> Timing:
 
 
 def waiting(device: torch.device | str) -> Callable[[], None]:
-    """The argument `wait` of `interleaved` for this device."""
+    """Returns the argument `wait` of `interleaved` for this device."""
     if torch.device(device).type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return lambda: None
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions that figures depend on."""
+    """Describes the machine, and the versions of the software that affects the figures."""
     name = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -120,22 +122,22 @@ def machine() -> dict[str, Any]:
 
 
 def ceilings(device: torch.device | str) -> dict[str, float]:
-    """The ceilings of a roofline: bytes and operations per second, of the fastest round.
+    """Measures the ceilings of a roofline, in bytes and operations per second.
 
-    `memory` and `cache` are copies, read and written, of a tensor beyond all caches and of one
-    within a core's. `operations` is what the faster of a matrix product and a convolution reaches
-    in float32, a multiplication and an addition counted as two.
+    `memory` and `cache` are the bandwidths of copying, reads plus writes, a tensor larger than all
+    caches and one that fits in a core's cache. `operations` is the rate of the faster of a matrix
+    product and a convolution in float32; a multiply-add counts as two operations.
     """
 
     def fastest(run: Run, seconds: float) -> float:
-        options = {"seconds": seconds, "least": 3, "span": 1e-3, "wait": waiting(device)}
-        return interleaved({"": run}, **options)[""].least
+        timings = interleaved({"": run}, seconds=seconds, least=3, span=1e-3, wait=waiting(device))
+        return timings[""].least
 
     rates = {}
     for name, elements, seconds in (("memory", 1 << 26, 0.5), ("cache", 1 << 16, 0.1)):
         x = torch.ones(elements, device=device)
         y = torch.empty_like(x)
-        rates[name] = 2 * x.nbytes / fastest(lambda y=y, x=x: y.copy_(x), seconds)
+        rates[name] = 2 * x.nbytes / fastest(partial(y.copy_, x), seconds)
     n = 1024
     matrix = torch.ones(n, n, device=device)
     images = torch.ones(16, 256, 16, 16, device=device)

@@ -1,4 +1,4 @@
-"""Layers that look, print, serialise and raise as torch.nn's do."""
+"""Layers that look, print, serialize and raise as torch.nn's do."""
 
 from gankernels.nn.batch_norm_leaky_relu import (
     BatchNormLeakyReLU1d,

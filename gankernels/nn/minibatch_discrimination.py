@@ -29,10 +29,10 @@ class MinibatchDiscrimination(nn.Module):
     is appended to them. A generator that collapses to few modes gives itself away by large
     :math:`o`. As in the authors' own code (improved-gan), a sample is not compared with itself.
 
-    That code also gives every column of W unit norm times a learnt scale, initialised from a batch,
-    and :math:`o` a bias. Here W is a plain parameter, drawn from a normal distribution with mean 0
-    and variance ``1 / in_features``, so that its columns start with a norm of about 1; the bias is
-    left to the layer that follows.
+    That code also scales every column of W to unit norm times a learned factor, initialized from a
+    batch, and adds a bias to :math:`o`. Here W is a plain parameter, drawn from a normal
+    distribution with mean 0 and variance ``1 / in_features``, so that its columns start with a norm
+    of about 1; the layer that follows has the bias.
 
     Args:
         in_features: size of a sample's features.

@@ -173,7 +173,7 @@ def save_npz(
 ) -> None:
     """Write what `gankernels.data.load` reads.
 
-    That is `images`, uint8 `(N, H, W)` or, of colour, `(N, H, W, C)`, and `labels` `(N,)`: int64
+    That is `images`, uint8 `(N, H, W)` or, of color, `(N, H, W, C)`, and `labels` `(N,)`: int64
     or, where `classes` are given that are not called by numbers, their names.
     """
     path = expand(path)

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ class Trainer(State):
         # True if only the optimizer reads the gradients.
         alone = not (measured or scaler.is_enabled() or self.ranks.size > 1)
         with self.half_weights.gradients(optimizer) if alone else nullcontext():
-            scaler.scale(sum(terms.values())).backward()
+            scaler.scale(reduce(torch.add, terms.values())).backward()
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.ranks.average(gradients)
         # Scaled gradients may be infinite and are no harm: the scaler then skips the step.
@@ -371,7 +372,7 @@ class Trainer(State):
 
 
 def make_optimizer(player: Player, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The player's optimiser, fused where PyTorch has it fused, fit for CUDA graphs on CUDA."""
+    """The player's optimizer, fused where PyTorch has it fused, fit for CUDA graphs on CUDA."""
     factory = player.optimizer
     accepted = inspect.signature(getattr(factory, "func", factory)).parameters
     options = {}

@@ -41,7 +41,7 @@ def test_one_op(tiny, tmp_path, capsys):
         (["--ops", "interpolat"], "did you mean 'interpolate'?"),
         (["--train", "cgann"], "did you mean 'cgan'?"),
         (["--train", "gan", "--set", "size"], "--set takes key=value, got 'size'"),
-        (["--set", "size=12"], "settings are of games: name these as well"),
+        (["--set", "size=12"], "--set applies to games; name at least one with --train"),
         (["--seconds", "many"], "--seconds"),
         (["--ops", "interpolate", "--device", "warp"], "device 'warp' cannot be used"),
         (["--ops", "interpolate", "--out", "file"], "File exists: 'file'"),

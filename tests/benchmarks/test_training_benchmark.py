@@ -236,8 +236,8 @@ def test_every_operator_has_a_group():
     for operator, group in (
         ("gankernels::batch_norm_leaky_relu_backward", "gankernels"),
         ("aten::convolution_backward", "convolution and GEMM"),
-        ("aten::_fused_adam_", "optimiser"),
-        ("gankernels::adam_", "optimiser"),
+        ("aten::_fused_adam_", "optimizer"),
+        ("gankernels::adam_", "optimizer"),
         ("Optimizer.step#Adam.step", "autograd and Python"),
         ("AddmmBackward0", "autograd and Python"),
         ("autograd::engine::evaluate_function: ConvolutionBackward0", "autograd and Python"),

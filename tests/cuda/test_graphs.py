@@ -81,7 +81,7 @@ def make_trainer(name, folder, graph, **more):
 
 @pytest.mark.parametrize("name", GAMES)
 def test_a_whole_training_iteration(name, tmp_path, monkeypatch):
-    """Batches, noise, every player's steps, penalties, optimisers and the moving average."""
+    """Batches, noise, every player's steps, penalties, optimizers and the moving average."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     runs = []
     for graph in (True, False):

@@ -46,7 +46,7 @@ def test_one_class_is_fine(tmp_path):
     assert load(tmp_path).classes == ("only",)
 
 
-def test_grey_stays_grey_unless_one_is_coloured(tmp_path):
+def test_grey_stays_grey_unless_one_is_colored(tmp_path):
     grey = pixels(5, 5)
     save(tmp_path / "a" / "1.png", grey)
     save(tmp_path / "a" / "2.png", Image.fromarray(grey).convert("LA"))
@@ -79,11 +79,11 @@ def test_the_central_square_is_kept(tmp_path):
     assert load(tmp_path, size=2).images.eq(200).all()
 
 
-def test_palette_colours(tmp_path):
-    colours = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 8, 7]]], np.uint8)
-    save(tmp_path / "a" / "p.png", Image.fromarray(colours).quantize(4))
+def test_palette_colors(tmp_path):
+    colors = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 8, 7]]], np.uint8)
+    save(tmp_path / "a" / "p.png", Image.fromarray(colors).quantize(4))
     assert Image.open(tmp_path / "a" / "p.png").mode == "P"
-    assert load(tmp_path).images[0].permute(1, 2, 0).numpy().tolist() == colours.tolist()
+    assert load(tmp_path).images[0].permute(1, 2, 0).numpy().tolist() == colors.tolist()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

@@ -41,7 +41,7 @@ def test_wrong_tensors_are_refused(images, labels, error, message):
 
 def test_split_is_stratified_disjoint_and_deterministic():
     labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 2 + [3])
-    # Every image holds its own number, so that it can be recognised.
+    # Every image holds its own number, so that it can be recognized.
     images = torch.arange(73, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     data = ImageData(images.contiguous(), labels, ("a", "b", "c", "d"), "made")
     training, held_out = data.split(0.2, seed=3)

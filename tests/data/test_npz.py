@@ -28,7 +28,7 @@ def test_grey(path, shape):
     assert data.name == "set.npz"
 
 
-def test_colour_in_both_layouts(path):
+def test_color_in_both_layouts(path):
     images = pixels(5, 6, 6, 3)
     np.savez_compressed(path, images=images, labels=LABELS)
     channels_last = load(path).images

@@ -25,7 +25,7 @@ def save(path, *shape, **options):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Two classes of pictures of several sizes, kinds and colours."""
+    """Two classes of pictures of several sizes, kinds and colors."""
     for i in range(5):
         save(tmp_path / "pictures" / "ant" / f"{i}.jpg", 12 + i, 10, 3)
     for i in range(4):
@@ -70,7 +70,7 @@ def test_files_are_what_memory_would_hold(pictures, channels):
     assert repr(files) == repr(whole).replace("ImageData", "ImageFiles")
 
 
-def test_size_and_colour_come_from_the_headers(tmp_path):
+def test_size_and_color_come_from_the_headers(tmp_path):
     for name in ("a/1.png", "a/2.png"):
         save(tmp_path / name, 6, 6)
     files = load(tmp_path, stream=True)

@@ -85,7 +85,7 @@ def test_dragan_looks_around_the_data():
 
 
 @pytest.mark.parametrize("kind", ["r1", "r2"])
-def test_zero_centred_kinds_look_at_the_samples(kind):
+def test_zero_centered_kinds_look_at_the_samples(kind):
     real, fake = draw(6, 3), draw(6, 3, seed=1)
     probe = Probe()
     penalty = gradient_penalty(probe, real, fake, kind=kind)
@@ -230,7 +230,7 @@ def test_one_critic_forward_after_the_first():
         assert len(calls) == count
 
 
-def test_a_step_of_an_optimiser_lowers_the_penalty():
+def test_a_step_of_an_optimizer_lowers_the_penalty():
     critic, real, fake, _ = problem("(N, 1)")
     optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)
     penalties = []

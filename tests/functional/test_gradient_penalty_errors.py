@@ -186,7 +186,7 @@ def test_what_lies_outside_all_layers_is_said_to():
 
 
 @pytest.mark.parametrize("how", ["whole", "part", "in place"])
-def test_compiled_critics_are_recognised(how):
+def test_compiled_critics_are_recognized(how):
     torch._dynamo.reset()
     _, real, fake, _ = problem("(N, 1)", torch.float32)
     critic = dense(nn.Softplus())

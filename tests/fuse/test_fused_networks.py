@@ -101,18 +101,18 @@ def test_state_dict_goes_both_ways():
     assert metadata == [m.get("version") for m in other.state_dict()._metadata.values()]
 
 
-def test_an_optimiser_made_before_goes_on():
+def test_an_optimizer_made_before_goes_on():
     network, plain = small(), small()
     plain.load_state_dict(network.state_dict())
-    optimisers = [torch.optim.SGD(m.parameters(), 1e-3, 0.9) for m in (network, plain)]
+    optimizers = [torch.optim.SGD(m.parameters(), 1e-3, 0.9) for m in (network, plain)]
     x = images()
     for step in range(4):
         if step == 2:
             fused(network)
-        for m, optimiser in zip((network, plain), optimisers, strict=True):
-            optimiser.zero_grad()
+        for m, optimizer in zip((network, plain), optimizers, strict=True):
+            optimizer.zero_grad()
             m(x).square().sum().backward()
-            optimiser.step()
+            optimizer.step()
     torch.testing.assert_close(network.state_dict(), plain.state_dict())
 
 

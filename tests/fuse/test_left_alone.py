@@ -89,7 +89,7 @@ def test_hooks_on_the_network_do_not_matter():
     assert network(images()) is seen[0]
 
 
-def test_norms_of_neighbours_stay():
+def test_norms_of_neighbors_stay():
     network = nn.Sequential(
         nn.utils.spectral_norm(nn.Conv2d(3, 3, 1)),
         nn.BatchNorm2d(3),
@@ -106,7 +106,7 @@ def test_norms_of_neighbours_stay():
     assert nn.utils.parametrize.is_parametrized(network[3])
 
 
-def test_parametrised_batch_norm():
+def test_parametrized_batch_norm():
     network = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
     nn.utils.parametrizations.weight_norm(network[0], dim=None)
     assert fused(network) == ["left 0: ParametrizedBatchNorm2d is a class of its own"]

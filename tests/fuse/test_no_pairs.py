@@ -232,10 +232,10 @@ def test_checkpointed_pair(reentrant):
     assert difference(*grads) < 1e-10
 
 
-class Initialising(Net):
+class Initializing(Net):
     """Asks for types in a method that forward does not call."""
 
-    def initialise(self):
+    def initialize(self):
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.zeros_(m.bias)
@@ -245,7 +245,7 @@ class Initialising(Net):
 
 
 def test_types_asked_for_elsewhere():
-    assert assert_same(Initialising(act=nn.ReLU()), images())[0].startswith("fused bn with act")
+    assert assert_same(Initializing(act=nn.ReLU()), images())[0].startswith("fused bn with act")
 
 
 class Helped(ByType):

@@ -1,4 +1,4 @@
-"""The layers look, print, serialise and behave as torch.nn's do."""
+"""The layers look, print, serialize and behave as torch.nn's do."""
 
 import copy
 import inspect
@@ -320,15 +320,15 @@ def test_reset(name):
 
 @every_layer
 def test_learns(name):
-    """One step of an optimiser takes both to the same place."""
+    """One step of an optimizer takes both to the same place."""
     layer, theirs, norm = pair(name)
     x, target = batch(name), batch(name)
     for module in (layer, theirs):
-        optimiser = torch.optim.Adam(module.parameters(), 0.1)
+        optimizer = torch.optim.Adam(module.parameters(), 0.1)
         for _ in range(3):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.mse_loss(module(x), target).backward()
-            optimiser.step()
+            optimizer.step()
     torch.testing.assert_close(layer.state_dict(), norm.state_dict(), rtol=1e-4, atol=1e-5)
 
 
@@ -340,7 +340,7 @@ def test_eval_layer_is_unchanged_by_forward():
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
 
 
-def test_hooks_and_parametrisations_work():
+def test_hooks_and_parametrizations_work():
     layer = gk.nn.BatchNormLeakyReLU2d(3)
     seen = []
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))

@@ -38,7 +38,7 @@ def test_discrimination_twice_differentiable_in_input_and_weight():
     assert torch.autograd.gradgradcheck(function, (x, layer.weight), fast_mode=True)
 
 
-def test_discrimination_initialisation():
+def test_discrimination_initialization():
     torch.manual_seed(0)
     layer = gk.nn.MinibatchDiscrimination(1024, 100, 5)
     assert layer.weight.shape == (1024, 100, 5)

@@ -49,7 +49,7 @@ class Share:
         self.parts = [slice(starts[r] - self.start, starts[r + 1] - self.start) for r in self.ranks]
 
     def random(self, *shape, dtype=torch.float64):
-        """Its rows of a random batch, (N, *shape), which is not centred."""
+        """Its rows of a random batch, (N, *shape), which is not centered."""
         return (torch.randn(sum(self.sizes), *shape, dtype=dtype) + 0.7)[self.start : self.end]
 
 
@@ -229,7 +229,7 @@ def evaluation_without_running_statistics(share):
 
 
 def alike(share, group, training=True, **options):
-    """Whether a layer that might synchronise gives bits of one that cannot."""
+    """Whether a layer that might synchronize gives bits of one that cannot."""
     layer, x = batch_norm(share, "BatchNormLeakyReLU", process_group=group, **options)
     other = gk.nn.BatchNormLeakyReLU2d(3, dtype=torch.float64, **options)
     other.load_state_dict(layer.state_dict())
@@ -465,7 +465,7 @@ NORMS = [f"{order}{d}d" for order in ("BatchNormLeakyReLU", "LeakyReLUBatchNorm"
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_layers_that_synchronise_look_as_others(name):
+def test_layers_that_synchronize_look_as_others(name):
     layer, other = getattr(gk.nn, name)(3, sync=True), getattr(gk.nn, name)(3)
     assert (layer.sync, other.sync, other.process_group) == (True, False, None)
     assert repr(layer) == repr(other)[:-1] + ", sync=True)"

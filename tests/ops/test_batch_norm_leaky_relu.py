@@ -38,7 +38,7 @@ SHAPES = [
 
 
 def grid(**choices):
-    """A parametrisation over dense shapes, in every mode."""
+    """A parametrization over dense shapes, in every mode."""
     found = [
         c.but(shape=shape, layout=layout)
         for shape, layout in SHAPES
@@ -224,7 +224,7 @@ def test_repeats_bitwise(shape, layout, dtype):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_same_channel_same_result_whatever_its_neighbours():
+def test_same_channel_same_result_whatever_its_neighbors():
     """No channel's result depends on which lanes it is computed in."""
     x = torch.randn(6, 1, 4, 5)
     alone = functional.batch_norm_leaky_relu(x, None, None, training=True)

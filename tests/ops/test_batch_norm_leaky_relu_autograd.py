@@ -306,7 +306,7 @@ def test_opcheck_covers_the_family(device):
 
 
 def test_partial_sums_make_the_whole():
-    """Sums taken in one call and used in another, as synchronised batch norm does."""
+    """Sums taken in one call and used in another, as synchronized batch norm does."""
     problem = Problem(DOUBLE)
     x, weight, bias, g = problem.x, problem.weight, problem.bias, problem.grad_y
     v, last = problem.tangent_x, (1e-5, 0.2, False)

@@ -21,7 +21,7 @@ def draw(*shape, dtype=torch.float64, seed=0):
 
 
 def gradients(shape, dtype=torch.float32, seed=0):
-    """Samples with norms from 0.3 to 2, so that both sides of the centre 1 occur."""
+    """Samples with norms from 0.3 to 2, so that both sides of the center 1 occur."""
     wide = draw(*shape, seed=seed)
     flat = wide.flatten(1) if wide.dim() > 1 else wide.unsqueeze(1)
     size = 0.3 + 1.7 * torch.rand(shape[0], 1, generator=seeded(seed + 1))

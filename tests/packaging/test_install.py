@@ -103,7 +103,7 @@ def packages():
 def test_from_the_source_archive(run, pip_install, sdist, packages, wheel, tmp_path):
     """With a torch that is there, which stays as it is, and without CUDA kernels."""
     folder = fresh(tmp_path / "environment", *packages)
-    quick = tmp_path / "quick_g++"  # optimising would be four fifths of the time
+    quick = tmp_path / "quick_g++"  # optimizing would be four fifths of the time
     quick.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
     quick.chmod(0o755)
     pip_install(folder, sdist, env={"GANKERNELS_CUDA": "0", "CXX": quick})

@@ -25,7 +25,7 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parent))),
 }
-#: What the package imports late: the optimisers the compiler, a grid of samples Pillow.
+#: What the package imports late: the optimizers the compiler, a grid of samples Pillow.
 LAZY = ("torch._dynamo", "PIL.PngImagePlugin")
 
 

@@ -54,7 +54,7 @@ def captured(run, monkeypatch):
             with NoWaiting():
                 return function(inputs)
 
-        trainer.iterate()  # an optimiser makes its state in the first
+        trainer.iterate()  # an optimizer makes its state in the first
         trainer.call = call
         trainer.iterate()
         trainer.iterate()

@@ -73,7 +73,7 @@ def values(content, path=""):
 
 
 def assert_same(a, b):
-    """Two checkpoints hold the same: weights, averages, optimisers, random states, all."""
+    """Two checkpoints hold the same: weights, averages, optimizers, random states, all."""
     a, b = (values(torch.load(path, weights_only=True)) for path in (a, b))
     assert a.keys() == b.keys()
     assert sum(isinstance(value, torch.Tensor) for value in a.values()) > 20

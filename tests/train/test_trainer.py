@@ -572,7 +572,7 @@ class Stands:
 
 @pytest.fixture
 def as_on_cuda(toy, monkeypatch):
-    """A trainer whose optimisers have their learning rates in tensors, as they have on CUDA."""
+    """A trainer whose optimizers have their learning rates in tensors, as they have on CUDA."""
 
     def make(player, parameters):
         optimizer = torch.optim.Adam(parameters, lr=1e-3)
@@ -612,7 +612,7 @@ def test_a_new_learning_rate_is_written_where_the_graph_reads_it(as_on_cuda, how
 
 @pytest.mark.parametrize("option", ["betas", "eps", "weight_decay", "lr"])
 def test_other_settings_have_graphs_of_their_own(toy, option):
-    """And the rate of an optimiser that PyTorch cannot capture with a tensor."""
+    """And the rate of an optimizer that PyTorch cannot capture with a tensor."""
     trainer = toy(log_every=1000)
     trainer.call = Stands()
     new = {"betas": [0.5, 0.9], "eps": 1e-3, "weight_decay": 0.1, "lr": 0.25}[option]

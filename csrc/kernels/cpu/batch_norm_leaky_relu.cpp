@@ -137,7 +137,7 @@ struct BackwardPass
     const auto of_grad_x = backward_coefficients<double>(
         channel.weight, channel.invstd, sums[E::kSumG], sums[E::kSumGXhat], p.count, p.training);
     k[E::kG][c] = A(of_grad_x.g);
-    k[E::kCentred][c] = A(of_grad_x.centred);
+    k[E::kCentered][c] = A(of_grad_x.centered);
     k[E::kConstant][c] = A(of_grad_x.constant);
   }
 };
@@ -171,11 +171,11 @@ struct DoubleBackwardPass : SumPass<DoubleBackwardElement<kActivationFirst>,
         sums[E::kSumVXhat], sums[E::kSumVG], load_parameter(p.grad_grad_weight, dtype, i, 0),
         load_parameter(p.grad_grad_bias, dtype, i, 0), p.count, p.training, &grad_weight);
     k[E::kYV][c] = A(of.y_v);
-    k[E::kYCentred][c] = A(of.y_centred);
+    k[E::kYCentered][c] = A(of.y_centered);
     k[E::kYConstant][c] = A(of.y_constant);
     k[E::kXG][c] = A(of.x_g);
     k[E::kXV][c] = A(of.x_v);
-    k[E::kXCentred][c] = A(of.x_centred);
+    k[E::kXCentered][c] = A(of.x_centered);
     k[E::kXConstant][c] = A(of.x_constant);
     if (p.grad_weight) static_cast<A*>(p.grad_weight)[c] = A(grad_weight);
   }

@@ -1,7 +1,7 @@
 // minibatch_discrimination on the CPU. Compiled once per instruction set, into the namespace
 // GK_ISA.
 //
-// The kernels b are independent problems, so the lanes of a vector are neighbouring b: distances
+// The kernels b are independent problems, so the lanes of a vector are neighboring b: distances
 // need no horizontal sum, and per vector and pair i < j there are two additions and an absolute
 // value for every c. m is packed into panels of one vector's width of b (panel.h). A tile of few
 // samples by few samples keeps its distances in registers (tile.h). Blocks of samples keep a pair

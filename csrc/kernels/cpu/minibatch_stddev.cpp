@@ -132,7 +132,7 @@ struct Kernel {
       V* const own = of_members + thread * 2 * members_of(p, 0);
       const int64_t first = tasks * thread / threads.count;
       const int64_t last = tasks * (thread + 1) / threads.count;
-      // Features in turn, since in channels-last order they are neighbours.
+      // Features in turn, since in channels-last order they are neighbors.
       for (int64_t task = first; task < last; ++task) {
         const int64_t feature = task % p.features, part = task / p.features % parts;
         const int64_t group = task / p.features / parts, cell = group * p.features + feature;

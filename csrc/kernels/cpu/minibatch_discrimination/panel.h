@@ -1,5 +1,5 @@
 // Panels: one vector's width of the kernels b, packed so that the lanes of a vector are
-// neighbouring b and no sum goes across lanes. The order is [row][c][lane].
+// neighboring b and no sum goes across lanes. The order is [row][c][lane].
 //
 // Where fewer b are left than a vector has lanes, a row holds several samples side by side, in
 // `slots` of the vector. With 8 lanes and 3 kernels b there are two slots:

@@ -49,11 +49,11 @@ struct ForwardElement {
   }
 };
 
-// The sums with Xhat in their names are taken of `centred` in its place.
+// The sums with Xhat in their names are taken of `centered` in its place.
 template <bool kActivationFirst>
 struct BackwardElement {
   static constexpr int kInputs = 2, kReduceCoefficients = kForwardCoefficients;
-  enum Coefficient { kG = kForwardCoefficients, kCentred, kConstant, kCoefficients };
+  enum Coefficient { kG = kForwardCoefficients, kCentered, kConstant, kCoefficients };
   enum Sum { kSumG, kSumGXhat, kSums };
   enum Output { kGradX, kOutputs };
 
@@ -64,14 +64,14 @@ struct BackwardElement {
     const auto e = chain_of<kActivationFirst>(in[kX], k, slope);
     const V g = e.times_dy_dz(in[kGradY]);
     sums[kSumG] += g;
-    sums[kSumGXhat] += g * e.centred;
+    sums[kSumGXhat] += g * e.centered;
   }
 
   template <typename V, typename P, typename A>
   GK_INLINE static void apply(const V* in, const P* k, A slope, V* out) {
     const auto e = chain_of<kActivationFirst>(in[kX], k, slope);
     const V g = e.times_dy_dz(in[kGradY]);
-    out[kGradX] = e.times_du_dx(g * k[kG] + (e.centred * k[kCentred] + k[kConstant]));
+    out[kGradX] = e.times_du_dx(g * k[kG] + (e.centered * k[kCentered] + k[kConstant]));
   }
 };
 
@@ -93,11 +93,11 @@ struct DoubleBackwardElement {
   // Named as in DoubleBackwardCoefficients.
   enum Coefficient {
     kYV = kForwardCoefficients,
-    kYCentred,
+    kYCentered,
     kYConstant,
     kXG,
     kXV,
-    kXCentred,
+    kXCentered,
     kXConstant,
     kCoefficients
   };
@@ -111,9 +111,9 @@ struct DoubleBackwardElement {
     const auto e = chain_of<kActivationFirst>(in[kX], k, slope);
     const V g = e.times_dy_dz(in[kGradY]), v = e.times_du_dx(in[kGradGradX]);
     sums[kSumG] += g;
-    sums[kSumGXhat] += g * e.centred;
+    sums[kSumGXhat] += g * e.centered;
     sums[kSumV] += v;
-    sums[kSumVXhat] += v * e.centred;
+    sums[kSumVXhat] += v * e.centered;
     sums[kSumVG] += v * g;
   }
 
@@ -121,9 +121,9 @@ struct DoubleBackwardElement {
   GK_INLINE static void apply(const V* in, const P* k, A slope, V* out) {
     const auto e = chain_of<kActivationFirst>(in[kX], k, slope);
     const V g = e.times_dy_dz(in[kGradY]), v = e.times_du_dx(in[kGradGradX]);
-    out[kGradGradY] = e.times_dy_dz(v * k[kYV] + (e.centred * k[kYCentred] + k[kYConstant]));
+    out[kGradGradY] = e.times_dy_dz(v * k[kYV] + (e.centered * k[kYCentered] + k[kYConstant]));
     out[kGradX] =
-        e.times_du_dx(g * k[kXG] + (v * k[kXV] + (e.centred * k[kXCentred] + k[kXConstant])));
+        e.times_du_dx(g * k[kXG] + (v * k[kXV] + (e.centered * k[kXCentered] + k[kXConstant])));
   }
 };
 
@@ -136,7 +136,7 @@ struct EvaluationDoubleBackwardElement : DoubleBackwardElement<kActivationFirst>
     const auto e = chain_of<kActivationFirst>(in[kX], k, slope);
     const V g = e.times_dy_dz(in[kGradY]), v = e.times_du_dx(in[kGradGradX]);
     out[Base::kGradGradY] = e.times_dy_dz(
-        v * k[Base::kYV] + (term(e.centred, k[Base::kYCentred]) + k[Base::kYConstant]));
+        v * k[Base::kYV] + (term(e.centered, k[Base::kYCentered]) + k[Base::kYConstant]));
     out[Base::kGradX] = e.times_du_dx(term(g, k[Base::kXG]));
   }
 };

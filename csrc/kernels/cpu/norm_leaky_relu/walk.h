@@ -1,8 +1,8 @@
 // Loops over the elements of statistics groups. `reduce_*` sums what an element of element.h sums,
 // `apply_*` writes its outputs.
 //
-// A group lies in memory as runs of neighbouring elements, with lanes that are neighbours of one
-// group (batch norm, channels first), or as a column of a matrix, with lanes that are neighbouring
+// A group lies in memory as runs of neighboring elements, with lanes that are neighbors of one
+// group (batch norm, channels first), or as a column of a matrix, with lanes that are neighboring
 // groups (channels last).
 #pragma once
 
@@ -68,7 +68,7 @@ void reduce_runs(const Operands<T, kInputs, kOutputs>& operands, const Runs& run
   int64_t begin = range.begin;
   const int64_t end = range.end;
   int64_t start = runs.first + begin / runs.length * runs.pitch, skip = begin % runs.length;
-  // The runs of the neighbouring groups come next: as many streams as there are runs here.
+  // The runs of the neighboring groups come next: as many streams as there are runs here.
   const int64_t ahead = kAheadBytes / int64_t(sizeof(T)) / ceil_div(end - begin, runs.length);
   for (; begin < end; start += runs.pitch, skip = 0) {
     const int64_t length = minimum(runs.length - skip, end - begin);
@@ -130,7 +130,7 @@ int64_t misalignment(T* const* out, int64_t offset) {
   return -int64_t(reinterpret_cast<uintptr_t>(first) / sizeof(T)) & (W - 1);
 }
 
-// Writes the outputs of neighbouring elements of one group, those at the offsets in `range`.
+// Writes the outputs of neighboring elements of one group, those at the offsets in `range`.
 template <typename Element, bool kStream, typename T, int kInputs, int kOutputs>
 void apply_run(const Operands<T, kInputs, kOutputs>& operands, Range range,
                const Accumulate<T>* coefficients) {

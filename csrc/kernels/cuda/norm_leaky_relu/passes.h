@@ -234,7 +234,7 @@ struct Backward : Derivative<Backward<A>, BatchNormLeakyReLUBackward, A, 2, kGXh
   __device__ static A add(Sums<A, kMore>& sums, const Chain<A, A>& e, const T (&in)[kMoreInputs]) {
     const A g = e.times_dy_dz(accumulator(in[1]));
     sums.value[kG] += g;
-    sums.value[kGXhat] += g * e.centred;
+    sums.value[kGXhat] += g * e.centered;
     return g;
   }
 
@@ -252,7 +252,7 @@ struct Backward : Derivative<Backward<A>, BatchNormLeakyReLUBackward, A, 2, kGXh
     const auto e = chain_of<kActivationFirst>(p, in[0], k.channel);
     const A g = e.times_dy_dz(accumulator(in[1]));
     const BackwardCoefficients<A>& b = k.backward;
-    out[0] = element<T>(e.times_du_dx(g * b.g + e.centred * b.centred + b.constant));
+    out[0] = element<T>(e.times_du_dx(g * b.g + e.centered * b.centered + b.constant));
   }
 };
 
@@ -280,7 +280,7 @@ struct DoubleBackward
   __device__ static void add(Sums<A, kSums>& sums, const Chain<A, A>& e, const T (&in)[kInputs]) {
     const A g = Backward<A>::add(sums, e, in), v = e.times_du_dx(accumulator(in[2]));
     sums.value[kV] += v;
-    sums.value[kVXhat] += v * e.centred;
+    sums.value[kVXhat] += v * e.centered;
     sums.value[kVG] += v * g;
   }
 
@@ -305,9 +305,9 @@ struct DoubleBackward
     const auto e = chain_of<kActivationFirst>(p, in[0], k.channel);
     const A g = e.times_dy_dz(accumulator(in[1])), v = e.times_du_dx(accumulator(in[2]));
     const DoubleBackwardCoefficients<A>& b = k.backward;
-    out[0] = element<T>(e.times_dy_dz(v * b.y_v + e.centred * b.y_centred + b.y_constant));
+    out[0] = element<T>(e.times_dy_dz(v * b.y_v + e.centered * b.y_centered + b.y_constant));
     out[1] =
-        element<T>(e.times_du_dx(g * b.x_g + v * b.x_v + e.centred * b.x_centred + b.x_constant));
+        element<T>(e.times_du_dx(g * b.x_g + v * b.x_v + e.centered * b.x_centered + b.x_constant));
   }
 };
 
