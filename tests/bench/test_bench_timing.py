@@ -8,7 +8,7 @@ from gankernels.bench.timing import interleaved, machine
 
 @pytest.fixture
 def clock(monkeypatch):
-    """`clock.run(name, *seconds)` makes a contender that takes these times in turn, then always the last."""
+    """`clock.run(name, *seconds)` makes a contender that takes these times in turn."""
 
     class Clock:
         now, told = 0.0, []
