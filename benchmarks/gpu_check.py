@@ -202,8 +202,8 @@ def cuda_version(wheel: Path | None) -> str | None:
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc", path=search_path())
     if nvcc is None:
         return None
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release ([\d.]+)", said)
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release ([\d.]+)", output)
     return found and found[1]
 
 

@@ -27,9 +27,8 @@ class Bars:
     b: int
     c: int
     bars: tuple[float, float] = (0, 0)  # speed-up over broadcasting and over cdist
-    repeats: int = (
-        1  # calls in a row, so that cache contents left by other contenders do not matter
-    )
+    #: Calls in a row, so that cache contents left by other contenders do not matter.
+    repeats: int = 1
 
     def __str__(self) -> str:
         return f"({self.n},{self.b},{self.c})"

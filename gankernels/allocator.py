@@ -9,7 +9,7 @@ _M_MMAP_MAX = -4
 
 
 def tune_allocator() -> bool:
-    """Makes glibc's malloc reuse large blocks instead of mapping and zeroing them anew.
+    """Makes glibc's malloc reuse large blocks instead of mapping and zeroing new ones.
 
     By default every block over 32 MB is mapped when allocated and unmapped when freed, so each
     large activation pays a page fault per 4 KiB on first touch; on CPU that can double the time of

@@ -1,4 +1,4 @@
-"""Layers that look, print, serialize and raise as torch.nn's do."""
+"""Layers with the conventions of torch.nn (repr, state_dict, errors)."""
 
 from gankernels.nn.batch_norm_leaky_relu import (
     BatchNormLeakyReLU1d,

@@ -82,7 +82,7 @@ class Op:
         last_inputs: of the forward pass, after `inputs`.
         kernel_reference: ``(*arguments)`` of the forward kernel -> its results by PyTorch's ops.
         samples: shapes that together reach every way in which the kernels divide their work.
-        channels_last_samples: likewise, for this layout.
+        channels_last_samples: the same for the channels_last layout.
         representative: a few shapes, one for each kind of launch on a GPU.
 
         baselines: what tables compare with, as a sentence.

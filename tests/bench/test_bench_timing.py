@@ -1,4 +1,4 @@
-"""The clock, by one that runs as told."""
+"""The timing, with a clock that the tests control."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from gankernels.bench.timing import interleaved, machine
 
 @pytest.fixture
 def clock(monkeypatch):
-    """`clock.run(name, *seconds)` makes a contender that takes them in turn, the last for good."""
+    """`clock.run(name, *seconds)` makes a contender that takes these times in turn."""
 
     class Clock:
         now, told = 0.0, []
