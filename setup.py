@@ -224,7 +224,8 @@ class BuildLibrary(build_ext):
                 compile_("kernel", source)
                 continue
             for isa, flags in CPU_ISAS.items():
-                compile_("kernel", source, f".{isa}", f"-DGK_ISA={isa} {flags}")
+                names = f"-DGK_ISA={isa}" + (" -DGK_BASELINE" if isa == "baseline" else "")
+                compile_("kernel", source, f".{isa}", f"{names} {flags}")
         for source in sorted(ops.rglob("*.cpp")):
             compile_("op", source, flags="-DGK_WITH_CUDA" if nvcc else "")
         lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"default {LIBRARY}"]

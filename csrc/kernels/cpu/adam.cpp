@@ -4,6 +4,7 @@
 // half precision), and the cast is written, 2: 30 (28) together.
 #include "../adam.h"
 
+#include "dispatch.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -76,3 +77,5 @@ void adam(const Adam& p, const CpuThreads& available) {
 }
 
 }  // namespace gankernels::GK_ISA
+
+GK_DISPATCH_PLAIN(void, adam, Adam)

@@ -5,6 +5,7 @@
 // coefficients. norm_leaky_relu/ has the rest, from the inside out: the arithmetic of one element
 // (element.h), loops (walk.h), accurate reductions (reduction.h), memory layouts (layout.h),
 // threads and caches (schedule.h).
+#include "dispatch.h"
 #include "norm_leaky_relu/schedule.h"
 
 namespace gankernels::GK_ISA {
@@ -217,3 +218,8 @@ void batch_norm_leaky_relu_double_backward(const BatchNormLeakyReLUDoubleBackwar
 }
 
 }  // namespace gankernels::GK_ISA
+
+GK_DISPATCH_PLAIN(int64_t, scratch_bytes, BatchNormLeakyReLU)
+GK_DISPATCH_PASS(batch_norm_leaky_relu_forward, BatchNormLeakyReLUForward)
+GK_DISPATCH_PASS(batch_norm_leaky_relu_backward, BatchNormLeakyReLUBackward)
+GK_DISPATCH_PASS(batch_norm_leaky_relu_double_backward, BatchNormLeakyReLUDoubleBackward)

@@ -5,6 +5,7 @@
 // so that the second read of a sample comes from a cache.
 #include "../gradient_norm_penalty.h"
 
+#include "dispatch.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -189,3 +190,8 @@ void gradient_norm_penalty_double_backward(const GradientNormPenaltyDoubleBackwa
 }
 
 }  // namespace gankernels::GK_ISA
+
+GK_DISPATCH_PLAIN(int64_t, scratch_bytes, GradientNormPenalty)
+GK_DISPATCH_PASS(gradient_norm_penalty_forward, GradientNormPenaltyForward)
+GK_DISPATCH_PASS(gradient_norm_penalty_backward, GradientNormPenaltyBackward)
+GK_DISPATCH_PASS(gradient_norm_penalty_double_backward, GradientNormPenaltyDoubleBackward)

@@ -8,6 +8,7 @@
 // of them in a core's L2 cache, and a schedule lets every pair of blocks meet once (tournament.h).
 #include "../minibatch_discrimination.h"
 
+#include "dispatch.h"
 #include "minibatch_discrimination/tournament.h"
 
 namespace gankernels::GK_ISA {
@@ -100,3 +101,8 @@ void minibatch_discrimination_double_backward(const MinibatchDiscriminationDoubl
 }
 
 }  // namespace gankernels::GK_ISA
+
+GK_DISPATCH_PLAIN(int64_t, scratch_bytes, MinibatchDiscrimination)
+GK_DISPATCH_PASS(minibatch_discrimination_forward, MinibatchDiscriminationForward)
+GK_DISPATCH_PASS(minibatch_discrimination_backward, MinibatchDiscriminationBackward)
+GK_DISPATCH_PASS(minibatch_discrimination_double_backward, MinibatchDiscriminationDoubleBackward)

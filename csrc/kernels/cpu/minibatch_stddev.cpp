@@ -5,6 +5,7 @@
 // from the first sum to the results.
 #include "../minibatch_stddev.h"
 
+#include "dispatch.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -198,3 +199,8 @@ void minibatch_stddev_double_backward(const MinibatchStddevDoubleBackward& p, vo
 }
 
 }  // namespace gankernels::GK_ISA
+
+GK_DISPATCH_PLAIN(int64_t, scratch_bytes, MinibatchStddev)
+GK_DISPATCH_PASS(minibatch_stddev_forward, MinibatchStddevForward)
+GK_DISPATCH_PASS(minibatch_stddev_backward, MinibatchStddevBackward)
+GK_DISPATCH_PASS(minibatch_stddev_double_backward, MinibatchStddevDoubleBackward)

@@ -1,6 +1,7 @@
 // update_running_statistics on the CPU. Compiled once per instruction set, into the namespace
 // GK_ISA.
 #include "../batch_norm_leaky_relu.h"
+#include "dispatch.h"
 #include "simd.h"
 
 namespace gankernels::GK_ISA {
@@ -33,3 +34,5 @@ void update_running_statistics(const UpdateRunningStatistics& p, const CpuThread
 }
 
 }  // namespace gankernels::GK_ISA
+
+GK_DISPATCH_PLAIN(void, update_running_statistics, UpdateRunningStatistics)
