@@ -280,7 +280,7 @@ def test_a_folder_among_the_images_of_a_class(put):
     for name in ("d/a/1.png", "d/a/small/1.png", "d/b/2.png"):
         put(name)
     with pytest.raises(
-        ValueError, match=r"d/a: .*'small'; if it is no class, take small out of there$"
+        ValueError, match=r"d/a: .*'small'; if it is not a class, take small out of there$"
     ):
         load("d")
     shutil.move("d/a/small", "small")

@@ -237,13 +237,13 @@ def test_all_of_it_is_gone_but_the_checkpoint(copy, resume):
             gone(path)
     _, told = resume()
     assert len(told) == 1
-    assert "the settings are those of step_00000002.pt" in told[0]
+    assert "taking the settings from step_00000002.pt" in told[0]
     assert (copy / "report.html").is_file()
 
 
 def test_settings_without_a_checkpoint(images, tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.warns(RuntimeWarning, match=r"config\.json .*: the run begins anew"):
+    with pytest.warns(RuntimeWarning, match=r"config\.json .*: starting a new run"):
         trainer = start("cdcgan", data=images, steps=1, out=str(tmp_path), resume=True, **TINY)
     assert trainer.step == 0
 
