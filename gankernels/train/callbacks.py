@@ -80,7 +80,7 @@ class Metrics(Callback):
         ]
         if None in rows:
             place = rows.index(None) + 1
-            set_aside(path, f"has lines that are no metrics, the first of them line {place}")
+            set_aside(path, f"has invalid lines, the first of them line {place}")
         if len(kept) < len(lines):
             write_atomically(path, lambda file: file.writelines(kept))
 

@@ -314,14 +314,14 @@ def _picture(path: Path, damaged: Callable[[Path, str], Any]) -> tuple[bytes, by
         return None
     try:
         if not path.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a regular file")
         png = path.read_bytes()
         check_png(png)
         return png, _small(png)
     except ImportError:
         raise
     except Exception as error:  # a damaged picture can make Pillow raise anything
-        damaged(path, f"is no picture that can be shown ({describe(error)})")
+        damaged(path, f"is not a picture that can be shown ({describe(error)})")
         return None
 
 

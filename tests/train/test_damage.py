@@ -92,7 +92,7 @@ def test_lines_in_metrics(tmp_path, kind):
     with pytest.warns(RuntimeWarning) as told:
         metrics.on_start(trainer)
     assert len(told) == 1
-    expected = f"{path} has lines that are no metrics, the first of them line 2: it is kept as"
+    expected = f"{path} has invalid lines, the first of them line 2: it is kept as"
     assert str(told[0].message).startswith(f"{expected} metrics.jsonl.damaged")
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
     metrics.on_report(trainer, {"loss": 2.5})
@@ -282,7 +282,7 @@ def test_parts_replaced_while_it_trains(copy, resume, monkeypatch, name):
     monkeypatch.setattr(report, "available", lambda: False)
     _, told = resume(5, Deletes(name, replaced=True))
     assert len(told) == 1
-    assert told[0].startswith(f"{copy / name} is no folder: it is kept as {name}.damaged")
+    assert told[0].startswith(f"{copy / name} is not a folder: it is kept as {name}.damaged")
     assert (copy / f"{name}.damaged").read_text() == "mine"
 
 
