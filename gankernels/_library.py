@@ -209,13 +209,13 @@ def _runs(built: str, capability: tuple[int, int]) -> bool:
 
 
 def build_info() -> dict[str, Any]:
-    """Returns what was built, for which hardware, and what is in use here.
+    """Describes the build, the hardware that it is for, and the parts that are active here.
 
     Returns:
         A dict with ``version``; ``torch`` (running) and ``built_with_torch``; ``compiler``;
         ``cpu_instruction_sets`` (compiled) and ``cpu_capability`` (in use); ``cuda`` (the toolkit's
-        version or None); ``cuda_architectures``; ``cuda_in_use``; ``cuda_off_because`` (None where
-        CUDA kernels are in use); ``backend``; ``kernels_off_because`` (None where they are loaded).
+        version or None); ``cuda_architectures``; ``cuda_in_use``; ``cuda_off_because`` (None if
+        CUDA kernels are in use); ``backend``; ``kernels_off_because`` (None if they are loaded).
     """
     cuda_off = why_not("cuda")
     if cuda_off is None and torch.version.cuda is None:

@@ -100,7 +100,7 @@ class Adam(torch.optim.Adam):
 
     def _unscale(self) -> bool:
         """Divide gradients by the scale of a GradScaler that leaves it to the optimizer, as it does
-        with ``fused=True``. False where they are not finite: the step is then skipped."""
+        with ``fused=True``. False if they are not finite: the step is then skipped."""
         found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
         if found_inf is not None and found_inf.item():
             return False

@@ -1,4 +1,4 @@
-"""Every command on real digits, and the errors a user can make."""
+"""Every command on real digits, and errors by users."""
 
 import json
 import os

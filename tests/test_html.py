@@ -1,4 +1,4 @@
-"""Pages: one file, valid, escaped, and nothing in them from elsewhere."""
+"""Pages: one file, valid, escaped, without external resources."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""What the commands have in common: errors of the user, output, and shared options."""
+"""Shared parts of the commands: errors of the user, output, and options."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ class Spec(dict[str, Field]):
 
     @property
     def size(self) -> int:
-        """Height and width of the images in pixels. Raises ValueError where they differ."""
+        """Height and width of the images in pixels. Raises ValueError if they differ."""
         _, height, width = self._image.shape
         if height != width:
             raise ValueError(f"images must be square, got {height}x{width}")

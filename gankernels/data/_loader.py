@@ -26,8 +26,8 @@ class BatchLoader:
     """An endless iterator of random batches: raw columns ``(batch_size, ...)`` by name.
 
     Rows are drawn with replacement. Draw number k depends on ``seed`` and k alone, so that a loader
-    with ``first=k`` continues where another stopped, whatever the number of workers. PyTorch's
-    random state is not changed.
+    with ``first=k`` continues where another stopped, with any number of workers. PyTorch's random
+    state is not changed.
 
     Workers are processes that prepare two batches each ahead of time. They ignore SIGINT, SIGTERM
     and SIGHUP, since the process that started them may need a last batch before it stops. Call

@@ -23,13 +23,13 @@ from gankernels.data._files import one_line, open_regular, open_unpacked
 from gankernels.data._images import ImageData, ImageOptions, image_data
 from gankernels.data._kind import Kind
 
-# Unpacked, either set takes 186 MB, and no file of them more than 400,000 steps to unpickle.
+# Unpacked, either set takes 186 MB, and no file takes more than 400,000 steps to unpickle.
 _MAX_BYTES = 1 << 28
 _MAX_STEPS = 2_000_000
 
 
 class _Set(NamedTuple):
-    """Where the parts of a set are kept."""
+    """The names of the files and entries of a set."""
 
     title: str
     folder: str

@@ -159,9 +159,9 @@ _DOC = """{title} over a {shapes} input, as one layer.
         bias: whether there is a bias besides the weight.
         sync: whether the batch, in training, is that of all processes of ``process_group``; may
             also be set later, as an attribute. See below.
-        process_group: of ``torch.distributed``; None for all processes.
-        device: of parameters and buffers.
-        dtype: of parameters and buffers.
+        process_group: a group of ``torch.distributed``; None for all processes.
+        device: the device of parameters and buffers.
+        dtype: the dtype of parameters and buffers.
 
     All arguments but ``num_features`` are keyword-only.
 

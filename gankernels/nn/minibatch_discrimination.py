@@ -40,9 +40,9 @@ class MinibatchDiscrimination(nn.Module):
         kernel_dim: dimensions in which a kernel compares samples (C in the paper; 5).
         sync: whether samples are compared, in training, with those of all processes of
             ``process_group``; may also be set later, as an attribute. See below.
-        process_group: of ``torch.distributed``; None for all processes.
-        device: of the parameter.
-        dtype: of the parameter.
+        process_group: a group of ``torch.distributed``; None for all processes.
+        device: the device of the parameter.
+        dtype: the dtype of the parameter.
 
     Shape:
         - Input: ``(N, in_features)``

@@ -22,7 +22,7 @@ Saves: TypeAlias = Callable[[Sequence[Any], Any], Sequence[Tensor | None]]
 
 @dataclass(frozen=True)
 class DifferentiableOp:
-    """What `define_op` returns: its arguments, and the op as a function that autograd records."""
+    """The result of `define_op`: its arguments, and the op as a function that autograd records."""
 
     apply: Callable[..., Any]
     forward: Pass

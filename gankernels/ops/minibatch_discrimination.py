@@ -46,7 +46,7 @@ fused = define_op(
 
 
 def compute(m: Tensor) -> Tensor:
-    """The op by its kernels, or by the reference where there are none."""
+    """The op by its kernels, or by the reference if there are none."""
     if has_kernel(m, "minibatch_discrimination"):
         return fused.apply(m, None)
     return reference(m)

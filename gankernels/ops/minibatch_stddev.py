@@ -96,7 +96,7 @@ fused = define_op(
 
 
 def compute(x: Tensor, group_size: int, num_channels: int) -> Tensor:
-    """The op by its kernels, or by the reference where there are none."""
+    """The op by its kernels, or by the reference if there are none."""
     if x.numel() and has_kernel(x, "minibatch_stddev"):
         return _feature_maps(fused.apply(x, Options(group_size, num_channels)), x)
     return reference(x, group_size, num_channels)

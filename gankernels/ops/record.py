@@ -54,7 +54,7 @@ class Draw:
 
 
 class Traffic(NamedTuple):
-    """How many tensors of the input's size a pass reads and writes; smaller ones do not count."""
+    """The tensors of the input's size that a pass reads and writes; smaller ones do not count."""
 
     least: int  # if each is accessed once
     moved: int  # by the kernels, if nothing fits in a cache

@@ -84,7 +84,7 @@ def path_of(run: Path, step: int) -> Path:
 def latest_checkpoint(path: str | Path) -> Path:
     """`path` where it is a file, else the newest checkpoint of that run folder.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError if there is none.
     """
     path = expand(path)
     if path.is_file():
@@ -286,7 +286,7 @@ def _describe(rows: Sequence[int], spec: Spec) -> str:
 
 
 def list_classes(classes: Sequence[str], others: Sequence[str] = (), most: int = 12) -> str:
-    """The names, `most` of them: from where they begin to differ from the others'."""
+    """Up to `most` of the names, from the first that differs from the others'."""
     if len(classes) <= most:
         return ", ".join(classes)
     pairs = zip(classes, others, strict=False)

@@ -1,4 +1,4 @@
-"""How the functions of an iteration are called: as they are, or as CUDA graphs.
+"""Calls the functions of an iteration directly or as CUDA graphs.
 
 Replaying a graph is one launch instead of thousands.
 """

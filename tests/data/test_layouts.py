@@ -1,4 +1,4 @@
-"""Folders as torchvision, archives, NAS and people leave them.
+"""Folders as they are written by torchvision, archives, NAS and people.
 
 They are read, or the advice in the error works.
 """

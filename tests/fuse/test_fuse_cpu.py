@@ -1,4 +1,4 @@
-"""fuse(network, cpu=True): the layers for CPUs in networks that were written without them."""
+"""fuse(network, cpu=True): replaces layers by those for CPUs."""
 
 import copy
 import io

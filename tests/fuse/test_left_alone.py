@@ -1,4 +1,4 @@
-"""Layers that are left alone."""
+"""Layers that are not replaced."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Which layers make no pair, and what the log says about them."""
+"""Layers that do not make a pair, and their lines in the log."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What stands in a run folder is evidence, not a promise: training goes on whatever is there."""
+"""Damaged files in a run folder are set aside, and training continues."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a run is known by: the content of its data and the names of classes, not their place."""
+"""A run recognizes its data by their content and the names of classes, not by their path."""
 
 from pathlib import Path
 

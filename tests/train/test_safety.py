@@ -1,5 +1,5 @@
-"""Nothing that a user has computed is lost: runs are stopped, killed, starved of disk space, and
-their files damaged. All from outside, through the command line."""
+"""No results are lost: runs are stopped, killed and run out of disk space, and their files are
+damaged. All tests use the command line."""
 
 import json
 import os

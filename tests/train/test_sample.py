@@ -1,4 +1,4 @@
-"""Noise, walks through it, and what becomes of the images."""
+"""Noise, interpolation, and saved images."""
 
 import math
 

@@ -26,7 +26,7 @@ constexpr int64_t kFewestRows = 16, kMostRows = 128;  // per block; multiples of
 // Below this many element operations, pairs times c, a second thread costs more than it saves.
 constexpr int64_t kSerial = 1 << 17;
 
-// How the work is divided. D is the order of the derivative.
+// The division of the work. D is the order of the derivative.
 template <typename T, int D>
 struct Plan {
   using A = Accumulate<T>;

@@ -121,8 +121,8 @@ GK_INLINE void write(T* const* out, int64_t offset, const V* values, int lanes) 
   }
 }
 
-// How many elements precede the address of the first whole vector. The outputs are aligned alike,
-// since they are fresh tensors of one shape.
+// The number of elements before the address of the first whole vector. The outputs are aligned
+// alike, since they are fresh tensors of one shape.
 template <int kOutputs, typename T>
 int64_t misalignment(T* const* out, int64_t offset) {
   constexpr int64_t W = VectorOf<Accumulate<T>>::width;

@@ -17,7 +17,7 @@ GK_HOST_DEVICE inline bool is_channels_last(const BatchNormLeakyReLU& p) {
   return p.c > 1 && (p.channels_last || p.s == 1);
 }
 
-// How the elements are divided among blocks and threads. A channel is a sequence of positions, each
+// The division of elements among blocks and threads. A channel is a sequence of positions, each
 // a vector of V elements: along the channel's runs of s elements in (n, c, s) order, and one row of
 // V neighboring channels in channels-last order.
 struct Tiling {
