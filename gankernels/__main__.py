@@ -1,4 +1,4 @@
-"""`python -m gankernels`: the command line where its script is not on the path."""
+"""`python -m gankernels`: the command line, also if its script is not on the path."""
 
 import sys
 

@@ -1,8 +1,8 @@
 """Reads archives of tensors without trusting them, and checks their content.
 
-`torch.load(weights_only=True)` keeps a file from running code. It does not keep one from asking for
-a terabyte, from blocking, or from putting an empty, expanded or sparse tensor where a kernel
-expects memory of a certain size; that is what is seen to here, once, before anybody uses a value.
+`torch.load(weights_only=True)` keeps a file from running code. It does not keep one from requesting
+a terabyte, from blocking, or from containing an empty, expanded or sparse tensor where a kernel
+expects memory of a certain size. This module checks for these, before any value is used.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from torch import Tensor
 
 from gankernels._files import open_regular
 
-#: What the pickle in an archive of ours names. PyTorch allows more, such as bytearrays of any size.
+#: The names in the pickle of our archives. PyTorch allows more, such as bytearrays of any size.
 NAMES = re.compile(r"torch._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict")
 
-#: For `conform`: what is looked at elsewhere.
+#: Makes `conform` accept any value, which is checked elsewhere.
 ANY = object()
 
 
 def load(path: Path, device: str | torch.device = "cpu") -> Any:
-    """What `torch.save` wrote. Raises whatever a foreign or broken file makes of it."""
+    """Load a file of `torch.save`. A foreign or damaged file can raise any exception."""
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         claimed = sum(member.file_size for member in members)
         compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
         if compressed or claimed > os.fstat(file.fileno()).st_size:
             raise zipfile.BadZipFile("its members claim to be larger than the file")
-        # torch.load does not look at the checksums: it takes a flipped bit for a weight.
+        # torch.load ignores the checksums: it would load a flipped bit as a weight.
         if spoiled := archive.testzip():
             raise zipfile.BadZipFile(f"wrong checksum of {spoiled}")
         for member in members:
@@ -50,15 +50,15 @@ def load(path: Path, device: str | torch.device = "cpu") -> Any:
 
 
 def conform(value: Any, like: Any, name: str) -> None:
-    """Raises ValueError unless `value` is of the form of `like`.
+    """Raises ValueError unless `value` has the structure of `like`.
 
-    That is, mappings of the same keys, sequences of the same length, numbers that are finite, and
-    tensors of the same dtype, shape and layout that have memory for all their elements.
+    That is: mappings have the same keys, sequences have the same length, numbers are finite, and
+    tensors have the same dtype, shape and layout, and memory for all their elements.
     """
     if like is ANY:
         return
     if isinstance(like, Mapping):
-        if type(value) not in (dict, OrderedDict):  # one of which nothing is overridden
+        if type(value) not in (dict, OrderedDict):  # subclasses could override methods
             raise ValueError(f"{name} must be a mapping, got {_kind(value)}")
         if missing := like.keys() - set(value):
             raise ValueError(f"{name} lacks {_some(missing)}")
@@ -86,10 +86,10 @@ def conform(value: Any, like: Any, name: str) -> None:
 
 
 def conform_optimizer(value: Any, like: Mapping[str, Any], name: str, begun: bool) -> None:
-    """`conform` for the `state_dict()` of an optimizer: `like` is that of one which made a step.
+    """`conform` for the `state_dict()` of an optimizer: `like` is the state after a step.
 
-    A parameter has no state while it has got no gradient, and flags that a version of PyTorch has
-    brought may be missing. What a state holds besides is nobody's.
+    A parameter has no state until it has had a gradient, and flags that newer versions of PyTorch
+    added may be missing. Unknown entries of a state are ignored.
     """
     conform(_common(value, like), dict.fromkeys(like, ANY), name)
     groups, states = value["param_groups"], value["state"]
@@ -111,7 +111,7 @@ def conform_optimizer(value: Any, like: Mapping[str, Any], name: str, begun: boo
 
 
 def _common(value: Any, like: Mapping[Any, Any]) -> Any:
-    """The part of a mapping that `like` has too; anything else as it is."""
+    """The part of a mapping whose keys `like` has too; any other value unchanged."""
     plain = type(value) in (dict, OrderedDict)
     return {key: value[key] for key in like if key in value} if plain else value
 

@@ -1,7 +1,8 @@
-"""Output to stdout and stderr that never fails, whether or not somebody reads it.
+"""Output to stdout and stderr that never fails, whether or not it is read.
 
-A reader may have gone (`| head`), may have stopped to read (a terminal on hold), may know ASCII
-only; the stream may be a full disk or closed from the start. Work goes on in all of these cases.
+The reader may be gone (`| head`), may have stopped reading (a terminal on hold) or may accept only
+ASCII; the stream may be on a full disk or closed from the start. In all of these cases work
+continues.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import warnings
 from typing import Any
 
-#: Seconds that a reader may keep us waiting; until it reads again, what it would get is dropped.
+#: Seconds to wait for a reader; after that, output is dropped until it reads again.
 PATIENCE = 1.0
 
 _stuck: set[int] = set()
@@ -22,7 +23,7 @@ _stuck: set[int] = set()
 def say(
     text: str, stream: str = "stderr", end: str = "\n", patient: bool = False
 ) -> OSError | None:
-    """Write a line to "stdout" or "stderr"; return what was in the way instead of raising it.
+    """Write a line to "stdout" or "stderr"; return an OSError instead of raising it.
 
     Characters that the stream's encoding lacks are escaped. A `patient` line waits for its reader.
     """
@@ -37,13 +38,13 @@ def say(
         file.flush()
     except OSError as error:
         return error
-    except ValueError as error:  # closed by somebody
+    except ValueError as error:  # closed by other code
         return OSError(errno.EBADF, str(error))
     return None
 
 
 def warn(message: str) -> None:
-    """A RuntimeWarning, which does not raise under any filter: it is only told."""
+    """Issue a RuntimeWarning; under a filter that raises, print it instead."""
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
     except Exception:
@@ -51,7 +52,7 @@ def warn(message: str) -> None:
 
 
 class Terminal:
-    """stderr for a progress bar: passes on what `say` can write."""
+    """stderr for a progress bar, which never raises either."""
 
     encoding = property(lambda self: getattr(sys.stderr, "encoding", None))
 
@@ -77,7 +78,7 @@ def is_terminal() -> bool:
 
 
 def bar(**options: Any) -> Any:
-    """tqdm's bar on stderr, or None where there is no terminal or tqdm does not work."""
+    """tqdm's bar on stderr, or None if there is no terminal or tqdm does not work."""
     if not is_terminal():
         return None
     try:
@@ -90,26 +91,26 @@ def bar(**options: Any) -> Any:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in a line."""
+    """An exception in one line."""
     line = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def fill_descriptors() -> None:
-    """Put the null device where a standard stream was closed.
+    """Open the null device for every standard stream that was closed.
 
-    The next file that is opened, a checkpoint say, would else get its number, and what libraries
-    print would go into that file.
+    Otherwise the next file that is opened, such as a checkpoint, would get its descriptor, and
+    output of libraries would go into that file.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the least number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
 
 
 def settle() -> None:
-    """Drop what could not be written, which Python would try to write again, and fail, at exit."""
+    """Drop unwritten output, which Python would try to write again at exit, and fail."""
     for file in (sys.stdout, sys.stderr):
         try:
             if file is not None:
@@ -125,11 +126,11 @@ def settle() -> None:
 
 
 def _takes(file: Any) -> bool:
-    """Whether a file takes a line now, or after a while."""
+    """Whether a file accepts a line now, or after a while."""
     try:
         number = file.fileno()
     except (AttributeError, OSError, ValueError):
-        return True  # not the system's
+        return True  # not a file of the operating system
     poll = select.poll()
     poll.register(number, select.POLLOUT)
     ready = bool(poll.poll(0 if number in _stuck else 1000 * PATIENCE))

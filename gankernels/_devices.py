@@ -8,9 +8,9 @@ import torch
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one; processes that torchrun started take one each.
+    """The device of a name. `auto` is a GPU if there is one; each process of torchrun has its own.
 
-    Raises ValueError for a device that is not there.
+    Raises ValueError for a device that does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +18,7 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # of "meta" there is no value
+        torch.zeros(1, device=device).item()  # refuses "meta", which has no values
     except (RuntimeError, AssertionError, ImportError) as error:
         first_line = str(error).split("\n")[0]
         raise ValueError(f"device {name!r} cannot be used: {first_line}") from error

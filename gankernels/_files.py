@@ -1,9 +1,8 @@
-"""Files that are either the old ones or the new ones, never something between.
+"""Atomic file writes.
 
-Everything that the package writes goes through here, for which there are four rules. Only regular
-files are replaced; what is a pipe or a device is written to. Links are followed. A file is written
-under a name that nobody else has, and nobody else's files are touched. What a file has beside its
-content, its mode and its owner, it keeps.
+Everything that the package writes goes through this module, which has four rules. Only regular
+files are replaced; pipes and devices are written to. Links are followed. A file is written under a
+unique name, and no other process's files are touched. A replaced file keeps its mode and its owner.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from gankernels._memory import require, size
 
 #: Bytes that file systems allow a name.
 LONGEST_NAME = 255
-#: What says of a folder or a whole file system that it cannot do something, not that it failed.
+#: Errors that mean that a folder or file system does not support an operation, not that it failed.
 UNSUPPORTED = {
     errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.ENOLCK,
     errno.ENOTTY, errno.EROFS,
@@ -42,13 +41,13 @@ _unsynced: set[str] = set()
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, fsync it, rename it to `path`.
+    """Let `write` fill a temporary file next to `path`, fsync it, rename it to `path`.
 
-    Whatever goes wrong (a full disk, a kill), `path` keeps its old content or does not exist. A
-    link stays, and what it leads to is replaced. A pipe or a device is written to.
+    If anything fails (a full disk, a kill), `path` keeps its old content or does not exist. A link
+    stays, and its target is replaced. A pipe or a device is written to.
 
     Raises:
-        IsADirectoryError: a folder is in the way.
+        IsADirectoryError: `path` is a folder.
     """
     path = Path(path)
     old = _stat(path)
@@ -70,11 +69,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             _sync(file.fileno(), path)
             os.replace(temporary, target)
     except BaseException as error:
-        # An interruption can reach us as the RuntimeError of a library that it went through.
+        # A library may turn an interruption into a RuntimeError.
         if interruption := _interruption(error, handled):
             raise interruption from None
         if isinstance(error, OSError) and _is_temporary(error.filename):
-            # Of a full disk the system does not say where.
+            # Name `path`: the error may name the temporary file, or on a full disk nothing.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     sync_folder(target.parent)
@@ -84,12 +83,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def temporary_file(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """A new file in `folder` that is deleted after the block unless it was renamed.
 
-    As long as its process lives it is locked, so that others know a left-over one.
+    It is locked as long as its process lives, so that other processes recognize leftovers.
     """
     while True:
         path, number = create_temporary(folder)
         with open(number, "wb") as file:
-            # Somebody who cleans up may have taken the file for a left-over one just before.
+            # Another process that cleans up may have deleted the file just before it was locked.
             if not (_lock(number) and not path.exists()):
                 try:
                     yield file, path
@@ -105,7 +104,7 @@ def create_temporary(folder: Path) -> tuple[Path, int]:
 
 
 def temporary_name(folder: Path) -> Path:
-    """A name in `folder` that nobody else has, short whatever the file is called."""
+    """A unique name in `folder`, short however long the file's name is."""
     return folder / f".gankernels-{os.getpid()}-{secrets.token_hex(8)}.tmp"
 
 
@@ -120,7 +119,7 @@ def delete_leftovers(*folders: Path) -> None:
 
 
 def _delete_leftover(path: str) -> None:
-    # Open for writing: over NFS these locks ask for that.
+    # Open for writing, since locks over NFS need that.
     number = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,7 +135,7 @@ def _delete_leftover(path: str) -> None:
 
 
 def copy_atomically(source: Path, path: Path) -> None:
-    """Give `path` the content of `source`, as a link where the file system has links."""
+    """Give `path` the content of `source`, as a hard link if the file system supports them."""
     target = Path(os.path.realpath(path))
     temporary = temporary_name(target.parent)
     try:
@@ -156,13 +155,13 @@ def fill_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, whose content is at `path` after the block, or not at all.
 
     Raises:
-        ValueError: something lies at `path` that is not an empty folder.
+        ValueError: `path` exists and is not an empty folder.
     """
     target = Path(os.path.realpath(path))
     exists = target.exists()
     if exists and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{path} is there already: samples go into a new or an empty folder")
-    # A folder that is there stays: it may be a mount, or where somebody's shell is.
+        raise ValueError(f"{path} already exists: choose a new or an empty folder")
+    # An existing folder is kept: it may be a mount, or the working directory of a shell.
     temporary = temporary_name(target if exists else target.parent)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.mkdir()
@@ -181,15 +180,15 @@ def fill_folder(path: Path) -> Iterator[Path]:
 
 
 def make_way(path: Path) -> None:
-    """Set aside what is no regular file where one is to be written, or no folder where it goes."""
+    """Set aside what blocks a file at `path`: something else there, or a parent that is a file."""
     if os.path.lexists(path.parent) and not path.parent.is_dir():
-        set_aside(path.parent, "is no folder")
+        set_aside(path.parent, "is not a folder")
     if path.exists() and not path.is_file():
-        set_aside(path, "is no file")
+        set_aside(path, "is not a file")
 
 
 def set_aside(path: Path, why: str) -> Path:
-    """Rename what cannot be used to a free name that says so, and warn; the new path."""
+    """Rename an unusable file to a free name with ".damaged", and warn; returns the new path."""
     for i in range(10_000):
         suffix = ".damaged" if i == 0 else f".damaged-{i}"
         stem = os.fsencode(path.name)[: LONGEST_NAME - len(suffix)]
@@ -197,12 +196,12 @@ def set_aside(path: Path, why: str) -> Path:
         if not os.path.lexists(aside):
             break
     os.rename(path, aside)
-    warn(f"{path} {why}: it is kept as {aside.name}, and the run goes on without it")
+    warn(f"{path} {why}: it is kept as {aside.name}, and the run continues without it")
     return aside
 
 
 def append(path: Path, content: bytes) -> None:
-    """Write to the end of a file, which is made where it does not exist."""
+    """Write to the end of a file, which is created if it does not exist."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +210,7 @@ def append(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring names in `folder` to the disk: a rename is there only once the folder is."""
+    """Flush the names in `folder` to the disk: a rename is durable only after that."""
     try:
         number = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -236,12 +235,12 @@ def _warn_unsynced(folder: Path, error: OSError) -> None:
         _unsynced.add(str(folder))
         warn(
             f"{folder} cannot be synchronized with its disk ({error.strerror}): "
-            "the newest files may be lost where the power fails"
+            "the newest files may be lost if the power fails"
         )
 
 
 def beyond_streams(number: int) -> int:
-    """A file descriptor that is none of the standard streams', which others write to."""
+    """A file descriptor beyond those of the standard streams, which other code writes to."""
     if number > 2:
         return number
     try:
@@ -266,7 +265,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def is_stdout(path: Path) -> bool:
-    """Whether what is written to `path` is this process's standard output."""
+    """Whether `path` is this process's standard output."""
     if _named_descriptor(path) == 1:
         return True
     try:
@@ -276,7 +275,7 @@ def is_stdout(path: Path) -> bool:
 
 
 def _named_descriptor(path: Path) -> int | None:
-    """The number of the descriptor that a path stands for, as /dev/stdout and /dev/fd/3 do."""
+    """The number of the descriptor that a path such as /dev/stdout or /dev/fd/3 refers to."""
     name = os.path.abspath(path)
     for _ in range(40):
         folder, last = os.path.split(name)
@@ -291,7 +290,7 @@ def _named_descriptor(path: Path) -> int | None:
 
 
 def _write_through(path: Path, descriptor: int | None, write: Callable[[BinaryIO], object]) -> None:
-    with tempfile.TemporaryFile() as whole:  # what writes archives wants to go back and forth
+    with tempfile.TemporaryFile() as whole:  # writing archives needs to seek
         write(whole)
         whole.seek(0)
         number = os.open(path, os.O_WRONLY) if descriptor is None else os.dup(descriptor)
@@ -300,7 +299,7 @@ def _write_through(path: Path, descriptor: int | None, write: Callable[[BinaryIO
 
 
 def _adopt(number: int, old: os.stat_result) -> None:
-    """Give a new file the owner and the mode of the one that it replaces, as far as we may."""
+    """Give a new file the owner and the mode of the replaced one, as far as permitted."""
     new = os.fstat(number)
     with contextlib.suppress(OSError):
         if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
@@ -312,9 +311,9 @@ def _adopt(number: int, old: os.stat_result) -> None:
 def _interruption(
     error: BaseException | None, handled: BaseException | None
 ) -> BaseException | None:
-    """The KeyboardInterrupt or SystemExit, if any, that an exception comes from.
+    """The KeyboardInterrupt or SystemExit, if any, that caused an exception.
 
-    Those do not count that were being handled when our work began.
+    Those that were already being handled when the write began do not count.
     """
     while error is not None and error is not handled:
         if not isinstance(error, Exception):
@@ -338,7 +337,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def require_disk(needed: int, path: Path, what: str) -> None:
-    """Raises ValueError, beginning with `what`, where the disk of `path` has not so many bytes."""
+    """Raises ValueError, beginning with `what`, if the disk of `path` has fewer free bytes."""
     folder = path.absolute().parent
     while not folder.is_dir():
         folder = folder.parent
@@ -348,7 +347,7 @@ def require_disk(needed: int, path: Path, what: str) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading. OSError for what is none: a FIFO has the reader wait for ever."""
+    """Open a regular file for reading. Raises OSError for others: a FIFO would block forever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -357,7 +356,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ValueError, naming the file, where it is not JSON."""
+    """The content of a JSON file. Raises ValueError, naming the file, if it is not JSON."""
     with open_regular(path) as file:
         require(10 * os.fstat(file.fileno()).st_size, f"reading {path}")
         content = file.read()

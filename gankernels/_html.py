@@ -1,4 +1,4 @@
-"""HTML pages that are one file: no script, nothing fetched, light or dark as the reader has it.
+"""HTML pages in one file: no script, no requests, light or dark as the browser is set.
 
     page = Page("cgan on digits")
     page.facts({"step": 5000, "it/s": 31.2})
@@ -10,7 +10,7 @@
     page.table(["op", "eager", "ours"], [("batch norm", 12.1, 3.4)], highlight="ours")
     page.write("report.html")
 
-All text is escaped. Figures are made with matplotlib, which is imported by what needs it.
+All text is escaped. Figures are made with matplotlib, which is only imported when needed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from typing import Any
 from gankernels._files import write_atomically
 from gankernels._paths import expand
 
-#: Inches that a figure as wide as the page has; text of 9 points then has the page's size.
+#: Width of a figure in inches; on the page, text of 9 points then has the page's size.
 WIDTH = 9.6
 
 # name: (on a light page, on a dark one). The series are Okabe and Ito's colors, which stay
-# distinct under every kind of color blindness, the pale ones darkened until they stand out.
+# distinct under every kind of color blindness; the pale ones are darkened for contrast.
 _COLORS = {
     "paper": ("#ffffff", "#14171c"),
     "ink": ("#1f2430", "#e4e7ec"),
@@ -87,7 +87,7 @@ footer{margin-top:3rem;color:var(--muted);font-size:.875rem}
 @media print{main{max-width:none;padding:0}figure,tr{break-inside:avoid}}
 """.replace("\n", "")
 
-# Refuses whatever a page might come to ask for from elsewhere.
+# Blocks all requests of a page to other places.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -104,19 +104,19 @@ class Page:
         self._ids = itertools.count(1)
 
     def section(self, title: str) -> None:
-        """A heading for what follows."""
+        """Add a heading."""
         self._body.append(f"<h2>{escape(title)}</h2>")
 
     def text(self, text: str) -> None:
-        """A paragraph."""
+        """Add a paragraph."""
         self._body.append(f"<p>{escape(text)}</p>")
 
     def preformatted(self, text: str) -> None:
-        """Lines as they are."""
+        """Add lines without formatting."""
         self._body.append(f"<pre>{escape(text)}</pre>")
 
     def facts(self, facts: Mapping[str, Any]) -> None:
-        """A definition list: names with their values, side by side. None is shown as a dash."""
+        """Add names with their values, side by side. None is shown as a dash."""
         items = (
             f"<div><dt>{escape(name)}</dt><dd>{escape(format_value(value))}</dd></div>"
             for name, value in facts.items()
@@ -131,15 +131,15 @@ class Page:
         highlight: str | None = None,
         caption: str = "",
     ) -> None:
-        """A table whose first column names the rows.
+        """Add a table whose first column names the rows.
 
-        A column in which every value is a number, or text that begins like one ("4.1x"), is set
-        right; floats have four significant digits and their decimal points in line.
+        A column in which every value is a number, or text that begins like one ("4.1x"), is right
+        aligned; floats have four significant digits and aligned decimal points.
 
         Args:
-            columns: their headings.
-            rows: as many values each; None is shown as a dash.
-            highlight: the column, by its heading, that the reader should look at first.
+            columns: the headings of the columns.
+            rows: a value for each column; None is shown as a dash.
+            highlight: the heading of the column to emphasize.
 
         Raises:
             ValueError: a row of another length, or no column of the name `highlight`.
@@ -172,14 +172,14 @@ class Page:
         )
 
     def figure(self, image: Any, *, alt: str, caption: str = "", width: int | None = None) -> None:
-        """A picture.
+        """Add a picture.
 
         Args:
             image: a matplotlib Figure, which becomes SVG as wide as the page, or the bytes of a
                 PNG file.
-            alt: what it shows, for those who do not see it.
+            alt: a description, for readers who cannot see the picture.
             caption: the line under it.
-            width: of a PNG, in CSS pixels; at most the page's. Its own when missing.
+            width: the width of a PNG in CSS pixels, at most the page's; by default its own width.
 
         Raises:
             TypeError, ValueError: another kind of image, or an empty `alt`.
@@ -196,12 +196,12 @@ class Page:
         self._body.append(_figure(drawn, caption))
 
     def gallery(self, images: Iterable[tuple[bytes, str, str]]) -> None:
-        """Small PNG pictures side by side, each as (bytes, alt, caption)."""
+        """Add small PNG pictures side by side, each as (bytes, alt, caption)."""
         figures = (_figure(_img(image, alt), caption) for image, alt, caption in images)
         self._body.append(f'<div class="gallery">{"".join(figures)}</div>')
 
     def footer(self, text: str) -> None:
-        """A quiet last line."""
+        """Add a last line in small print."""
         self._body.append(f"<footer>{escape(text)}</footer>")
 
     def html(self) -> str:
@@ -226,8 +226,8 @@ class Page:
         write_atomically(expand(path), lambda file: file.write(content))
 
 
-#: Held while matplotlib's settings are others: they are the process's, and of two threads the
-#: second would put back those of the first.
+#: Held while matplotlib's settings are changed: they are global to the process, and a second thread
+#: would restore those of the first.
 _STYLING = threading.RLock()
 
 
@@ -235,8 +235,8 @@ _STYLING = threading.RLock()
 def style() -> Iterator[None]:
     """matplotlib's settings for figures of a page, for the `with` block that makes or draws one.
 
-    They are its own defaults and ours, whatever matplotlibrc says: with `text.usetex`, say, no
-    figure could be drawn where LaTeX is missing. Raises ImportError where matplotlib is missing.
+    They are matplotlib's defaults and ours, and ignore matplotlibrc: with `text.usetex`, for
+    example, no figure can be drawn without LaTeX. Raises ImportError if matplotlib is missing.
     """
     matplotlib = import_matplotlib()
     from cycler import cycler
@@ -263,7 +263,7 @@ def style() -> Iterator[None]:
         "legend.labelcolor": ink,
         "lines.linewidth": 1.6,
         "text.color": ink,
-        "text.parse_math": False,  # names with $ in them are names
+        "text.parse_math": False,  # names may have a $
         "xtick.color": rule,
         "xtick.labelcolor": muted,
         "ytick.color": rule,
@@ -276,16 +276,16 @@ def style() -> Iterator[None]:
 
 
 def import_matplotlib() -> Any:
-    """The module, also where the backend or the settings that the user has for it are no good.
+    """The module, also if the user's backend or settings for it are invalid.
 
-    Raises ImportError where it is missing.
+    Raises ImportError if it is missing.
     """
     try:
         import matplotlib
     except ImportError as error:
         raise ImportError("reports need matplotlib: pip install gankernels[train]") from error
-    except Exception:  # MPLBACKEND is no backend, or matplotlibrc no text
-        # What was imported of it until then would be taken for the whole.
+    except Exception:  # MPLBACKEND is not a backend, or matplotlibrc is not text
+        # The partly imported module would be taken for the whole.
         for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
             del sys.modules[name]
         with _without_settings():
@@ -321,13 +321,13 @@ def format_value(value: Any) -> str:
 
 
 def _column(values: list[Any]) -> tuple[list[str], bool]:
-    """The texts of a column, and whether it is one of numbers."""
+    """The texts of a column, and whether all are numbers."""
     texts = [format_value(value) for value in values]
     present = [text for text, value in zip(texts, values, strict=True) if value is not None]
     numbers = bool(present) and all(re.match(r"[-+]?(\d|inf$|nan$)", text) for text in present)
     if not numbers or not any(isinstance(value, float) for value in values):
         return texts, numbers
-    # Spaces as wide as a digit and a point stand in for decimals that are not there.
+    # Missing decimals are filled with spaces as wide as a digit and a point.
     decimals = [len(text.partition(".")[2]) for text in texts]
     longest = max(decimals)
     return [
@@ -348,7 +348,7 @@ def _figure(drawn: str, caption: str) -> str:
 
 def _check_alt(alt: str) -> None:
     if not alt.strip():
-        raise ValueError("alt must say what the picture shows, got an empty text")
+        raise ValueError("alt must describe the picture, got an empty text")
 
 
 def _img(png: bytes, alt: str, width: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels and decides, tensor by tensor, between them and the reference."""
+"""Loads the compiled kernels and chooses between them and the reference for each tensor."""
 
 from __future__ import annotations
 
@@ -26,15 +26,13 @@ _BACKENDS = ("auto", "reference")
 _backend = "auto"
 _load_error: str | None = None
 _record: dict[str, Any] = {}
-_entered: list[
-    list[Any]
-] = []  # of every use_backend that is open: itself, and the choice around it
+_entered: list[list[Any]] = []  # every open use_backend, and the choice around it
 _changing = threading.Lock()
 _served: set[tuple[torch.device, str]] = set()
 _warned: set[tuple[torch.device, str]] = set()
 
-# The oldest driver, as the CUDA version that it says, that runs the runtime of a toolkit: a driver
-# runs all older toolkits, and all newer ones of its own major version.
+# The oldest driver, by the CUDA version that it reports, that runs the runtime of a toolkit. A
+# driver runs all older toolkits, and all newer ones of its own major version.
 _DRIVERS = {12: "525", 13: "580"}
 
 
@@ -63,13 +61,13 @@ LOADED = _load_error is None
 class use_backend(AbstractContextManager["use_backend"]):  # noqa: N801  (reads as a function, like torch.no_grad)
     """Selects what computes the ops, as a function or as a context manager.
 
-    The choice is the whole process's. A context may be entered again, also inside itself; contexts
-    that end in another order than they began, as in threads and generators, leave the choice as it
-    was before the first when the last has ended.
+    The choice applies to the whole process. A context may be entered again, also inside itself. If
+    contexts end in another order than they began, as in threads and generators, the choice before
+    the first is restored when the last has ended.
 
     Args:
-        name: ``"auto"`` uses compiled kernels wherever there are some; ``"reference"`` uses plain
-            PyTorch throughout.
+        name: ``"auto"`` uses compiled kernels where available; ``"reference"`` always uses plain
+            PyTorch.
 
     Raises:
         ValueError: for any other name.
@@ -91,7 +89,7 @@ class use_backend(AbstractContextManager["use_backend"]):  # noqa: N801  (reads 
     def __enter__(self) -> use_backend:
         global _backend
         with _changing:
-            # The first time, what was chosen before this object was made.
+            # The first time, restore the choice from before this object was created.
             around = self._before.pop() if self._before else _backend
             _entered.append([self, around])
             _backend = self._name
@@ -103,7 +101,7 @@ class use_backend(AbstractContextManager["use_backend"]):  # noqa: N801  (reads 
             i = max(i for i, (context, _) in enumerate(_entered) if context is self)
             _, around = _entered.pop(i)
             if i < len(_entered):
-                _entered[i][1] = around  # the next one was entered inside of this one
+                _entered[i][1] = around  # the next one was entered inside this one
             else:
                 _backend = around
 
@@ -116,9 +114,9 @@ def called_while_tracing(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def has_kernel(x: Tensor, op: str) -> bool:
-    """Whether a compiled kernel of this op serves this tensor; warns once where none does."""
+    """Whether there is a compiled kernel of this op for this tensor; warns once if not."""
     if _backend == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return False  # an exported graph is to run where there is no gankernels
+        return False  # an exported graph must run without gankernels installed
     return _serves(x.device, op)
 
 
@@ -147,9 +145,9 @@ def _registered(op: str, kind: str) -> bool:
 
 
 def why_not(kind: str, device: torch.device | None = None) -> str | None:
-    """Why there are no kernels for this kind of device, or None where there are.
+    """Why there are no kernels for this kind of device, or None if there are.
 
-    Of CUDA's also why this device, or the current one, cannot run them.
+    For CUDA also why this device, or the current one, cannot run them.
     """
     if _load_error:
         return _load_error
@@ -163,7 +161,7 @@ def why_not(kind: str, device: torch.device | None = None) -> str | None:
             )
         if torch.version.hip is not None:
             return f"torch {torch.__version__} is built for ROCm, the kernels for CUDA"
-        # Without a GPU there are only tensors that stand for some, as while tracing.
+        # Without a GPU there are only fake tensors, as in tracing.
         if not torch.cuda.is_available():
             return None
         return _driver_too_old() or _not_built_for(device)
@@ -203,21 +201,21 @@ def _runs(built: str, capability: tuple[int, int]) -> bool:
         return False
     kind, major, minor, specific = parts.groups()
     of = (int(major), int(minor))
-    if specific == "a":  # of that architecture alone
+    if specific == "a":  # for that architecture only
         return capability == of
-    if kind == "sm" or specific == "f":  # of its generation
+    if kind == "sm" or specific == "f":  # for its generation
         return capability[0] == of[0] and capability >= of
     return capability >= of  # PTX
 
 
 def build_info() -> dict[str, Any]:
-    """Returns what was built, for which hardware, and what is in use here.
+    """Describes the build, the hardware that it is for, and the parts that are active here.
 
     Returns:
         A dict with ``version``; ``torch`` (running) and ``built_with_torch``; ``compiler``;
         ``cpu_instruction_sets`` (compiled) and ``cpu_capability`` (in use); ``cuda`` (the toolkit's
-        version or None); ``cuda_architectures``; ``cuda_in_use``; ``cuda_off_because`` (None where
-        CUDA kernels are in use); ``backend``; ``kernels_off_because`` (None where they are loaded).
+        version or None); ``cuda_architectures``; ``cuda_in_use``; ``cuda_off_because`` (None if
+        CUDA kernels are in use); ``backend``; ``kernels_off_because`` (None if they are loaded).
     """
     cuda_off = why_not("cuda")
     if cuda_off is None and torch.version.cuda is None:

@@ -1,4 +1,4 @@
-"""Checks for free memory in advance: Linux promises more memory than it has, then kills."""
+"""Checks for free memory in advance: Linux overcommits memory, and then kills processes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-#: Of a container, in the two forms that Linux has: its folder, the files there of its limit and of
-#: what it takes, and what it calls the part of that which can be had back.
+#: A container's memory in both versions of cgroups: the folder, the files with its limit and its
+#: usage, and the name of the reclaimable part of the usage.
 CGROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     (
@@ -36,7 +36,7 @@ def available(device: str | torch.device = "cpu") -> int | None:
         bounds.append(int(told[1]) * 1024)
     for folder, *names, cached in CGROUPS:
         most, used = (_text(Path(folder, name)).strip() for name in names)
-        if most.isdigit() and used.isdigit():  # "max" where there is none
+        if most.isdigit() and used.isdigit():  # "max" without a limit
             told = re.search(rf"^{cached} (\d+)$", _text(Path(folder, "memory.stat")), re.MULTILINE)
             bounds.append(int(most) - int(used) + (int(told[1]) if told else 0))
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -46,14 +46,14 @@ def available(device: str | torch.device = "cpu") -> int | None:
 
 
 def require(needed: int, what: str, device: str | torch.device = "cpu") -> None:
-    """Raises ValueError, beginning with `what`, where there is less free memory than `needed`."""
+    """Raises ValueError, beginning with `what`, if there is less free memory than `needed`."""
     free = available(device)
     if free is not None and needed > free:
         raise ValueError(f"{what} needs {size(needed)} of memory or more, {size(free)} are free")
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether it says that there is no more memory; PyTorch has a type for that only on GPUs."""
+    """Whether it reports that memory is exhausted; PyTorch has a type for that only on GPUs."""
     text = str(error).split("\n")[0]
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and bool(re.search("allocate memory|out of memory", text))
@@ -61,7 +61,7 @@ def exhausted(error: BaseException) -> bool:
 
 
 def too_large(error: BaseException) -> str | None:
-    """What to tell of an error that says that a size or a number was too large, else None."""
+    """A message for an error about a size or a number that was too large, else None."""
     text = str(error).strip().split("\n")[0]
     if exhausted(error):
         asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)

@@ -23,10 +23,10 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_only(own: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Freeze all other parameters, and clear the gradients of its own before and after.
+    """Freeze the other parameters, and clear the gradients of a player's own before and after.
 
-    Users decide whether a parameter can be trained, also while a run goes on: one that is frozen
-    already stays frozen afterwards.
+    Users may freeze parameters themselves, also during a run: a parameter that is already frozen
+    stays frozen afterwards.
     """
     frozen = [parameter for parameter in others if parameter.requires_grad]
     for parameter in own:

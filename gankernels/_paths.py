@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
-    """With ~ for a home folder, also where no shell has put it there."""
+    """Replaces ~ by a home folder, for paths that no shell has expanded."""
     return Path(os.path.expanduser(path))

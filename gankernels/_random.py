@@ -9,7 +9,7 @@ import torch
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that operations on the device draw from when they are given none."""
+    """The generator that operations on the device use by default."""
     if device.type != "cuda":
         return torch.default_generator
     torch.cuda.init()

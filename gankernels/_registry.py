@@ -1,4 +1,4 @@
-"""Classes by name: those of a package, one per module, and those that others add to them."""
+"""Classes by name: one per module of a package, and those that other packages add."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Registry(Generic[T]):
         return sorted({*self._modules(), *self._registered, *installed})
 
     def get(self, name: str) -> type[T]:
-        """The class of that name. Raises ValueError for an unknown one, with those that exist."""
+        """The class of that name. Raises ValueError for an unknown one, with all known names."""
         if name in self._registered:
             return self._registered[name]
         if module := self._modules().get(name):
@@ -49,7 +49,8 @@ class Registry(Generic[T]):
         raise ValueError(f"unknown {self.what} {name!r}{hint} Available: {', '.join(names)}")
 
     def register(self, name: str, cls: type[T]) -> type[T]:
-        """Add a class. Raises TypeError for one of another kind, ValueError for a taken name."""
+        """Add a class. Raises TypeError unless it is a subclass of the base, ValueError for a name
+        that is taken."""
         if not (isinstance(cls, type) and issubclass(cls, self.base)):
             raise TypeError(f"{name} must be a subclass of {self.base.__name__}, got {cls!r}")
         if name in self._modules() or self._registered.get(name, cls) is not cls:
@@ -58,7 +59,7 @@ class Registry(Generic[T]):
         return cls
 
     def name_of(self, cls: type[T]) -> str:
-        """The name of a class: that under which it was added, else that of its module."""
+        """The name under which a class was added, else the name of its module."""
         registered = {member: name for name, member in self._registered.items()}
         return registered.get(cls) or _spelled(cls.__module__.rpartition(".")[2])
 

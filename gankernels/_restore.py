@@ -1,4 +1,4 @@
-"""Takes back what a forward does besides computing, so that tracing it leaves nothing behind."""
+"""Undoes the side effects of a forward, so that tracing it changes nothing."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _SMALL = 1 << 20  # bytes of an array that is a counter or the like, not data
 
 @contextlib.contextmanager
 def as_it_was(root: nn.Module) -> Iterator[None]:
-    """Inside, ``root`` may run with arguments that are none; afterwards all is as it was before.
+    """Inside, ``root`` may run with placeholder arguments; afterwards its state is restored.
 
-    That is: all attributes of its modules; the contents of containers and objects that they, its
-    classes or the functions it calls hold or have as globals, closures and defaults; tensors that
-    are written to; random numbers, be it PyTorch's, NumPy's or Python's; modes of autograd and
-    warnings. What it prints, logs or warns of is not seen.
+    The state is: all attributes of its modules; the contents of containers and objects that these,
+    their classes and the functions they call hold or have as globals, closures and defaults;
+    tensors that are written to; the random states of PyTorch, NumPy and Python; modes of autograd
+    and warnings. Output, logs and warnings are suppressed.
     """
     undo = _Snapshot()
     undo.take(root)
@@ -61,8 +61,7 @@ def as_it_was(root: nn.Module) -> Iterator[None]:
 
 
 class _TensorsAsTheyWere(TorchDispatchMode):
-    """Puts back what is written to tensors that were there before, and generators of random
-    numbers that are used."""
+    """Restores existing tensors that are written to, and random generators that are used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +99,7 @@ class _TensorsAsTheyWere(TorchDispatchMode):
 
 
 class _Snapshot:
-    """The contents of all that can be changed, as far as it can be reached from a module."""
+    """The contents of all mutable objects that can be reached from a module."""
 
     def __init__(self) -> None:
         self.seen: dict[int, object] = {}
@@ -167,7 +166,7 @@ class _Snapshot:
                 inside += self._keep_class(thing)
         else:
             inside.append(type(thing))
-            with contextlib.suppress(Exception):  # objects that make up what they are asked for
+            with contextlib.suppress(Exception):  # objects that generate attributes on access
                 inside.append(vars(thing))
             slots = [vars(c).get("__slots__", ()) for c in type(thing).__mro__]
             names = [n for s in slots for n in ((s,) if isinstance(s, str) else s)]
@@ -184,7 +183,7 @@ class _Snapshot:
         self.undo.append(undo)
 
     def _keep_items(self, thing: object, names: list[str]) -> list[object]:
-        """Attributes that do not stand in a dict."""
+        """Attributes that are not in a dict."""
         kept = {}
         for name in names:
             with contextlib.suppress(AttributeError, ValueError):  # an empty slot, an empty cell
@@ -240,7 +239,7 @@ class _Snapshot:
 
 
 def _clear_unless(cached: functools._lru_cache_wrapper[Any], size: int) -> None:
-    """Clear a cache where it has no longer this size."""
+    """Clear a cache unless it still has this size."""
     if cached.cache_info().currsize != size:
         cached.cache_clear()
 
@@ -260,6 +259,6 @@ def names_in(code: CodeType) -> set[str]:
 
 
 def _is_users(thing: object) -> bool:
-    """Whether it is not of PyTorch, NumPy or Python."""
+    """Whether it does not belong to PyTorch, NumPy or Python."""
     name = getattr(thing, "__module__", None) or getattr(thing, "__name__", "")
     return isinstance(name, str) and name.partition(".")[0] not in _LIBRARIES

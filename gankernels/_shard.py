@@ -1,7 +1,7 @@
-"""Which part of a batch this process holds, for random numbers that belong to samples.
+"""The part of a batch that this process holds, for random numbers that belong to samples.
 
 Processes that train together draw the same numbers for the whole batch and keep the rows of their
-own samples, so that two of them with half a batch each do what one with all of it does.
+own samples, so that two processes with half a batch each compute the same as one.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 class _Part(threading.local):
-    """Of this thread: another one may sample, or train something else, meanwhile."""
+    """The part of this thread, since another one may sample, or train something else, meanwhile."""
 
     rank, size = 0, 1
 
 
 _part = _Part()
-# Threads that hold a part only. What torch.compile made while there was none is made again when
-# there is one: it keeps an eye on a global number, but not on what belongs to a thread.
+# The number of threads that hold only a part. It is global since torch.compile guards on globals,
+# but not on thread-local values: code compiled for whole batches is recompiled for parts.
 _sharing = 0
 _lock = threading.Lock()
 
@@ -46,7 +46,7 @@ def _count(change: int) -> None:
 
 
 def per_sample(draw: Callable[[int], Tensor], n: int) -> Tensor:
-    """`draw(n)` for n samples of this process: drawn for the whole batch, the own rows kept."""
+    """`draw(n)` for n samples of this process: draws for the whole batch, and keeps its rows."""
     if not _sharing or _part.size == 1:
         return draw(n)
     return draw(n * _part.size)[_part.rank * n : (_part.rank + 1) * n]

@@ -34,19 +34,19 @@ def available(cgroup: Path = CGROUP) -> int:
 def threads() -> int:
     """The number of PyTorch's threads, but at most `available`: more would wait for each other.
 
-    PyTorch counts the processors it may run on, but knows nothing of a container's quota.
+    PyTorch counts the processors that it may run on, but ignores a container's quota.
     """
     return min(torch.get_num_threads(), available())
 
 
 @contextmanager
 def bound_threads() -> Iterator[None]:
-    """Inside, PyTorch has as many as `threads`; it counts them for every Python thread apart."""
+    """Inside, PyTorch uses `threads()` threads; it has a separate number per Python thread."""
     before, most = torch.get_num_threads(), threads()
     if most < before:
         torch.set_num_threads(most)
     try:
         yield
     finally:
-        if most < before and torch.get_num_threads() == most:  # nobody chose another number since
+        if most < before and torch.get_num_threads() == most:  # no other code chose a number since
             torch.set_num_threads(before)

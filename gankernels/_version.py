@@ -1,3 +1,3 @@
-"""The package's version, in a file of its own: the build reads it without importing torch."""
+"""The package's version, in a separate file: the build reads it without importing torch."""
 
 __version__ = "0.1.0"

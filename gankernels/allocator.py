@@ -1,4 +1,4 @@
-"""Keeps the C library from handing large blocks back to the kernel after every use."""
+"""Keeps the C library from returning large blocks to the kernel after every use."""
 
 import ctypes
 
@@ -18,7 +18,7 @@ def tune_allocator() -> bool:
     size stays near its peak. The command line calls this; importing the package does not.
 
     Returns:
-        Whether it was set: False where the C library is not glibc.
+        Whether it was set: False if the C library is not glibc.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version") or not hasattr(libc, "mallopt"):

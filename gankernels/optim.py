@@ -1,4 +1,4 @@
-"""Optimizers whose steps are kernels of this package."""
+"""Optimizers whose steps are computed by kernels of this package."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["Adam"]
 
 
 class Adam(torch.optim.Adam):
-    """:class:`torch.optim.Adam`, which on CPUs makes a step in one call of a kernel.
+    """:class:`torch.optim.Adam` with steps in one kernel call on CPUs.
 
     Arguments, hooks, ``state_dict()`` and results (up to rounding) are those of
     :class:`torch.optim.Adam`, and the state of either can be loaded into the other. The kernel
-    steps float32 parameters on CPUs. PyTorch's own step is taken for everything else: other
+    steps float32 parameters on CPUs. PyTorch's own step is used for everything else: other
     devices and dtypes, ``amsgrad``, ``maximize``, ``capturable``, ``differentiable``,
     ``decoupled_weight_decay``, a learning rate that is a tensor, and parameters with gaps in
     memory.
 
     Attributes:
-        copies: a bfloat16 copy for some of the parameters, which every step brings up to date.
+        copies: a bfloat16 copy for some of the parameters, which every step updates.
         half_gradients: gradients in bfloat16 for some of the parameters. A step takes them from
             here and adds them to ``grad``, without a conversion where ``grad`` is None.
 
@@ -41,7 +41,7 @@ class Adam(torch.optim.Adam):
 
     @property
     def takes_half_gradients(self) -> bool:
-        """Whether the next step reads ``half_gradients`` and nobody looks at ``grad`` before it."""
+        """Whether the next step reads ``half_gradients``, and no code reads ``grad`` before it."""
         hooked = self._optimizer_step_pre_hooks or hooks._global_optimizer_pre_hooks
         return not hooked and self._kernel_can_step()
 
@@ -100,7 +100,7 @@ class Adam(torch.optim.Adam):
 
     def _unscale(self) -> bool:
         """Divide gradients by the scale of a GradScaler that leaves it to the optimizer, as it does
-        with ``fused=True``. False where they are not finite: the step is then skipped."""
+        with ``fused=True``. False if they are not finite: the step is then skipped."""
         found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
         if found_inf is not None and found_inf.item():
             return False
@@ -129,7 +129,7 @@ class Adam(torch.optim.Adam):
         """Load a state of this class or of :class:`torch.optim.Adam`.
 
         Raises:
-            ValueError: where the state cannot be one of Adam. The optimizer is then unchanged.
+            ValueError: if it is not a state of Adam. The optimizer is then unchanged.
         """
         before = {name: vars(self)[name] for name in ("state", "param_groups")}
         try:
@@ -164,7 +164,7 @@ def _is_dense_float32(p: Tensor) -> bool:
 def _check_options(group: dict[str, Any]) -> None:
     for name in ("lr", "betas", "eps", "weight_decay"):
         numbers = group[name] if name == "betas" else (group[name],)
-        tensor = name == "lr" and isinstance(group[name], Tensor)  # PyTorch's step takes one
+        tensor = name == "lr" and isinstance(group[name], Tensor)  # PyTorch's step accepts one
         if not tensor and not all(isinstance(n, Real) for n in numbers):
             raise ValueError(f"{name} must be a number, or two for betas, got {group[name]!r}")
     if len(group["betas"]) != 2:

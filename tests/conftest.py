@@ -1,4 +1,4 @@
-"""What tests of every folder share."""
+"""Fixtures that tests of all folders share."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Hypothesis; where it is not installed, stand-ins with which its tests skip and all others run."""
+"""Hypothesis; if it is not installed, replacements with which its tests are skipped."""
 
 from unittest.mock import MagicMock
 

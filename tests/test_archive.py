@@ -1,4 +1,4 @@
-"""Archives of tensors from anywhere, and states compared with what they have to be."""
+"""Untrusted archives of tensors, and checks of the structure of states."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""Sizes are compared with the memory there is before any is taken."""
+"""Sizes are compared with the available memory before any is allocated."""
 
 from pathlib import Path
 

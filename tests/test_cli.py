@@ -1,4 +1,4 @@
-"""Every command on real digits, and the errors a user can make."""
+"""Every command on real digits, and errors by users."""
 
 import json
 import os
@@ -238,10 +238,10 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
         (["--count", f"{10**15}"], f"--count {10**15} needs "),
         (["--columns", f"{10**15}"], f"--columns {10**15} needs "),
         (["--device", "warp"], "device 'warp' cannot be used: "),
-        (["--interpolate", "1"], "--interpolate takes numbers like 1,2, got '1'"),
-        (["--interpolate", "1,2", "--seed", "0"], "--seed and --interpolate both choose the noise"),
+        (["--interpolate", "1"], "--interpolate must be numbers like 1,2, got '1'"),
+        (["--interpolate", "1,2", "--seed", "0"], "--seed cannot be combined with --interpolate"),
         (["--interpolate", "1,2", "--count", "64"], "a multiple of the 10 columns, got 64"),
-        (["--format", "npz"], "npz goes with names that end in .npz: --format npz, --out "),
+        (["--format", "npz"], "--out must end in .npz for npz only, got --format npz, --out "),
         (["--format", "png"], "--format png makes a folder, and grid one PNG: got --out "),
     ],
 )

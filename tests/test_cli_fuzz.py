@@ -1,7 +1,8 @@
-"""Whatever options, settings, config.json and checkpoints hold, a command ends in one line.
+"""Commands end with one line for any options, settings, config.json and checkpoints.
 
-Not in a traceback, by a signal, after hours or for want of memory. Every case is drawn at random
-from what has broken programs; GANKERNELS_FUZZ=10000 tries as many, of another seed every time.
+They do not end with a traceback, by a signal, after hours or out of memory. Every case is drawn at
+random from inputs that often break programs. GANKERNELS_FUZZ=10000 tries as many cases, with
+another seed every time.
 """
 
 import copy

@@ -1,7 +1,7 @@
-"""What of PyTorch goes with the ops and with fused networks: the table of docs/compatibility.md.
+"""The PyTorch features that work with the ops and fused networks: docs/compatibility.md.
 
-Each row stands here, at the test that shows it or beside the names of tests elsewhere that do, and
-the page has to say the same. ``python tests/test_compatibility.py`` writes the table into the page.
+Each row is defined here, at the test that proves it or with the names of tests elsewhere that do,
+and must be equal on the page. ``python tests/test_compatibility.py`` writes the table to the page.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Whatever code does with a network of PyTorch's layers it may do after gankernels.fuse too.
+"""Code that works with a network of PyTorch's layers also works after gankernels.fuse.
 
 Every use below is tried on a network and on its fused twin, and has to give the same.
 """

@@ -1,4 +1,4 @@
-"""What is written is the old file or the new one, and nothing else is touched."""
+"""Writes are atomic and change no other file."""
 
 import errno
 import multiprocessing

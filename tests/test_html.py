@@ -1,4 +1,4 @@
-"""Pages: one file, valid, escaped, and nothing in them from elsewhere."""
+"""Pages: one file, valid, escaped, without external resources."""
 
 import base64
 import io
@@ -200,7 +200,7 @@ def test_errors():
     with pytest.raises(ValueError, match="bytes of a PNG file"):
         page.figure(b"GIF89a", alt="x")
     for image in (png(), drawing()):
-        with pytest.raises(ValueError, match="alt must say"):
+        with pytest.raises(ValueError, match="alt must describe"):
             page.figure(image, alt=" ")
     with pytest.raises(ValueError, match="a row has 1 values for 2 columns"):
         page.table(["a", "b"], [(1,)])

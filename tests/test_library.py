@@ -1,4 +1,4 @@
-"""What is said about the build, and the choice between kernels and plain PyTorch."""
+"""Information about the build, and the choice between kernels and plain PyTorch."""
 
 import re
 import shutil

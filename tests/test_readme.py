@@ -1,4 +1,4 @@
-"""Tests that the commands, code, links and figures of the README and docs/ are right."""
+"""The commands, code, links and figures of the README and docs/ are correct."""
 
 import ast
 import itertools

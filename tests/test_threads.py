@@ -1,4 +1,4 @@
-"""Threads within what a container may use."""
+"""The number of threads respects a container's quota."""
 
 import os
 

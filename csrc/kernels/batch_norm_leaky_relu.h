@@ -48,7 +48,7 @@ struct BatchNormLeakyReLUBackward : BatchNormLeakyReLU {
   const void* grad_y = nullptr;
   bool compute_sums = false;  // write `sums` from the tensors; otherwise read them
   // (2, C), sums over a channel of g and g * xhat, where g = grad_y * dy/dz: the gradients of bias
-  // and weight. May be null where nothing needs them: evaluation without parameter gradients.
+  // and weight. May be null if they are not needed: evaluation without parameter gradients.
   void* sums = nullptr;
   void* grad_x = nullptr;  // of x's shape, or null: sums only
 };

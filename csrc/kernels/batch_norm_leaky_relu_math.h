@@ -1,9 +1,9 @@
 // The arithmetic of batch_norm_leaky_relu, once for CPU and CUDA: per element on a scalar or a GCC
 // vector V, per channel on scalars of the accumulation type A.
 //
-// `static`, and the unnamed namespace around what has member functions, keep every translation
-// unit's copy to itself: the CPU file is compiled once per instruction set, and a shared symbol
-// could bring AVX-512 code to a machine without it.
+// Functions are `static`, and classes with member functions in an unnamed namespace, so that every
+// translation unit has its own copy: the CPU file is compiled once per instruction set, and a
+// shared symbol could bring AVX-512 code to a machine without it.
 #pragma once
 
 #include "batch_norm_leaky_relu.h"
@@ -57,9 +57,9 @@ struct ForwardCoefficients {
   A mean, scale, shift;
 };
 
-// A coefficient times a value. If the coefficient is zero so is the term, even if the value is
+// A coefficient times a value. If the coefficient is zero, so is the term, even if the value is
 // infinite or NaN: in evaluation mean and variance do not depend on x, so one such element must not
-// spoil any gradient.
+// make a gradient NaN.
 template <typename V, typename P>
 GK_HOST_DEVICE static inline V term(V value, P coefficient) {
   return coefficient == 0 ? V{} : value * coefficient;

@@ -31,7 +31,7 @@ using Accumulate = typename AccumulateIn<T>::type;
 
 GK_HOST_DEVICE static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// CPU kernels run on the caller's thread pool, so that they share PyTorch's without knowing it.
+// CPU kernels run on the caller's thread pool, so that they use PyTorch's without depending on it.
 // `run` calls body(begin, end, context) on disjoint ranges that cover [0, tasks).
 struct CpuThreads {
   int64_t count;
@@ -41,7 +41,6 @@ struct CpuThreads {
 // The entry points of every op. cpu::NAME(parameters, scratch, threads) selects the copy that was
 // compiled for this CPU. cuda::NAME(parameters, scratch, device, stream) launches on `stream` (a
 // cudaStream_t) of `device` and returns an error message, or null. Kernels allocate nothing: the
-// caller provides `scratch`, aligned to 64 bytes, as large as scratch_bytes() of the op's
-// parameters says.
+// caller provides `scratch`, aligned to 64 bytes, of scratch_bytes(parameters) bytes.
 
 }  // namespace gankernels

@@ -46,8 +46,8 @@ struct PenaltyValue {
   A value, first, second;
 };
 
-// A norm of zero has no direction. Its derivatives are taken as zero, so that a critic that is flat
-// somewhere does not turn all its parameters into NaN.
+// A norm of zero has no direction. Its derivatives are defined as zero, so that a critic that is
+// flat somewhere does not get NaN in all its parameters.
 template <typename A>
 GK_HOST_DEVICE static inline PenaltyValue<A> penalty_of(A s, A norm, A center, Penalty kind) {
   if (kind == Penalty::kSquared) return {s, A(1), A(0)};

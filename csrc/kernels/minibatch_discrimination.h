@@ -7,7 +7,7 @@
 //   backward, by g = grad_o:
 //     grad_m[n,c] = sum over j of -e_nj (g_n + g_j) sign(m[n,c] - m[j,c])
 //   double backward, by the tangent v = grad_grad_m of grad_m: the sum over n and c of v * grad_m
-//   is that over pairs i < j of -e_ij (g_i + g_j) s_ij, with s_ij = sum over c of sign(m[i,c] -
+//   is the sum over pairs i < j of -e_ij (g_i + g_j) s_ij, with s_ij = sum over c of sign(m[i,c] -
 //   m[j,c]) (v[i,c] - v[j,c]). The sign has no derivative, so only e_ij depends on m, and
 //     grad_grad_o[n] = sum over j of -e_nj s_nj
 //     grad_m[n,c]    = sum over j of e_nj (g_n + g_j) s_nj sign(m[n,c] - m[j,c])

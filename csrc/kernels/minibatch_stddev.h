@@ -21,7 +21,7 @@
 //
 // where the first term is the derivative of q (c_m) and the second that of 1 / sigma
 // (-d_m / (k sigma^3)). Every formula concerns one position of one group, so every pass reads and
-// writes each tensor once. Where the members agree, sigma is sqrt(eps) and every derivative finite.
+// writes each tensor once. If the members are equal, sigma is sqrt(eps) and all derivatives finite.
 //
 // x is (N, R, F, L): within a sample R rows of F runs of L elements, P = R L. That is any dense
 // layout for F = 1, contiguous (R = 1, L = C / F * S) and channels last (R = S, L = C / F). Sums

@@ -2,11 +2,11 @@
 //
 //   GK_MUTANT(name, right, wrong)     an expression: `right`, but `wrong` in the mutant `name`
 //   GK_MUTANT_ADDS(name, statement)   no statement at all, but `statement` in the mutant `name`
-//   GK_LIMIT(name, limit, small)      an expression: `limit`, or `small` where a test asks for it,
+//   GK_LIMIT(name, limit, small)      an expression: `limit`, or `small` if a test selects it,
 //                                     since no test has enough elements to reach the limit itself
 //
-// Every other build sees the right code and nothing of its mutants. The emulation defines these
-// macros itself and selects the mutant while it runs.
+// All other builds contain only the right code. The emulation defines these macros itself and
+// selects the mutant at run time.
 #pragma once
 
 #if !defined(GK_MUTANT)

@@ -90,9 +90,9 @@ void adam(Tensors parameters, Tensors gradients, Tensors exp_avgs, Tensors exp_a
   cpu::adam(p, cpu_threads());
 }
 
-// Parameters, moments and steps are float32. Gradients are of any floating-point dtype, those that
-// are neither float32 nor bfloat16 are converted. Casts are bfloat16, or empty where none is
-// wanted. All lists have one length, and moments and casts have the strides of their parameters.
+// Parameters, moments and steps are float32. Gradients have any floating-point dtype; those that
+// are neither float32 nor bfloat16 are converted. Casts are bfloat16, or empty if not wanted. All
+// lists have the same length, and moments and casts have the strides of their parameters.
 constexpr Op kOps[] = {
     {"adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, "
      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] casts, float lr, float beta1, "

@@ -222,8 +222,8 @@ void update_running_statistics(Tensor running_mean, Tensor running_var,
   check.no_overlap();
   // The kernel needs contiguous arrays, so running statistics that are not are updated in copies.
   const Tensor mean = packed(running_mean), var = packed(running_var);
-  // PyTorch may refuse to write to them, for example to leaves that require gradients. It is asked
-  // to write the values that they already have, so that a refusal changes nothing.
+  // PyTorch may refuse to write to them, for example to leaves that require gradients. Therefore
+  // first their own values are written to them, so that a refusal changes nothing.
   if (!running_mean.is_contiguous()) torch::stable::copy_(running_mean, mean);
   if (!running_var.is_contiguous()) torch::stable::copy_(running_var, var);
   statistics = packed(statistics);

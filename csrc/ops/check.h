@@ -1,7 +1,7 @@
 // Checks the arguments of ops before anything is read or written. torch.ops.gankernels.* may be
-// called with any arguments, and like PyTorch's own ops ours must never end a process. The Python
-// layer checks as well, for Python's exception types. The errors here are RuntimeErrors of the form
-// `op: argument must be ..., got ...`.
+// called with any arguments, and like PyTorch's own ops they must never crash the process. The
+// Python layer checks as well, for Python's exception types. The errors here are RuntimeErrors of
+// the form `op: argument must be ..., got ...`.
 #pragma once
 
 #include <initializer_list>

@@ -10,8 +10,8 @@
 namespace gankernels::ops {
 namespace {
 
-// The tensor itself where every sample (of the first dimension) is a dense block, in any order of
-// the other dimensions, and the samples follow each other; otherwise a contiguous copy.
+// The tensor itself if every sample (along the first dimension) is a dense block, in any order of
+// the other dimensions, and the samples are adjacent; otherwise a contiguous copy.
 Tensor with_dense_samples(const Tensor& tensor) {
   const int64_t samples = tensor.size(0);
   const int64_t block =

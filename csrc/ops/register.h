@@ -16,7 +16,7 @@ struct Op {
   std::string name() const { return std::string(schema, std::strchr(schema, '(')); }
 };
 
-// Registers an array of ops for the CPU, and with GK_REGISTER for CUDA where that was built.
+// Registers an array of ops for the CPU, and with GK_REGISTER for CUDA if that was built.
 #define GK_REGISTER_ON_CPU(ops)                  \
   STABLE_TORCH_LIBRARY_FRAGMENT(gankernels, m) { \
     for (const Op& op : ops) m.def(op.schema);   \

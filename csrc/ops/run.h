@@ -9,7 +9,7 @@
 namespace gankernels::ops {
 
 // The kernel with the entry points cpu::NAME and cuda::NAME, on the device of x. Scratch memory is
-// allocated here, by PyTorch, since a kernel could not report that there is none.
+// allocated here, by PyTorch, since a kernel could not report that memory is exhausted.
 template <auto kCpuKernel, auto kCudaKernel, typename Parameters>
 void run(const Parameters& p, const Tensor& x) {
   constexpr bool kScratch =

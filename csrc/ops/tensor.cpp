@@ -62,7 +62,7 @@ Tensor contiguous_copy(const Tensor& tensor) {
 }
 
 int64_t dense_block(const int64_t* sizes, const int64_t* strides, int64_t dims) {
-  int64_t block = 1;  // the elements that are known to be dense so far
+  int64_t block = 1;  // elements known to be dense so far
   for (bool found = true; found && block;) {
     found = false;
     for (int64_t d = 0; d < dims; ++d) {
@@ -111,7 +111,7 @@ static Tensor allocate(int64_t dims, const int64_t* sizes, const int64_t* stride
     for (int64_t d = 0; d < dims; ++d) bytes *= double(sizes[d]);
     std::string number = std::to_string(bytes);
     number.resize(number.find('.'));
-    // The words of PyTorch's own errors, which callers look for.
+    // The wording of PyTorch's own errors, which callers search for.
     throw std::runtime_error((model.is_cuda() ? "CUDA out of memory: tried to allocate "
                                               : "can't allocate memory: you tried to allocate ") +
                              number + " bytes");

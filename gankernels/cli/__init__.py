@@ -1,8 +1,8 @@
 """The command line: one module for every command, with `add` for its options and `run`.
 
-Errors of the user's making (UserError) print one line and end with status 2; a run that diverged
-ends with status 1, an interruption with 130. Whatever else is raised is a defect and keeps its
-traceback. Results are saved before they are printed, and a closed pipe is no error.
+Errors that the user can fix (UserError) print one line and end with status 2; a run that diverged
+ends with status 1, an interruption with 130. Any other exception is a bug and keeps its traceback.
+Results are saved before they are printed, and a closed pipe is not an error.
 """
 
 from __future__ import annotations

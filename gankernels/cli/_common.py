@@ -1,4 +1,4 @@
-"""What the commands have in common: errors of the user, output, and shared options."""
+"""Shared parts of the commands: errors of the user, output, and options."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gankernels._memory import too_large
 from gankernels.train import CheckpointError
 
 PROGRAM = "gankernels"
-#: Characters of a message: more than any of ours has, unless it quotes user input.
+#: Characters of a message: more than any message has, unless it quotes user input.
 LONGEST = 1000
 
 
 class UserError(Exception):
-    """An error that the user can fix; its message is one line of bearable length.
+    """An error that the user can fix; its message is cut to one line of limited length.
 
-    It may quote anything: the whole of a file, say, or a name with a line break.
+    The text may quote anything, such as a whole file or a name with a line break.
     """
 
     def __init__(self, message: str) -> None:
@@ -42,7 +42,7 @@ def user_errors(*more: type[Exception]) -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are UserErrors; its help may end with text that is made on demand."""
+    """A parser whose errors are UserErrors; its help may end with text computed on demand."""
 
     more_help: Callable[[], str] | None = None
 
@@ -58,9 +58,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def show(text: str, end: str = "\n", needed: bool = False) -> None:
-    """Write to stdout. A closed pipe is no error: its reader has seen enough.
+    """Write to stdout. A closed pipe is not an error: its reader has seen enough.
 
-    Raises UserError where the output is `needed`, all that a command does, and the stream fails.
+    Raises UserError if the stream fails and the output is `needed`, the command's only result.
     """
     error = say(text, "stdout", end, patient=needed)
     if needed and error is not None and error.errno not in (errno.EPIPE, errno.EBADF):

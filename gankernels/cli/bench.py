@@ -16,23 +16,23 @@ def add(commands: Any) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "bench",
-        help="measure the kernels and whole training iterations against PyTorch's ops",
-        description="Measure every op and some games side by side with the same in PyTorch's ops, "
-        "print tables, and write results.json, index.html and plots. Ctrl-C ends it after the "
-        "current case, a second Ctrl-C at once; all that was measured is written.",
+        help="compare the kernels and whole training iterations with PyTorch's ops",
+        description="Measure every op and some games against the same in PyTorch's ops, "
+        "print tables, and write results.json, index.html and plots. Ctrl-C stops after the "
+        "current case, a second Ctrl-C at once; all measurements so far are written.",
     )
     parser.add_argument(
-        "--ops", nargs="*", metavar="NAME", help="ops to measure (default: all, without --train)"
+        "--ops", nargs="*", metavar="NAME", help="ops to measure (default: all, unless --train)"
     )
     parser.add_argument(
         "--train",
         nargs="*",
         metavar="GAME",
-        help="games to measure, on the digits (default: a few, without --ops)",
+        help="games to measure, on the digits (default: a few, unless --ops)",
     )
     add_settings(parser, "a setting of the games of --train; may be given several times")
     parser.add_argument(
-        "--out", default="bench", metavar="DIR", help="folder of the results (default: %(default)s)"
+        "--out", default="bench", metavar="DIR", help="folder for results (default: %(default)s)"
     )
     parser.add_argument(
         "--quick", action="store_true", help="small cases for a short time: less than a minute"
@@ -62,12 +62,12 @@ def run(args: argparse.Namespace) -> int:
             seconds=args.seconds,
         )
         out = expand(args.out)
-        out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to shows now
+        out.mkdir(parents=True, exist_ok=True)  # fails early if it cannot be written to
     with StopRequest() as stop, user_errors():
         results = bench.compare(plan, lambda: stop.requested)
         if not results.rows:
             raise UserError("stopped before anything was measured")
-        try:  # before anything is told: its reader may have gone
+        try:  # before anything is printed: the pipe's reader may be gone
             with user_errors():  # a full disk, say
                 page = bench.write(results, out)
         finally:

@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
         "--count",
         type=int,
         metavar="N",
-        help="number of samples (default: as many as real, at most 10,000)",
+        help="number of samples (default: as many as real ones, at most 10,000)",
     )
     parser.add_argument(
         "--seed",
@@ -67,14 +67,14 @@ def run(args: argparse.Namespace) -> int:
         try:
             if args.json is not None:
                 write_json(expand(args.json), result)
-        finally:  # scores that took minutes are shown, also where the file cannot be written
+        finally:  # show scores that took minutes even if the file cannot be written
             if args.json is None or not is_stdout(expand(args.json)):
                 show("\n".join(lines), needed=args.json is None)
     return 0
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """The result by name, as for JSON, and as lines for a terminal; shares are in [0, 1]."""
+    """The results by name, for JSON, and as lines for a terminal; shares are in [0, 1]."""
     if args.count is not None:
         require(256 * args.count, f"--count {args.count}")
     sample.check_seed(args.seed)
@@ -119,9 +119,9 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 def _real_data(game: Game, config: dict[str, Any], source: str | None) -> Data:
-    """The data to compare with, opened with the settings of the run where their kind has these.
+    """The data to compare with, opened with those settings of the run that their kind has.
 
-    Raises ValueError where they do not have the fields that the game was built for.
+    Raises ValueError if they do not have the fields that the game was built for.
     """
     source = source or config["data"]
     settings = fill(data.kind_of(source).Options, config).settled(game.spec).in_memory()

@@ -14,8 +14,8 @@ def add(commands: Any) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "info",
-        help="show how the library was built and what is in use",
-        description="Print how the library was built, for which processors, and what is in use.",
+        help="show how the library was built and what is active",
+        description="Print how the library was built, for which processors, and what is active.",
     )
     parser.set_defaults(run=run)
 

@@ -45,10 +45,10 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--labels",
         metavar="NAMES",
-        help="classes to draw in turn: cat,dog or, where none is called by a number, their indices "
+        help="classes to draw in turn: cat,dog or, if no name is a number, their indices "
         "0,1 (default: all; conditional games only)",
     )
-    parser.add_argument("--seed", type=int, metavar="S", help="seed of the noise (default: 0)")
+    parser.add_argument("--seed", type=int, metavar="S", help="noise seed (default: 0)")
     parser.add_argument(
         "--interpolate",
         metavar="A,B",
@@ -59,7 +59,7 @@ def add(commands: Any) -> None:
         "--columns",
         type=int,
         metavar="N",
-        help="columns of the grid (default: to suit the count and labels; 10 with --interpolate)",
+        help="grid columns (default: chosen by count and labels; 10 with --interpolate)",
     )
     parser.add_argument(
         "--truncation",
@@ -100,7 +100,7 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
     if not isinstance(game.spec[game.makes], Image) or not game.latent_dim:
         raise ValueError(
             f"{args.source} must be of a game that makes images from noise, got {game.name}: "
-            "sample it by Game.sample"
+            "use Game.sample instead"
         )
     labels = None
     if args.labels is not None:
@@ -116,7 +116,7 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
         noise = sample.draw(game, count, args.seed or 0, args.truncation)
     else:
         if args.seed is not None:
-            raise ValueError("--seed and --interpolate both choose the noise: give one of them")
+            raise ValueError("--seed cannot be combined with --interpolate")
         first, second = parse_numbers("--interpolate", args.interpolate, "1,2", length=2)
         columns = args.columns or 10
         count = args.count or columns * (len(labels) if labels else 8)
@@ -142,7 +142,7 @@ def sample_run(args: argparse.Namespace) -> tuple[Path, int]:
 def check_room(
     game: Game, count: int, columns: int, form: str, out: Path, walks: bool = False
 ) -> None:
-    """Raises ValueError where so many images do not fit into memory, or onto the disk of `out`."""
+    """Raises ValueError if the images do not fit into memory, or on the disk of `out`."""
     channels, height, width = game.spec.image_shape
     image, what = channels * height * width, f"--count {count}"
     needed = 8 * count  # the labels
@@ -156,25 +156,25 @@ def check_room(
 
 
 def choose_format(form: str | None, out: str | None) -> tuple[str, Path]:
-    """The format and the path to write. Raises ValueError where the path has another's suffix."""
+    """The format and the path to write. Raises ValueError if the path's suffix contradicts it."""
     is_npz = out is not None and out.endswith(".npz")
     if form is None:
         form = "npz" if is_npz else "grid"
     if out is None:
         out = {"grid": "samples.png", "png": "samples", "npz": "samples.npz"}[form]
     elif is_npz != (form == "npz"):
-        raise ValueError(f"npz goes with names that end in .npz: --format {form}, --out {out}")
+        raise ValueError(f"--out must end in .npz for npz only, got --format {form}, --out {out}")
     elif form == "png" and out.endswith(".png"):
         raise ValueError(f"--format png makes a folder, and grid one PNG: got --out {out}")
     return form, expand(out)
 
 
 def parse_numbers(option: str, text: str, example: str, length: int | None = None) -> list[int]:
-    """`"0,1,2"` as numbers. Raises ValueError for anything else, or for another number of them."""
+    """`"0,1,2"` as numbers. Raises ValueError for other text, or for another number of them."""
     try:
         numbers = [int(part) for part in text.split(",")]
         if length not in (None, len(numbers)):
             raise ValueError
     except ValueError:
-        raise ValueError(f"{option} takes numbers like {example}, got {text!r}") from None
+        raise ValueError(f"{option} must be numbers like {example}, got {text!r}") from None
     return numbers

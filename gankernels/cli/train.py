@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         metavar="SOURCE",
         help="digits (scikit-learn's, the default), a folder with a subfolder of images per class, "
         "files of the MNIST or CIFAR families, an .npz, or a folder that holds one of these; "
-        "kind:SOURCE names the kind of data where several would do",
+        "kind:SOURCE chooses the kind of data if several fit",
     )
     parser.add_argument(
         "--steps", metavar="N", help="number of iterations, each a step of every player"
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in DIR bit for bit, or start it where there is none",
+        help="continue the run in DIR bit for bit, or start one if there is none",
     )
     parser.add_argument("--precision", help="fp32, bf16 or fp16 (default: fp32)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -48,8 +48,8 @@ def add(commands: Any) -> None:
         dest="graph",
         action="store_const",
         const=False,
-        help="launch every kernel by itself instead of replaying whole iterations as CUDA graphs: "
-        "the same numbers, slower",
+        help="launch every kernel separately instead of replaying whole iterations as CUDA graphs: "
+        "slower, with the same results",
     )
     discriminator = parser.add_argument_group(
         "remedies for an unstable game, in any game with a discriminator"
@@ -88,14 +88,14 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and return the exit status."""
-    # Every flag is a setting of the same name, except those that say how to start.
+    # Every flag is a setting of the same name, except those that control how to start.
     flags = vars(args).keys() - {"command", "run", "game", "resume", "set"}
     given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
     with user_errors(TypeError, ImportError):
         settings = given | parse_assignments(args.set)
         trainer = train.start(args.game, resume=args.resume, **settings)
     try:
-        with user_errors():  # a full disk, say, or a damaged file that is read while it trains
+        with user_errors():  # such as a full disk, or a damaged file that is read during training
             trainer.fit()
     except train.DivergenceError as error:
         complain(error)
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe_settings() -> str:
-    """The games and all that `--set` takes, for the end of `train --help`."""
+    """The games and all settings of `--set`, for the end of `train --help`."""
     classes = {name: games.get(name) for name in games.names()}
     lines = ["games:"]
     for name, game in classes.items():

@@ -1,8 +1,8 @@
 """Data sets as named columns.
 
 A `Table` is a set of columns of one length, whose rows belong together, such as images and their
-labels. A `Data` is one or more tables: a batch takes as many rows of each, drawn independently, so
-that data without pairs (photographs, and paintings) are two tables.
+labels. A `Data` is one or more tables: a batch has the same number of rows of each, drawn
+independently. Unpaired data, such as photographs and paintings, are therefore two tables.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Data(Protocol):
 
     @property
     def name(self) -> str:
-        """What the data are called in logs and reports."""
+        """The name of the data in logs and reports."""
 
     @property
     def spec(self) -> Spec:
@@ -32,7 +32,7 @@ class Data(Protocol):
         """The parts that a batch draws from independently of one another."""
 
     def identity(self) -> str:
-        """A digest of the content, by which a checkpoint recognizes the data wherever they lie."""
+        """A digest of the content, by which a checkpoint recognizes the data under any path."""
 
 
 class Table(Data, Protocol):
@@ -42,10 +42,10 @@ class Table(Data, Protocol):
 
     @property
     def columns(self) -> Mapping[str, Tensor] | None:
-        """The raw columns where they are in memory, else None."""
+        """The raw columns if they are in memory, else None."""
 
     def read(self, rows: Tensor) -> dict[str, Tensor]:
-        """The raw columns of `rows`, int64 `(n,)`. Raises ValueError for what cannot be read."""
+        """The raw columns of `rows`, int64 `(n,)`. Raises ValueError if one cannot be read."""
 
 
 class Columns:
@@ -53,8 +53,8 @@ class Columns:
 
     Args:
         spec: the field of every column.
-        columns: raw columns by name, tensors `(N, ...)` of one N >= 1.
-        name: what the data are called in logs and reports.
+        columns: raw columns by name, tensors `(N, ...)` with the same N >= 1.
+        name: the name of the data in logs and reports.
 
     Raises:
         TypeError, ValueError: columns that are not those of the spec, or of different lengths.

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Files handed to the threads at once, so that a folder of millions makes no millions of tasks.
+# Files per batch of tasks, so that a folder of millions does not create millions of tasks.
 _AHEAD = 1024
 _GRAY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"})
-# Of 32 bits or floating point nobody can say which values are black and white.
+# In 32-bit and floating-point images it is undefined which values are black and white.
 _NO_RANGE = frozenset({"I", "F"})
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 
@@ -34,7 +34,7 @@ def decode(file: bytes, size: int, channels: int) -> Tensor:
 
 
 def each(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """``function`` of every item in order, computed by threads not far ahead of what is taken."""
+    """``function`` of every item in order, computed by threads a limited number of items ahead."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(items), _AHEAD):
             yield from pool.map(function, items[start : start + _AHEAD])
@@ -44,14 +44,14 @@ def read_header(file: str) -> tuple[bool, tuple[int, int]]:
     """Whether an image is gray, and its width and height."""
     with open_image(file) as image:
         _deep_bits(image)
-        # Pillow makes RGBA of a PNG's 16-bit gray with alpha.
+        # Pillow opens a PNG of 16-bit gray with alpha as RGBA.
         tile = getattr(image, "tile", None)
         stored = tile[0].args if tile else None
         return image.mode in _GRAY_MODES or "LA;16B" in (stored, *(stored or ())), image.size
 
 
 def _deep_bits(image: Image) -> int:
-    """Bits of a gray that has more than eight of them, otherwise 0."""
+    """The bits per pixel of a gray image with more than eight, otherwise 0."""
     if image.mode.startswith("I;16"):
         return getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
     if image.mode == "I" and image.format in ("PNG", "PPM"):
@@ -81,7 +81,7 @@ def _decode(file: str, size: int, channels: int) -> np.ndarray:
         image = ImageOps.exif_transpose(image)
         if bits:
             image = Image.fromarray(_upper_bits(image, bits, inverted))
-        if image.mode in ("La", "RGBa"):  # colors times alpha, which nothing else converts from
+        if image.mode in ("La", "RGBa"):  # premultiplied alpha, with this conversion only
             image = image.convert(image.mode.upper())
         if "A" in image.getbands() or "transparency" in image.info:
             opaque = Image.new("RGBA", image.size, "white")
@@ -89,7 +89,7 @@ def _decode(file: str, size: int, channels: int) -> np.ndarray:
             image = opaque.convert("RGB")
         image = image.convert("L" if channels == 1 else "RGB")
         if image.size != (size, size):
-            # Cut, then resize: as one call, the filter would reach beyond the square.
+            # Cut, then resize: in a single call the filter would read beyond the square.
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side))

@@ -26,8 +26,8 @@ from gankernels.data._pixels import to_float, to_uint8
 class Field(ABC):
     """The kind of values in one column of a data set.
 
-    A column is stored raw, as a tensor `(N, ...)` of `dtype`, and decoded when a network is to see
-    it. Every field is a frozen dataclass of plain values, so that a checkpoint can hold it.
+    A column is stored raw, as a tensor `(N, ...)` of `dtype`, and decoded for networks. Every field
+    is a frozen dataclass of plain values, so that a checkpoint can hold it.
     """
 
     #: The dtype of the raw column.
@@ -50,11 +50,11 @@ class Field(ABC):
         return raw
 
     def encode(self, values: Tensor) -> Tensor:
-        """What a network made, as raw values: the inverse of `decode`. Not differentiable."""
+        """A network's output as raw values: the inverse of `decode`. Not differentiable."""
         return values.detach().to(self.dtype)
 
     def random(self, n: int, rng: torch.Generator | None, device: torch.device) -> Tensor | None:
-        """`n` decoded values drawn at random, or None where only data have such values."""
+        """`n` random decoded values, or None if such values only come from data."""
         return None
 
     def save(self, raw: Tensor, path: Path, columns: int) -> None:
@@ -163,7 +163,7 @@ class Tokens(Field):
 
 @dataclass(frozen=True)
 class Vector(Field):
-    """Numbers that belong together, such as an embedding: float32 `(N, dim)`."""
+    """A vector, such as an embedding: float32 `(N, dim)`."""
 
     dim: int
 
@@ -177,7 +177,7 @@ class Vector(Field):
 
 @dataclass(frozen=True)
 class Point(Field):
-    """A place in the plane: float32 `(N, 2)`."""
+    """A point in the plane: float32 `(N, 2)`."""
 
     suffix = ".png"
 
@@ -205,8 +205,8 @@ KINDS: dict[str, type[Field]] = {
 class Spec(dict[str, Field]):
     """The fields of a data set by the names of its columns.
 
-    Sets of images in classes are the common case: their columns are called `images` and `labels`,
-    and the properties below are shorthands for what these hold.
+    Sets of labeled images are the common case: their columns are called `images` and `labels`,
+    and the properties below are shorthands for attributes of these fields.
     """
 
     @property
@@ -215,7 +215,7 @@ class Spec(dict[str, Field]):
 
     @property
     def size(self) -> int:
-        """Height and width of the images in pixels. Raises ValueError where they differ."""
+        """Height and width of the images in pixels. Raises ValueError if they differ."""
         _, height, width = self._image.shape
         if height != width:
             raise ValueError(f"images must be square, got {height}x{width}")
@@ -231,7 +231,7 @@ class Spec(dict[str, Field]):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, none where the data have no labels."""
+        """The names of the classes; empty if the data have no labels."""
         field = self.get("labels")
         return field.classes if isinstance(field, Label) else ()
 
@@ -251,7 +251,7 @@ class Spec(dict[str, Field]):
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Mapping[str, Any]]) -> Spec:
-        """The spec that `to_dict` made plain. Raises ValueError for anything else."""
+        """The inverse of `to_dict`. Raises ValueError for anything else."""
         spec = cls()
         for name, values in content.items():
             if not isinstance(values, Mapping):

@@ -1,4 +1,4 @@
-"""Files that others made: which of them are looked at, and how they are opened."""
+"""Finds and opens the files of data sets, which are not trusted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO, cast
 
 from gankernels._memory import available
 
-#: What file systems, archivers and NAS put beside data, besides names that start with a dot.
+#: Names that file systems, archivers and NAS add to folders of data, besides those with a dot.
 _JUNK = frozenset(
     {
         "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle",
@@ -28,13 +28,13 @@ _SPECIAL = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-# Less than this is read whatever it expands to; of more, images never take 200 times less.
+# Less than this is read in any case; above it, images are never compressed 200-fold.
 _SMALL = 1 << 30
 _EXPANSION = 200
 
 
 def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """What a folder holds without hidden files and junk, by name."""
+    """The entries of a folder without hidden files and junk, by name."""
     with os.scandir(folder) as entries:
         return sorted(
             (e for e in entries if not e.name.startswith(".") and e.name.lower() not in _JUNK),
@@ -49,7 +49,7 @@ def suffixes(names: Iterable[str]) -> str:
 
 
 def either(paths: Iterable[str | os.PathLike[str]]) -> str:
-    """Paths in words: "a, b or c", of many the first."""
+    """Paths in words: "a, b or c"; if there are many, only the first."""
     names = [os.fspath(path) for path in paths]
     shown = names[:6]
     if len(names) > len(shown):
@@ -59,7 +59,7 @@ def either(paths: Iterable[str | os.PathLike[str]]) -> str:
 
 
 def special(path: str | os.PathLike[str]) -> str | None:
-    """What is there in place of a regular file, in words; None for a regular file.
+    """The kind of a path that is not a regular file, in words; None for a regular file.
 
     Nothing is opened: opening a pipe waits for a writer, opening a device may do anything.
     """
@@ -73,10 +73,10 @@ def _special(status: os.stat_result) -> str | None:
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open for reading what is a regular file, perhaps through links.
+    """Open a regular file for reading; links are followed.
 
     Raises:
-        ValueError: it is none. The text does not name it.
+        ValueError: it is not a regular file. The message does not name it.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -93,10 +93,10 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 @contextmanager
 def open_unpacked(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file's content, from within gzip if it is in gzip, and its size as it is stored."""
+    """A regular file's content, decompressed if it is gzip, and its size on disk."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        # By content, not by name: downloads often arrive unpacked under a name that ends in .gz.
+        # By content, not by name: downloads are often unpacked already under a name with .gz.
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         if not compressed:
@@ -107,10 +107,10 @@ def open_unpacked(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]
 
 
 def check_promise(promised: int, stored: int) -> None:
-    """Refuse what a header promises before it is read, where it can be nothing but a bomb.
+    """Refuse a decompression bomb by the size in its header, before it is read.
 
     Raises:
-        ValueError: the text names no file.
+        ValueError: the promised size is implausible. The message does not name the file.
     """
     if promised > max(_SMALL, _EXPANSION * stored):
         raise ValueError(
@@ -121,12 +121,12 @@ def check_promise(promised: int, stored: int) -> None:
 
 
 def check_memory(needed: int) -> None:
-    """Raise ValueError for more bytes than there are."""
+    """Raise ValueError if more bytes are needed than are free."""
     free = available()
     if free is not None and needed > free:
         raise ValueError(f"needs {needed:,} bytes of memory, {free:,} are free")
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line ends; its type where it says nothing."""
+    """The message of an error in one line; its type if there is no message."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -13,7 +13,7 @@ from torch import Tensor
 from gankernels.data._decode import decode, each
 from gankernels.data._fields import Image, Label, Spec
 
-#: The number of bytes of a set's files that its identity looks at.
+#: The number of bytes of a set's files that its identity includes.
 _SAMPLED = 256 * 2**20
 
 
@@ -21,16 +21,16 @@ _SAMPLED = 256 * 2**20
 class ImageFiles:
     """A labeled set of image files, which :func:`load` lists with ``stream=True``.
 
-    Pixels are those that :class:`ImageData` would hold. A damaged file is found when it is read.
+    Pixels are the same as in :class:`ImageData`. A damaged file is detected when it is read.
 
     Args:
-        files: the paths, encoded, as an array ``(N,)``: a list of str would be copied into every
-            process that reads it, as its reference counts change.
+        files: the encoded paths as an array ``(N,)``. The memory of a list of str would be copied
+            in every process that reads it, as its reference counts change.
         labels: int64 tensor ``(N,)`` of indices into ``classes``.
         classes: the name of each class.
         size: height and width to which every image is cut and resized.
-        channels: 1 (grey) or 3 (RGB).
-        name: what the set is called in logs and reports.
+        channels: 1 (gray) or 3 (RGB).
+        name: the name of the set in logs and reports.
     """
 
     files: np.ndarray
@@ -78,12 +78,12 @@ class ImageFiles:
         return {"images": images, "labels": self.labels[rows]}
 
     def identity(self) -> str:
-        """A digest of the content, wherever it lies: what a checkpoint knows the set by.
+        """A digest of the content, by which a checkpoint recognizes the set under any path.
 
-        Of the labels, the names of the files below the folder and their sizes, and of the bytes of
-        every k-th file, where k is the least with which 256 MiB are read: of all files of a set
-        that is no larger. Hence it notices any other size or name, and other content in k files
-        that follow each other.
+        It covers the labels, the relative names and the sizes of all files, and the content of
+        every k-th file. k is the least number with which about 256 MiB are read: 1 for a set that
+        is no larger. Hence it detects any other size or name, and other content in k consecutive
+        files.
 
         Raises:
             OSError: a file is missing or cannot be read.

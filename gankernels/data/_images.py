@@ -1,4 +1,4 @@
-"""Labeled images in memory, and what the kinds of data that hold them have in common."""
+"""Labeled images in memory, and the options of all kinds of image data."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class ImageData:
     """A labeled set of square images.
 
     Args:
-        images: uint8 tensor ``(N, C, S, S)``, N >= 1, C 1 (grey) or 3 (RGB).
+        images: uint8 tensor ``(N, C, S, S)``, N >= 1, C 1 (gray) or 3 (RGB).
         labels: int64 tensor ``(N,)`` of indices into ``classes``.
         classes: the name of each class.
-        name: what the set is called in logs and reports.
-        source: digest of the pixels and labels before they were resized, which one processor
-            rounds differently from another; None where the images are as they were stored.
+        name: the name of the set in logs and reports.
+        source: digest of the pixels and labels before resizing, which rounds differently on
+            different processors; None if the images are as stored.
     """
 
     images: Tensor
@@ -131,14 +131,15 @@ class ImageData:
         return digest_of(self.images, self.labels, self.classes)
 
     def identity(self) -> str:
-        """A digest of what is stored, wherever it lies: what a checkpoint knows the set by."""
+        """A digest of the stored content, by which a checkpoint recognizes the set."""
         return self.source or digest_of(self.images, self.labels)
 
     def split(self, held_out: float = 0.2, seed: int = 0) -> tuple[ImageData, ImageData]:
         """Split into (training, held-out) with the class proportions of the whole.
 
-        Each class gives ``held_out`` of its images, rounded, but keeps at least one for training
-        and, if it has two, gives at least one. The same seed gives the same split.
+        Of each class the share ``held_out`` is held out, rounded, but at least one image is kept
+        for training and, if there are two, at least one is held out. The same seed gives the same
+        split.
 
         Raises:
             ValueError: ``held_out`` is outside (0, 1), or no class has two images.
@@ -177,9 +178,9 @@ def image_data(
     options: ImageOptions,
     name: str,
 ) -> ImageData:
-    """Images as they are stored, uint8 `(N, C, H, W)`, brought to the size and channels asked for.
+    """Convert stored images, uint8 `(N, C, H, W)`, to the size and channels of the options.
 
-    Raises ValueError, beginning with `source`, where they are not square or too large for memory.
+    Raises ValueError, beginning with `source`, if they are not square or too large for memory.
     """
     size, channels = options.size, options.channels
     if images.shape[2] != images.shape[3] and size is None:
@@ -202,7 +203,7 @@ def image_data(
 
 
 def numbered(values: np.ndarray) -> tuple[Tensor, tuple[str, ...]]:
-    """Label values as indices into the sorted distinct ones, and these as names of the classes."""
+    """Labels as indices into their sorted distinct values, and these as names of the classes."""
     distinct, labels = np.unique(values, return_inverse=True)
     indices = torch.from_numpy(labels.astype(np.int64).reshape(-1))
     return indices, tuple(str(value) for value in distinct)

@@ -17,11 +17,11 @@ class DataOptions:
     """The settings of a kind of data that has none; subclasses add fields, each an `option`."""
 
     def settled(self, spec: Spec) -> DataOptions:
-        """These options, with those that were left open as the data turned out to be."""
+        """These options, with unset ones taken from the spec of the data."""
         return self
 
     def in_memory(self) -> DataOptions:
-        """These options, but for data that are read into memory as a whole."""
+        """These options for data that are read into memory as a whole."""
         return self
 
 
@@ -33,21 +33,21 @@ class Kind(ABC):
 
     #: The settings of `open`, which `gankernels train --set` takes.
     Options: ClassVar[type[DataOptions]] = DataOptions
-    #: What is accepted, in words, for error messages.
+    #: The accepted sources, in words, for error messages.
     accepted: ClassVar[str]
-    #: Data sets that have a name and no path.
+    #: Data sets that have a name instead of a path.
     names: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
-        """Whether a file or folder is of this kind, by the names of files: nothing is opened."""
+        """Whether a file or folder is of this kind, by names of files: nothing is opened."""
         return False
 
     @classmethod
     def find(cls, folder: Path, training: bool = True) -> list[Path]:
-        """The sources of this kind in a folder, or those that hold no training data.
+        """The sources of this kind in a folder, or only those without training data.
 
-        A folder that no kind accepts is searched by this for the one data set in it.
+        In a folder that no kind accepts, `load` searches for a single data set by this method.
         """
         return []
 
@@ -58,7 +58,7 @@ class Kind(ABC):
 
         Args:
             options: an instance of `Options`.
-            name: what the data are called in logs and reports.
+            name: the name of the data in logs and reports.
 
         Raises:
             ValueError: the source is damaged or does not fit the options. The file is named.

@@ -24,44 +24,44 @@ def load(source: str | Path, **options: Any) -> Data:
             - ``"digits"``: the 1,797 handwritten 8x8 digits that come with scikit-learn;
             - a folder in IDX format (the MNIST family): ``train-images-idx3-ubyte`` and
               ``train-labels-idx1-ubyte``, gzipped or not; or one images file, whose labels file
-              lies beside it. EMNIST's images, which are stored on their side, are turned upright;
-              of QMNIST's labels the class is taken;
+              is in the same folder. EMNIST's images, which are stored transposed, are turned
+              upright; from QMNIST's labels the class is taken;
             - a folder whose subfolders are the classes and hold image files;
             - the "python version" of CIFAR-10 or CIFAR-100, as ``.tar.gz`` or unpacked: its
               training images, with the fine labels;
             - an ``.npz`` with ``images``, uint8 ``(N, H, W)``, ``(N, H, W, C)`` or
               ``(N, C, H, W)``, and ``labels``, integers or strings ``(N,)``;
-            - a folder in which one of these packed sets lies, such as the ``root`` to which
+            - a folder that contains one of these packed sets, such as the ``root`` to which
               torchvision downloads;
-            - whatever a registered kind accepts.
+            - any source that a registered kind accepts.
 
             ``~`` is the home folder; a folder called digits is ``"./digits"``. ``"kind:source"``
-            names the kind where several accept the source.
-        options: fields of the kind's `Options`. All of the above are image kinds and take
+            chooses the kind if several accept the source.
+        options: fields of the kind's `Options`. All of the above are image kinds and accept
 
             - ``size``: height and width. The central square of each image is resized, bilinearly
               with antialiasing. ``None`` keeps the size, which must be the same for all and square;
-              it is the default but for the digits, which are resized to 28;
-            - ``channels``: 1 converts color to luma, 3 repeats gray. ``None`` keeps what is stored
-              (an image folder is gray if every file is);
+              it is the default except for the digits, which are resized to 28;
+            - ``channels``: 1 converts color to luma, 3 repeats gray. ``None`` keeps the stored
+              channels (an image folder is gray if every file is);
             - ``stream``: open an image folder as :class:`ImageFiles`, which are decoded when they
-              are drawn. With ``size`` and ``channels`` given, no file is opened before. The other
-              kinds are read into memory all the same.
+              are drawn. With ``size`` and ``channels`` given, no file is opened before. Other kinds
+              are read into memory regardless.
 
     The classes are the sorted distinct labels, or the names of the folders. Names sort as text, as
-    they do in torchvision: a folder "10" comes before a folder "2".
+    in torchvision: a folder "10" comes before a folder "2".
 
     Raises:
         TypeError, ValueError: wrong options, or a source that is unknown, ambiguous, empty, without
-            labels, damaged, larger than memory, or of several sizes where ``size`` is not given.
-            The file is named. Nothing is opened but regular files.
-        ImportError: a library of ``gankernels[train]`` is needed and missing.
+            labels, damaged, larger than memory, or of several sizes if ``size`` is not given.
+            The file is named. Only regular files are opened.
+        ImportError: a library of ``gankernels[train]`` is missing.
     """
     kind, path, found = _locate(source)
     if unknown := options.keys() - names(kind.Options):
         takes = ", ".join(sorted(names(kind.Options))) or "no options"
         raise TypeError(f"{kind_name(kind)} takes {takes}, got {', '.join(sorted(unknown))}")
-    # Path.resolve() fails where links go round.
+    # Path.resolve() fails for circular links.
     name = path if path in kind.names else os.path.basename(os.path.realpath(expand(path)))
     return kind.open(found, kind.Options(**options), name)
 
@@ -73,13 +73,13 @@ def split(source: str) -> tuple[type[Kind] | None, str]:
 
 
 def kind_of(source: str) -> type[Kind]:
-    """The kind of a source; one that is named is not looked for. Raises ValueError for unknown."""
+    """The kind of a source; a named kind is not checked. Raises ValueError for unknown sources."""
     kind, _ = split(source)
     return kind or _locate(source)[0]
 
 
 def exists(source: str) -> bool:
-    """Whether a source that names its kind is there."""
+    """Whether a source that names its kind exists."""
     kind, path = split(source)
     return path in (kind or kind_of(source)).names or expand(path).exists()
 
@@ -87,8 +87,8 @@ def exists(source: str) -> bool:
 def canonical(source: str | Path) -> str:
     """The same data as `"kind:path"` with an absolute path, which works from any folder.
 
-    The name of a data set stays what it is: ``"digits"``, also where a folder has this name
-    (``"./digits"`` is the folder). So does a source that is not there.
+    The name of a data set is unchanged: ``"digits"``, even if a folder has this name
+    (``"./digits"`` is the folder). So is a source that does not exist.
     """
     try:
         kind, path, _ = _locate(source)
@@ -98,7 +98,7 @@ def canonical(source: str | Path) -> str:
 
 
 def _locate(source: str | Path) -> tuple[type[Kind], str, str]:
-    """The kind of a source, the source without its kind, and where exactly the data are."""
+    """The kind of a source, the source without its kind, and the exact path of the data."""
     if not isinstance(source, (str, Path)):
         raise TypeError(f"source must be a str or a Path, got {type(source).__name__}")
     named, path = split(source) if isinstance(source, str) else (None, os.path.join(".", source))
@@ -115,7 +115,7 @@ def _locate(source: str | Path) -> tuple[type[Kind], str, str]:
         )
     if not place.is_dir() and (what := special(place)):
         raise ValueError(f"source {path!r} must be a file or a folder, got {what}")
-    # Pictures may lie next to what belongs to another kind.
+    # Pictures may be in the same folder as files of another kind.
     others = [kind for kind in candidates if kind is not folder.Folder]
     found = [kind for kind in others or candidates if kind.accepts(place)]
     if not found and folder.Folder in candidates and folder.Folder.accepts(place):
@@ -132,5 +132,5 @@ def _locate(source: str | Path) -> tuple[type[Kind], str, str]:
         raise ValueError(f"{place}: several data sets; load {either(p for _, p in sets)} instead")
     if len(sets) == 1 and (named or not any(folder.search(place))):
         return sets[0][0], path, str(sets[0][1])
-    # It is an image folder if anything: the error will say what it lacks, and what to load instead.
+    # At best it is an image folder: the error will name what is missing, and what to load instead.
     return named or folder.Folder, path, str(place)

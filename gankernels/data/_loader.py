@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gankernels.data._columns import Data
 
-#: Held while workers start, so that none is taken for one of another thread's loader.
+#: Held while workers start, so that a worker is not attributed to another thread's loader.
 _STARTING = threading.Lock()
 
 
@@ -26,21 +26,21 @@ class BatchLoader:
     """An endless iterator of random batches: raw columns ``(batch_size, ...)`` by name.
 
     Rows are drawn with replacement. Draw number k depends on ``seed`` and k alone, so that a loader
-    with ``first=k`` goes on where another stopped, whatever their workers. PyTorch's random state
-    is left alone.
+    with ``first=k`` continues where another stopped, with any number of workers. PyTorch's random
+    state is not changed.
 
-    Workers are processes that prepare two batches each ahead of time. They leave SIGINT,
-    SIGTERM and SIGHUP to the process that started them, which may want a last batch before it
-    stops. Call :meth:`close` to end them; they also end with the loader and with the process.
+    Workers are processes that prepare two batches each ahead of time. They ignore SIGINT, SIGTERM
+    and SIGHUP, since the process that started them may need a last batch before it stops. Call
+    :meth:`close` to end them; they also end with the loader and with the process.
 
     Args:
         data: tables in host memory or in files.
         batch_size: rows per draw, of every table.
-        seed: of the draws, not negative.
+        seed: the random seed of the draws, not negative.
         first: number of the first draw.
         part: (i, m): only the i-th of m equal parts of every batch is read and delivered.
-        workers: processes that read rows; with 0 they are read when they are asked for.
-        device: where the batches are delivered; on CUDA through pinned memory, without waiting.
+        workers: the number of processes that read rows; with 0 rows are read on demand.
+        device: the device of the batches; CUDA batches go through pinned memory, asynchronously.
 
     Iterating raises ValueError for a damaged file, naming it, and ChildProcessError after a worker
     was killed.
@@ -74,16 +74,16 @@ class BatchLoader:
             num_workers=workers,
             worker_init_fn=_ignore_stop_signals,
             pin_memory=on_cuda,
-            # Left out, the default generator would be drawn from: a resumed run would differ.
+            # Without it PyTorch draws from the default generator, and a resumed run would differ.
             generator=torch.Generator(),
         )
-        # The thread that pins memory works on the device that is current now.
+        # The thread that pins memory uses the device that is current now.
         current = torch.accelerator.device_index(self.device.index if on_cuda else None)
         with _STARTING, _sigchld_kept(), current:
             others = set(multiprocessing.active_children())
             self._items: Iterator[Any] = iter(loader)
             self._workers = [w for w in multiprocessing.active_children() if w not in others]
-        # At exit multiprocessing would end them by SIGTERM and wait, for ever.
+        # At exit multiprocessing would send them SIGTERM, which they ignore, and wait forever.
         self._end_workers = util.Finalize(self, _kill, args=(self._workers,), exitpriority=0)
 
     def __iter__(self) -> BatchLoader:
@@ -98,8 +98,8 @@ class BatchLoader:
             for worker in self._workers:
                 if not worker.is_alive():
                     raise ChildProcessError(
-                        f"a process that reads images ended with status {worker.exitcode}; if it "
-                        "was killed for want of memory, use fewer workers or smaller batches"
+                        f"a data-loading worker died with status {worker.exitcode}; if it ran out "
+                        "of memory, use fewer workers or smaller batches"
                     ) from error
             raise
         if isinstance(drawn, ValueError):
@@ -108,14 +108,14 @@ class BatchLoader:
 
     def close(self) -> None:
         """End the workers. Iterating then stops at once."""
-        self._items = iter(())  # the end of PyTorch's iterator asks them to leave
+        self._items = iter(())  # deleting PyTorch's iterator tells the workers to exit
         self._end_workers()
 
 
 class _Draws(Dataset[Any]):
     """Draw number k as item k: raw columns, or the ValueError that reading them raised.
 
-    An error is a value here since an exception would arrive with a worker's traceback as its text.
+    Errors are returned as values, since a raised one would arrive with a traceback as its message.
     """
 
     def __init__(self, data: Data, batch_size: int, seed: int, part: tuple[int, int]) -> None:
@@ -150,8 +150,8 @@ def _kill(workers: list[multiprocessing.Process]) -> None:
 
 @contextmanager
 def _sigchld_kept() -> Iterator[None]:
-    """Undo what a DataLoader does to SIGCHLD: its handler raises wherever the program happens to
-    be, in the middle of a checkpoint, say. Without it the next batch tells of a dead worker."""
+    """Undo a DataLoader's handler of SIGCHLD, which raises at any place in the program, such as in
+    the middle of a checkpoint. Without it, fetching the next batch reports a dead worker."""
     handler = signal.getsignal(signal.SIGCHLD)
     yield
     if threading.current_thread() is threading.main_thread():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def arrange(count: int, labels: list[int] | None) -> tuple[Tensor | None, int]:
     """Labels for `count` images, the given ones in turn, and a number of columns for a grid.
 
-    The columns are a multiple of the labels where these are few, so that a column is one class.
+    The columns are a multiple of the labels if these are few, so that a column is one class.
     """
     side = max(1, round(math.sqrt(count)))
     if labels is None:
@@ -33,7 +33,7 @@ def arrange(count: int, labels: list[int] | None) -> tuple[Tensor | None, int]:
 def make_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
     """uint8 `(N, C, H, W)` row by row as one `(C, rows (H + padding) + padding, ...)` image.
 
-    Places that N does not fill, and the lines between, are black.
+    Unfilled places, and the lines between images, are black.
     """
     n, channels, height, width = images.shape
     rows = -(-n // columns)
@@ -52,7 +52,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int) -> None:
 
 
 def to_picture(pixels: Tensor) -> Image:
-    """uint8 `(C, H, W)` on the CPU, C 1 or 3, as a picture of Pillow's."""
+    """uint8 `(C, H, W)` on the CPU, C 1 or 3, as a Pillow image."""
     try:
         from PIL import Image
     except ImportError as error:

@@ -13,8 +13,8 @@ from gankernels.data._files import one_line, open_regular
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: Decoders that neither start programs nor read other files. Left to itself Pillow goes by content,
-#: and hands PostScript to Ghostscript whatever its name is.
+#: Decoders that neither start programs nor read other files. By default Pillow detects formats by
+#: content, and passes PostScript to Ghostscript under any name.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 #: Names of such files.
 SUFFIXES = frozenset(
@@ -37,11 +37,11 @@ def import_pillow() -> tuple[ModuleType, ModuleType]:
 
 @contextmanager
 def open_image(path: str | os.PathLike[str]) -> Iterator[Image]:
-    """Pillow's image of a regular file.
+    """Open a regular file as a Pillow image.
 
     Raises:
-        ValueError: it is of another format, damaged, too large for Pillow or no regular file, also
-            where Pillow finds out when it decodes. The file is named.
+        ValueError: it is of another format, damaged, too large for Pillow or not a regular file,
+            also if Pillow detects this inside the `with` block. The file is named.
     """
     Image, _ = import_pillow()
     try:

@@ -1,4 +1,4 @@
-"""Conversions between pixels and what networks see, between sizes and between colors."""
+"""Conversions between pixels and the values of networks, between sizes and between colors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Conversions that pass through float32 go this many pixels at a time, or an image, so that a data
-# set of uint8 never exists as a whole at four times its size.
+# Conversions through float32 take this many pixels at a time, or an image, so that a uint8 data set
+# never exists as a whole in four times its size.
 _CHUNK = 1 << 24
 
 
@@ -17,7 +17,7 @@ def to_float(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 pixels to the range [-1, 1] of a tanh generator: 0 to -1, 255 to 1. Any shape."""
     if x.dtype != torch.uint8:
         raise TypeError(f"x must be torch.uint8, got {x.dtype}")
-    # In float32 and then rounded once: in half precision the division and the shift both round.
+    # Computed in float32 and rounded once: half precision would round division and shift.
     return (x.float() if dtype != torch.float64 else x.double()).div_(127.5).sub_(1).to(dtype)
 
 
@@ -51,7 +51,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def convert_channels(images: Tensor, channels: int) -> Tensor:
-    """uint8 ``(N, 1 or 3, H, W)`` with ``channels`` channels: luma (ITU-R 601) or grey repeated."""
+    """uint8 ``(N, 1 or 3, H, W)`` with ``channels`` channels: luma (ITU-R 601) or gray repeated."""
     if images.shape[1] == channels:
         return images
     if channels == 3:
@@ -59,7 +59,7 @@ def convert_channels(images: Tensor, channels: int) -> Tensor:
     result = images.new_empty(len(images), 1, *images.shape[2:])
     for source, target in _chunks(images, result):
         red, green, blue = source.int().unbind(1)
-        # Pillow's fixed-point weights, so that a folder and an array give the same grey.
+        # Pillow's fixed-point weights, so that a folder and an array give the same gray.
         target[:, 0] = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
     return result
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from gankernels.data._files import visible
 from gankernels.data._kind import Kind, get_kind, kinds
 
-#: Levels down to which a folder is searched: torchvision's take three, EMNIST/raw/gzip.
+#: Levels down to which a folder is searched: torchvision has up to three, EMNIST/raw/gzip.
 DEPTH = 4
 
 

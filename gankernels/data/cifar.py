@@ -1,7 +1,7 @@
 """The "python version" of CIFAR-10 and CIFAR-100: pickled batches in a tar archive, or unpacked.
 
-Pickle can run any code, so nothing a batch names is ever called: the few names that these files
-use for a numpy array stand for inert records here, every other name is refused.
+Pickle can run any code, so nothing that a batch names is ever called: the few names that these
+files use for a numpy array become inert records here, every other name is refused.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from gankernels.data._files import one_line, open_regular, open_unpacked
 from gankernels.data._images import ImageData, ImageOptions, image_data
 from gankernels.data._kind import Kind
 
-# Unpacked, either set takes 186 MB, and no file of them more than 400,000 steps to unpickle.
+# Unpacked, either set takes 186 MB, and no file takes more than 400,000 steps to unpickle.
 _MAX_BYTES = 1 << 28
 _MAX_STEPS = 2_000_000
 
 
 class _Set(NamedTuple):
-    """Where the parts of a set are kept."""
+    """The names of the files and entries of a set."""
 
     title: str
     folder: str
@@ -97,7 +97,7 @@ def is_folder(path: Path) -> bool:
 
 
 def find(folder: Path) -> list[Path]:
-    """``folder`` itself, or the archives in it that are not unpacked beside it."""
+    """``folder`` itself, or the archives in it that are not unpacked in the same folder."""
     if is_folder(folder):
         return [folder]
     archives = [_archive(folder, each) for each in _SETS if not is_folder(folder / each.folder)]
@@ -128,13 +128,13 @@ def read_archive(archive: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
             bounded = _Bounded(stream)
             with tarfile.open(fileobj=cast(BinaryIO, bounded), mode="r:") as tar:
                 for member in tar:
-                    bounded.check(member.size)  # of a sparse one, little of it is in the archive
+                    bounded.check(member.size)  # a sparse member is small in the archive
                     name = Path(member.name).name
                     if member.isfile() and name in _SET_OF:
                         file = tar.extractfile(member)
                         assert file is not None  # isfile
                         parts[name] = _unpickle(f"{archive}: {member.name}", name, file.read())
-            # What gzip says of its content stands behind it.
+            # gzip's checksum follows its content.
             while bounded.read(1 << 20):
                 pass
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
@@ -148,9 +148,9 @@ def read_archive(archive: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
 
 
 class _Bounded:
-    """A stream of which no more is read, at once or together, than CIFAR has.
+    """A stream from which no more bytes can be read, at once or in total, than CIFAR has.
 
-    Not only files claim sizes: tarfile reads what a header claims for the name of one.
+    Checking members is not enough: tarfile also reads as many bytes of a name as a header claims.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -235,7 +235,7 @@ def _entry(where: str, part: dict[Any, Any], key: str, kind: type) -> Any:
 
 
 class _Array:
-    """What a pickled numpy array consists of."""
+    """The parts of a pickled numpy array."""
 
     def __init__(self, *_ignored: object) -> None:
         self.state: Any = None
@@ -249,7 +249,7 @@ class _Array:
             if dtype.name not in (b"u1", "u1") or len(shape) != 2 or shape[1] != 3072:
                 raise ValueError(f"expected (N, 3072) bytes, found {shape}")
             return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran_order else "C")
-        except Exception as error:  # what stands there can be anything
+        except Exception as error:  # a damaged entry can be anything
             raise ValueError(f"{where}: damaged 'data' entry: {one_line(error)}") from error
 
 
@@ -282,7 +282,7 @@ class _InertUnpickler(pickle.Unpickler):
 def _unpickle(where: str, name: str, content: bytes) -> dict[Any, Any]:
     what = f"not a {_SET_OF[name].title} batch"
     try:
-        # Pickle makes a table of as many places as the largest number of a place says.
+        # Pickle allocates a table as long as the largest index in it.
         for step, (opcode, argument, _) in enumerate(pickletools.genops(content)):
             if step > _MAX_STEPS:
                 raise ValueError("it takes too many steps to unpickle")

@@ -15,7 +15,7 @@ from gankernels.data._kind import Kind
 
 @dataclass(frozen=True)
 class DigitsOptions(ImageOptions):
-    # MNIST's, which the small networks fit.
+    # MNIST's size, for which the small networks are designed.
     size: int | None = option(28, "resize images to size x size (none: 8, as stored)")
 
 

@@ -18,7 +18,7 @@ from gankernels.data._pillow import SUFFIXES
 from gankernels.data._search import search as search_packed
 
 _ACCEPTED = " ".join(sorted(SUFFIXES))
-# Levels down to which folders are searched for those that hold the classes.
+# Levels down to which folders are searched for folders of classes.
 _DEPTH = 4
 
 
@@ -44,7 +44,7 @@ class Folder(Kind):
 
 
 def _with_advice(error: NoClassesError, path: Path) -> ValueError:
-    """The error, and what to load instead where there is something further down."""
+    """The error, and what to load instead if there is something further down."""
     images = sorted(search(path), key=lambda each: not each.name.startswith("train"))
     if found := [place for _, place in search_packed(path)] + images:
         return ValueError(f"{error}; for what lies deeper load {either(found)} instead")
@@ -54,10 +54,10 @@ def _with_advice(error: NoClassesError, path: Path) -> ValueError:
 
 
 def scan(folder: Path, options: ImageOptions, name: str) -> ImageFiles:
-    """List the images; a size and channels that the options leave open are read from the headers.
+    """List the images; a size and channels that are not in the options are read from the headers.
 
     Raises:
-        NoClassesError: the folder is no folder of classes.
+        NoClassesError: the folder is not a folder of classes.
         ValueError: an image is damaged, or is not as large as the others. It is named.
     """
     files, labels, classes = _list(folder)
@@ -84,9 +84,9 @@ def scan(folder: Path, options: ImageOptions, name: str) -> ImageFiles:
 def read(folder: Path, files: ImageFiles) -> ImageData:
     """All images in memory.
 
-    Images that are not square are cut to their central square where a size is given. Transparent
-    pixels are shown on white, EXIF orientation is applied, of deeper gray the upper eight bits are
-    kept, of an animation the first frame.
+    Images that are not square are cut to their central square if a size is given. Transparent
+    pixels are shown on white, EXIF orientation is applied, and only the upper eight bits of deeper
+    gray and the first frame of an animation are kept.
     """
     size, channels = files.size, files.channels
     _check_fits(folder, len(files), channels, size)
@@ -148,13 +148,13 @@ def _list(folder: str | os.PathLike[str]) -> tuple[list[str], list[int], tuple[s
             stray = f"{nested[0]} out of there" if images else f"it out of {folder}"
             raise NoClassesError(
                 f"{subfolder.path}: a class folder must hold images, this one holds the folder "
-                f"{nested[0]!r}; if it is no class, take {stray}"
+                f"{nested[0]!r}; if it is not a class, take {stray}"
             )
         if not images:
             raise NoClassesError(
                 f"{subfolder.path}: a class folder without an image"
-                f"{f', it holds {_kinds(members)}' if members else ''}; accepted are {_ACCEPTED}; "
-                f"if it is no class, take it out of {folder}"
+                f"{f', it holds {_kinds(members)}' if members else ''}; images are {_ACCEPTED}; "
+                f"if it is not a class, take it out of {folder}"
             )
         files += images
         labels += [label] * len(images)

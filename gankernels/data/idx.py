@@ -20,11 +20,11 @@ from gankernels.data._images import ImageData, ImageOptions, image_data, numbere
 from gankernels.data._kind import Kind
 
 _IMAGES_FILE = re.compile(r"(.+)-images([-.])idx3-ubyte(\.gz)?")
-# DEFLATE cannot expand by more than this, so a header that promises more is wrong.
+# DEFLATE cannot expand by more than this factor, so a header that promises more is wrong.
 _GZIP_MAX_RATIO = 1032
 _TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4"}
 _IMAGES = ((8, 3),)
-# QMNIST's have columns of numbers, the first of which is the class.
+# QMNIST's labels are columns of numbers, the first of which is the class.
 _LABELS = ((8, 1), (12, 2), *((kind, 1) for kind in (9, 11, 12)))
 _QMNIST_COLUMNS = 8
 
@@ -58,7 +58,7 @@ def is_images_file(path: Path) -> bool:
 
 
 def find(folder: Path, training: bool = True) -> list[Path]:
-    """The files with training images in ``folder``, or those with other images."""
+    """The files with training images in ``folder``, or only those with other images."""
     files: dict[str, Path] = {}
     for entry in visible(folder):  # by name: unpacked ones before those in gzip
         match = _IMAGES_FILE.fullmatch(entry.name)
@@ -72,7 +72,7 @@ def find(folder: Path, training: bool = True) -> list[Path]:
 def read(images_file: Path) -> tuple[Tensor, np.ndarray]:
     """Images uint8 ``(N, 1, H, W)`` and integer labels ``(N,)`` of a file and its labels file.
 
-    EMNIST's files hold columns where the others hold rows: its images are turned upright.
+    EMNIST's files store images by columns instead of rows: they are transposed.
     """
     match = _IMAGES_FILE.fullmatch(images_file.name)
     assert match is not None  # is_images_file
@@ -102,7 +102,7 @@ def _labels_file(images_file: Path, stem: str, separator: str) -> Path:
         for path in (images_file.with_name(name), images_file.with_name(f"{name}.gz")):
             if os.path.lexists(path) and not path.is_dir():
                 return path
-    raise ValueError(f"{images_file}: no labels, {usual}[.gz] is not beside it")
+    raise ValueError(f"{images_file}: no labels, {usual}[.gz] is not in its folder")
 
 
 def _read_array(path: Path, accepted: tuple[tuple[int, int], ...]) -> np.ndarray:
@@ -133,7 +133,7 @@ def _read_array(path: Path, accepted: tuple[tuple[int, int], ...]) -> np.ndarray
 
 
 def _read_exactly(stream: BinaryIO, expected: int) -> np.ndarray:
-    """All of the stream, straight into its final place, which it must fill exactly."""
+    """The whole stream, read directly into an array that it must fill exactly."""
     data = np.empty(expected, np.uint8)
     filled = 0
     while chunk := stream.read(1 << 20):

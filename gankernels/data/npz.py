@@ -25,7 +25,7 @@ _MAX_HEADER = 1 << 16
 
 
 class _Array(NamedTuple):
-    """What the header of an array says."""
+    """The header of an array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -66,7 +66,7 @@ def read(path: Path) -> tuple[Tensor, np.ndarray]:
             if f"{name}.npy" in archive.namelist()
         }
         names = [name.removesuffix(".npy") for name in archive.namelist()[:20]]
-    # All that headers can tell, before anything is read that is large.
+    # Everything that headers can tell is checked before any large read.
     for name in ("images", "labels"):
         if name not in headers:
             raise ValueError(f"{path}: no array {name!r} among {names}")
@@ -90,7 +90,7 @@ def read(path: Path) -> tuple[Tensor, np.ndarray]:
 def _open(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with open_regular(path) as file:
-            # Asked first: of an empty file and of a pickle zipfile itself would say less.
+            # Checked first: for an empty file or a pickle, zipfile's own error says less.
             if not zipfile.is_zipfile(file):
                 raise ValueError("not a zip archive")
             with zipfile.ZipFile(file) as archive:
@@ -104,7 +104,7 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
 def _read_header(archive: zipfile.ZipFile, name: str) -> _Array:
     entry = archive.getinfo(name)
     with archive.open(entry) as member:
-        # Not from the member itself, which would be read as far as it says that its header goes.
+        # Not from the member itself, which would be read up to the header length that it claims.
         file = io.BytesIO(member.read(_MAX_HEADER))
         version = npy.read_magic(file)
         if version not in _HEADERS:
@@ -122,15 +122,15 @@ def _read_header(archive: zipfile.ZipFile, name: str) -> _Array:
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    _read_header(archive, name)  # again, since the file may be another by now
+    _read_header(archive, name)  # again, since the file may have been replaced
     with archive.open(name) as file:
         array = npy.read_array(file, allow_pickle=False)
-        file.read(1)  # to its end, where the checksum is compared
+        file.read(1)  # zipfile compares the checksum at the end
     return array
 
 
 def _channels_first(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The order of axes that makes ``(N, C, H, W)`` of four axes."""
+    """The permutation of four axes to ``(N, C, H, W)``."""
     if 0 in shape:
         raise ValueError(f"{path}: images are empty, their shape is {shape}")
     if len(shape) == 3 or (len(shape) == 4 and shape[1] in (1, 3)):

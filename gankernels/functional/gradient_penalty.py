@@ -76,7 +76,8 @@ def gradient_penalty(
             evaluations instead of one; random layers draw the same numbers in all three. Neither
             method has a gradient with respect to ``real`` and ``fake``.
         critic_args: further positional arguments of the critic, such as labels.
-        generator: for random numbers, on the device of ``real``; default: that of the device.
+        generator: the source of random numbers, on the device of ``real``; by default the device's
+            default generator.
 
     Returns:
         A scalar in float32 (float64 for float64): the mean over the batch, without weight or
@@ -84,7 +85,7 @@ def gradient_penalty(
 
     Raises:
         TypeError: if ``real`` or ``fake`` is not a floating-point tensor.
-        ValueError: if they differ in shape, or ``kind`` or ``method`` is none of the above.
+        ValueError: if they differ in shape, or ``kind`` or ``method`` is not one of the above.
         RuntimeError: if the critic does not depend on its input, or, with ``"exact"``, has a layer
             that cannot be differentiated twice; the message names the layer. (A module's first
             penalty is differentiated at once to find out.)
@@ -101,7 +102,7 @@ def gradient_penalty(
     """
     check_choice("kind", kind, KINDS)
     check_choice("method", method, _METHODS)
-    wanted = torch.is_grad_enabled()  # otherwise the value alone
+    wanted = torch.is_grad_enabled()  # otherwise only the value is computed
     with _recording():
         with torch.no_grad():
             x = _recordable(_points(real, fake, kind, generator))
@@ -309,11 +310,11 @@ def _blame(critic: nn.Module, x: Tensor, critic_args: Sequence[object]) -> str:
         critic(x, *critic_args)
     except Exception:  # the search is optional: the error of the penalty is raised anyway
         if not culprits:
-            return "which of its layers is to blame could not be found out"
+            return "the layer could not be identified"
     finally:
         for handle in handles:
             handle.remove()
-    return culprits[0] if culprits else "something outside its layers, in a forward method"
+    return culprits[0] if culprits else "the cause is outside its layers, in a forward method"
 
 
 def _twice_differentiable(module: nn.Module, args: Args, kwargs: Kwargs) -> bool:

@@ -14,10 +14,10 @@ def minibatch_discrimination(m: Tensor) -> Tensor:
 
     .. math:: o_{n,b} = \sum_{j \ne n} \exp\Bigl(-\sum_c |m_{n,b,c} - m_{j,b,c}|\Bigr)
 
-    Neither this nor its derivatives store N x N elements: the workspace is at most twice the bytes
-    of ``m`` plus some blocks that stay in the caches (or, where B is so small that it fills a
-    vector only once, two copies of ``m`` in the accumulation type for the first derivative and
-    three for the second). Only ``m`` is saved for backward.
+    Neither the function nor its derivatives store N x N elements: the workspace is at most twice
+    the bytes of ``m`` plus some blocks that stay in the caches (or, if B is so small that it fits
+    in one vector, two copies of ``m`` in the accumulation type for the first derivative and three
+    for the second). Only ``m`` is saved for backward.
 
     Args:
         m: ``(N, B, C)``, samples by kernels by dimensions of a kernel, of float32, float64,

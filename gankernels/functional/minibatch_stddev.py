@@ -28,7 +28,7 @@ def minibatch_stddev(x: Tensor, group_size: int = 4, num_channels: int = 1) -> T
             below one.
 
     Derivatives: the first and the second, each by its own kernel; a third raises. Adding 1e-8 to
-    the variance keeps both finite where all members of a group agree. Half-precision inputs are
+    the variance keeps both finite if all members of a group are equal. Half-precision inputs are
     converted to float32 for all sums, under autocast too.
 
     Reference: Karras et al., 2018, arXiv:1710.10196, section 3.

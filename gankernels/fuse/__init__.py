@@ -1,13 +1,13 @@
-"""Replacing pairs of layers in an existing network by the fused layers, and undoing it.
+"""Replaces pairs of layers in an existing network by fused layers, and reverts this.
 
-Which layer follows which is read from the code: every module that holds such layers is traced by
-torch.fx, with its children as black boxes, once for every way through its ``forward``. A pair is
-fused where all uses of both layers, in all traces, are uses of the pair. So every module computes
-what it computed before, whoever calls it.
+The order of layers is read from the code: every module that holds such layers is traced by
+torch.fx, with its children as black boxes, once for every path through its ``forward``. A pair is
+fused if all uses of both layers, in all traces, are uses of the pair. Every module therefore
+computes the same as before, whatever code calls it.
 
 Layers change their class in place, as with PyTorch's own ``fully_shard``, ``LazyModule`` and
 ``parametrize``: they stay the same objects, with their parameters, buffers, state_dict keys and
-modes, for everybody who holds a reference.
+modes, so existing references remain valid.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def fuse(
     cpu: bool = False,
     log: Callable[[str], object] | None = None,
 ) -> nn.Module:
-    """Let a network compute its BatchNorm + LeakyReLU pairs by the fused layers, in place.
+    """Replace BatchNorm + LeakyReLU pairs in a network by fused layers, in place.
 
     A pair is a BatchNorm followed by LeakyReLU or ReLU, or one of these followed by a BatchNorm, in
     an ``nn.Sequential`` or as attributes that a ``forward`` calls one after the other. One
@@ -44,35 +44,35 @@ def fuse(
     layer with ``sync=True`` and keeps its process group.
 
     Args:
-        module: the whole network. A part is enough where no other part calls its layers.
+        module: the whole network. A part is enough if no other part calls its layers.
         lone: whether to replace a BatchNorm without an activation too (by a slope of 1). This makes
             a gradient penalty faster, but not the forward pass of a small layer.
         cpu: whether to replace layers by those of :mod:`gankernels.nn.cpu` too, which are faster on
             a CPU: Linear, Dropout, nearest upsampling by 2 with the 3x3 Conv2d after it, and Conv2d
             from many channels to one. On other devices they change nothing.
-        log: called with one line of text for every BatchNorm, and every layer that ``cpu`` asks
-            for: what has become of it, or why it was left alone. Pass ``print`` to show the lines,
+        log: called with one line of text for every BatchNorm, and for every layer that ``cpu``
+            concerns: how it was replaced, or why not. Pass ``print`` to show the lines,
             ``lines.append`` to keep them.
 
     Returns:
         ``module`` itself.
 
     Raises:
-        TypeError: where an argument has a wrong type, or ``module`` is compiled by TorchScript.
+        TypeError: if an argument has a wrong type, or ``module`` is compiled by TorchScript.
 
-    Left alone, with the reason in the log, are layers with hooks, subclasses of PyTorch's layers, a
-    BatchNorm whose output is used twice, an activation that has other uses too or is a function
-    (``F.leaky_relu``), pairs that are divided between modules, an in-place activation whose input
-    others may see, and what is called by a ``forward`` that torch.fx cannot trace or whose source
-    cannot be read. (An ``nn.Sequential`` in such a module is still looked at if its owner only ever
-    calls it as a whole.)
+    The following are not replaced, and the log has the reason: layers with hooks, subclasses of
+    PyTorch's layers, a BatchNorm whose output is used twice, an activation that has other uses too
+    or is a function (``F.leaky_relu``), pairs that are divided between modules, an in-place
+    activation whose input is visible elsewhere, and layers called by a ``forward`` that torch.fx
+    cannot trace or whose source cannot be read. (An ``nn.Sequential`` in such a module is still
+    analyzed if its owner only ever calls it as a whole.)
 
-    ``isinstance`` still sees a BatchNorm and an activation. They become two layers again, with a
-    warning, where code needs two: where one of them is replaced or gets a hook, and where the
+    By ``isinstance`` they are still a BatchNorm and an activation. They become two layers again,
+    with a warning, when code needs two: when one of them is replaced or gets a hook, and when the
     BatchNorm is folded into a convolution or converted to another norm
     (``convert_sync_batchnorm``; to synchronize a fused layer, set its ``sync``).
 
-    ``forward`` is read as it goes at the time of the call: where it depends on attributes other
+    ``forward`` is analyzed in the state at the time of the call: if it depends on attributes other
     than ``training``, set them first. Code that calls one of the two layers from elsewhere, such as
     ``network.bn1(x)`` in a training loop, is not seen.
 
@@ -88,7 +88,7 @@ def fuse(
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
     if log is not None and not callable(log):
-        raise TypeError(f"log must be a function of a line, got {type(log).__name__}")
+        raise TypeError(f"log must be callable, got {type(log).__name__}")
     names = {m: name or "module" for name, m in module.named_modules()}
     norms: list[nn.Module]
     norms = [m for m in names if isinstance(m, _BatchNorm) and not isinstance(m, _norms.FUSED)]
@@ -112,7 +112,7 @@ def unfuse(module: nn.Module) -> nn.Module:
     """Undo :func:`fuse`, in place: every layer gets its former class back.
 
     Parameters, buffers and keys stay the same. It works on copies and unpickled networks too, and
-    leaves layers alone that were not made by :func:`fuse`.
+    does not change layers that were not made by :func:`fuse`.
 
     Args:
         module: a network, or a part of one.
@@ -121,7 +121,7 @@ def unfuse(module: nn.Module) -> nn.Module:
         ``module`` itself.
 
     Raises:
-        TypeError: where ``module`` is not a module.
+        TypeError: if ``module`` is not a module.
     """
     _check(module)
     for layer in list(module.modules()):

@@ -1,4 +1,4 @@
-"""Which layer a network calls after which."""
+"""Finds out in which order a network calls its layers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Calls:
     """All calls of the layers of a network, as nodes of traces.
 
     Args:
-        names: of all modules.
+        names: the names of all modules.
         wanted: classes of layers. Modules without any such layer are not traced.
     """
 
@@ -52,14 +52,14 @@ class Calls:
         self.names = names
         self.wanted = wanted
         self.nodes: dict[nn.Module, list[fx.Node]] = {}
-        #: Layers with calls that may be missing in the traces, and why.
+        #: Layers whose calls may be missing in the traces, and why.
         self.hidden: dict[nn.Module, str] = {}
 
     def __enter__(self) -> Calls:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Drop the references to layers, which the cycles in a graph would keep for some time."""
+        """Drop the references to layers, which reference cycles in graphs would keep alive."""
         for node in itertools.chain(*self.nodes.values()):
             node.meta.clear()
 
@@ -76,7 +76,7 @@ class Calls:
             except UntraceableError as error:
                 self._hide(owner, str(error))
                 continue
-            finally:  # at once, since the next trace may depend on them
+            finally:  # immediately, since the next trace may depend on them
                 vars(owner).clear()
                 vars(owner).update(before)
             for node in itertools.chain(*(graph.nodes for graph in graphs)):
@@ -121,11 +121,11 @@ class Calls:
             elif why := unfit(other, pair.other):
                 reasons.append(f"{place}, which cannot be fused: {why}")
             elif not all(pair.suits(other, m) for m in sharing):
-                reasons.append(f"{place}, but their settings do not suit")
+                reasons.append(f"{place}, but their settings do not match")
             elif other_first and any(node.next not in node.users for node in nodes):
                 reasons.append(f"{place}, with something else done in between")
             elif other_first and in_place and not all(map(_owns_input, nodes)):
-                reasons.append(f"{place}, in place on what others may see")
+                reasons.append(f"{place}, in place on a tensor that others may see")
             else:
                 return Match(other, other_first, tuple(m for m in sharing if m is not None))
         return (reasons or [_describe(self.nodes[main])])[0]
@@ -144,10 +144,10 @@ class Calls:
 
 
 def unfit(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
-    """Why this layer cannot be half of a pair, whatever the other half is."""
+    """Why this layer cannot be half of any pair, or None if it can."""
     kind = type(layer)
     if kind not in kinds:
-        return f"{kind.__name__} is a class of its own"
+        return f"{kind.__name__} is a subclass"
     hooks = [
         name
         for name, value in vars(layer).items()
@@ -166,7 +166,7 @@ def unfit(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
 
 
 def _is_wrapper(module: nn.Module) -> bool:
-    """Whether it is one of PyTorch's modules that call the one they hold as a whole."""
+    """Whether it is one of PyTorch's modules that call the module they hold as a whole."""
     compiled = "_orig_mod" in module._modules
     return compiled or isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
 
@@ -190,12 +190,12 @@ def _previous(node: fx.Node) -> nn.Module | None:
 
 
 def _owns_input(node: fx.Node) -> bool:
-    """Whether a call gets a tensor that was made for it alone, and no view."""
+    """Whether a call gets a tensor that nothing else uses and that is not a view."""
     return isinstance(_previous(node), (_ConvNd, nn.Linear))
 
 
 def _describe(nodes: list[fx.Node]) -> str:
-    """Why the result of these calls does not go into one activation."""
+    """Why the result of these calls is not the input of a single activation."""
     for node in nodes:
         users = list(node.users)
         if len(users) != 1:

@@ -1,4 +1,4 @@
-"""Which layers `fuse` replaces by those for CPUs."""
+"""Replaces layers by faster ones for CPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAIR = Pair(main=(nn.Conv2d,), other=(nn.Upsample,), orders=(True,), suits=Upsa
 
 
 def rewrite(calls: Calls) -> list[str]:
-    """Replace what can be replaced; a line for every layer that might have been."""
+    """Replace layers if possible; returns a line for every layer of these kinds."""
     lines = []
     for layer, name in calls.names.items():
         if isinstance(layer, nn.Upsample) and not isinstance(layer, FusedUpsample):

@@ -1,4 +1,4 @@
-"""Which norms and activations are fused, and by which layer."""
+"""Fuses norms with activations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAIR = Pair(main=tuple(_LAYERS), other=(nn.LeakyReLU, nn.ReLU))
 
 
 def rewrite(norms: list[nn.Module], calls: Calls, lone: bool) -> list[str]:
-    """Fuse norms with the activations next to them; a line for each, in their order."""
+    """Fuse norms with the activations next to them; returns a line for each, in their order."""
     names = calls.names
     lines = []
     activations: dict[nn.Module, nn.Module] = {}

@@ -1,6 +1,6 @@
-"""What the source of a forward says, where a trace does not tell.
+"""Analyzes the source of a forward for facts that are not in a trace.
 
-Code without a source, such as what was typed into Python's prompt, counts as unknown.
+Code without a source, such as code typed at Python's prompt, counts as unknown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Source:
     """``forward`` and the methods of its class that it may call, by their names, parsed.
 
     Raises:
-        UnreadableError: where one of them has no source.
+        UnreadableError: if one of them has no source.
     """
 
     def __init__(self, cls: type[nn.Module]) -> None:
@@ -49,12 +49,12 @@ class Source:
 
     @property
     def asks_for_types(self) -> bool:
-        """Such code sees proxies instead of tensors, and would see other layers once fused."""
+        """Whether it checks types. It sees proxies in a trace, and other classes once fused."""
         return bool(_ASKS_FOR_TYPES & self.names)
 
     @property
     def catches_errors(self) -> bool:
-        """Such code may go another way with tensors than it does when a trace fails in it."""
+        """Whether it catches exceptions. An error in a trace may not occur with tensors."""
         nodes = (node for tree in self.trees for node in ast.walk(tree))
         return "suppress" in self.names or any(isinstance(n, ast.ExceptHandler) for n in nodes)
 
@@ -108,7 +108,7 @@ def refuses(error: Exception) -> bool:
     if not isinstance(statement, ast.Raise):
         return False
     raised = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
-    # Another class comes from what was computed for the message.
+    # An error of another class was raised while the message was computed.
     return getattr(raised, "attr", getattr(raised, "id", None)) == type(error).__name__
 
 

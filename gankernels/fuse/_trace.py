@@ -1,4 +1,4 @@
-"""Every way through a forward, as graphs of torch.fx."""
+"""Traces every path through a forward as a torch.fx graph."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import fx, nn
 
 from gankernels.fuse._source import Source, UnreadableError, refuses
 
-#: How far code is followed: tests of a tensor or its shape on one way through a forward, ways, and
-#: arguments that may be given or not.
+#: Limits of tracing: tests of a tensor or its shape on one path through a forward, paths, and
+#: optional arguments.
 _MOST_CHOICES, _MOST_WAYS, _MOST_ARGUMENTS = 12, 64, 5
 DEPENDS_ON_TYPES = "it may depend on the types of layers or arguments"
 
 
 class UntraceableError(Exception):
-    """A forward whose ways are not all known."""
+    """A forward whose paths are not all known."""
 
 
 class _Tracer(fx.Tracer):
-    """Takes given branches where the code asks a tensor (or an argument) for a decision."""
+    """Takes given branches when the code tests a tensor (or an argument)."""
 
-    proxy_buffer_attributes = True  # so that no buffer is computed with or written to
+    proxy_buffer_attributes = True  # so that no actual buffer is read or written
 
     def __init__(self, choices: list[bool]) -> None:
         super().__init__()
@@ -48,8 +48,8 @@ class _Tracer(fx.Tracer):
 
 
 def traces(owner: nn.Module) -> list[fx.Graph]:
-    """The module's forward with its children as black boxes: in training and evaluation, with
-    and without each optional argument, along every branch."""
+    """The graphs of a module's forward with its children as black boxes: in training and
+    evaluation, with and without each optional argument, along every branch."""
     if "forward" in vars(owner):
         raise UntraceableError("it is replaced")
     try:

@@ -2,8 +2,8 @@
 
 Every module in this directory whose name has no leading underscore is a GAN, and its name (with
 `-` for `_`) is what the command line calls it: a new GAN is a new file, with no edit elsewhere.
-Other packages add theirs by `register` or by an entry point of the group `gankernels.games`. Games
-know nothing about loops, devices or precision; :mod:`gankernels.train` owns those.
+Other packages add games by `register` or by an entry point of the group `gankernels.games`. Games
+know nothing about loops, devices or precision; :mod:`gankernels.train` handles those.
 """
 
 from __future__ import annotations

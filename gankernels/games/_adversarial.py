@@ -1,7 +1,7 @@
 """Games with one generator and one discriminator.
 
-Every such game, whatever its loss, can have a discriminator that sees statistics of the batch, and
-a penalty on the discriminator's gradient.
+In every such game, whatever its loss, the discriminator can see statistics of the batch, and can
+have a penalty on its gradient.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Adversarial(Game):
     def judged(self, values: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> tuple[Any, ...]:
         """The discriminator's arguments for real or made values. The penalty is on the first.
 
-        What was made may bring conditions of its own; those of the batch fill in.
+        Made values may include their own conditions; missing ones are taken from the batch.
         """
         conditions = (values[n] if n in values else batch[n] for n in self.given)
         return values[self.makes], *conditions
@@ -115,7 +115,7 @@ class Adversarial(Game):
         name: str = "discriminator",
         **settings: Any,
     ) -> Player:
-        """The discriminator as a player, under its penalty where the options ask for one.
+        """The discriminator as a player, with the penalty of the options if there is one.
 
         Args:
             settings: further arguments of `Player`.

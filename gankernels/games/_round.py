@@ -1,4 +1,4 @@
-"""A network that tells real values from made ones, as a player: what its loss sees, its penalty."""
+"""A player that distinguishes real values from made ones: the inputs of its loss, its penalty."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ Judged = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Any, ...]]
 
 
 class Round:
-    """All that a loss can look at: each part is computed when it is first asked for.
+    """All that a loss can use: each part is computed at its first use.
 
     Args:
         batch: the real data.
         rng: the only source of randomness.
         make: makes values for the batch.
-        network: the network that tells them from real ones.
-        judged: its arguments.
-        together: whether gradients of what was made are not needed, so that players of a shared
-            batch take the same values, and the network judges real and made ones in one call where
+        network: the network that distinguishes them from real ones.
+        judged: the arguments of the network.
+        together: whether no gradients of the made values are needed, so that players of a shared
+            batch use the same values, and the network judges real and made ones in one call if
             that changes nothing.
 
     Attributes:
         made: the values made for the batch, by column.
-        real, fake: the network's outputs for the real data and for what was made, float32.
+        real, fake: the network's outputs for the real and the made values, float32.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Round:
 
     @cached_property
     def made(self) -> Mapping[str, Tensor]:
-        # A generator needs a graph of its own; all others take what was made for a shared batch.
+        # A generator needs its own autograd graph; all others use the values of a shared batch.
         if self.together and self.batch.made is not None:
             return self.batch.made
         made = self.make(self.batch, self.rng)
@@ -83,8 +83,8 @@ def judge_both(
 ) -> tuple[Tensor, Tensor]:
     """The network's outputs for the arguments of real and of made values, float32.
 
-    In one call where that changes nothing; a network that normalizes over its batch has to see real
-    and made values in batches of their own.
+    It is called once if that changes nothing; a network that normalizes over its batch must see
+    real and made values in separate batches.
     """
     if not getattr(network, "per_sample", False):
         return network(*real).float(), network(*fake).float()
@@ -139,13 +139,13 @@ def adversary(
     penalty: Penalty | None = None,
     **settings: Any,
 ) -> Player:
-    """A player that tells real values from made ones, under a penalty if there is one.
+    """A player that distinguishes real values from made ones, with a penalty if there is one.
 
-    A game may have several: a network of each domain, say.
+    A game may have several, such as one network per domain.
 
     Args:
         name: see `Player`.
-        network: the network that it moves.
+        network: the network that it trains.
         loss: the terms that it minimizes.
         optimizer: see `Player`.
         make: makes values for a batch, such as `game.make`.

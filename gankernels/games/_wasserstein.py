@@ -1,4 +1,4 @@
-"""What the Wasserstein GANs have in common."""
+"""The common base of the Wasserstein GANs."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from gankernels.games.dcgan import DCGAN, DCGANOptions
 
 @dataclass(frozen=True)
 class CDCGANOptions(DCGANOptions):
-    # With dropout the discriminator is slow to look at the labels: on the digits, samples obey
-    # theirs 80 % of the time after 500 steps and 91 % after 1000, without it 86 % and 98 %.
+    # With dropout the discriminator learns to use the labels slowly: on the digits, samples match
+    # their labels 80 % of the time after 500 steps and 91 % after 1000, without it 86 % and 98 %.
     dropout: float = option(0.0, "discriminator dropout (28 px networks only)")
 
 

@@ -53,6 +53,6 @@ class DCGAN(GAN):
 
     @property
     def in_family(self) -> bool:
-        """Whether the size is one the DCGAN family is made for: 32, 64, 128, ..."""
+        """Whether the DCGAN family is defined for the size: 32, 64, 128, ..."""
         size = self.spec.size
         return size >= 32 and size & (size - 1) == 0

@@ -17,6 +17,6 @@ class DRAGANOptions(GANOptions):
 
 
 class DRAGAN(GAN):
-    """Dense GAN under a gradient penalty around the data; `dcgan --penalty dragan` convolves."""
+    """Dense GAN with a gradient penalty around the data (convolutional: dcgan, penalty=dragan)."""
 
     Options = DRAGANOptions

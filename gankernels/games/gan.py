@@ -47,7 +47,7 @@ class GAN(Adversarial):
             self.generator_player(partial(adam, lr=self.options.lr)),
         ]
 
-    # Binary cross entropy straight from logits: -log sigmoid(x) is softplus(-x).
+    # Binary cross entropy computed from logits: -log sigmoid(x) is softplus(-x).
 
     def discriminator_loss(self, round: Round) -> dict[str, Tensor]:
         return {"real": F.softplus(-round.real).mean(), "fake": F.softplus(round.fake).mean()}

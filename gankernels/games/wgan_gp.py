@@ -23,7 +23,7 @@ class WGANGPOptions(AdversarialOptions):
     beta2: float = option(0.9, "Adam's beta2")
     n_critic: int = option(5, "critic steps per generator step")
     penalty: str | None = option("wgan-gp", "penalty on the critic's gradient")
-    networks: str = option("dense", "dense as in wgan, or conv, those of the paper for MNIST")
+    networks: str = option("dense", "dense: as in wgan; conv: as in the paper for MNIST")
     width: int = option(64, "channels at half the image size (conv networks only)")
 
     def __post_init__(self) -> None:

@@ -1,9 +1,9 @@
-"""How good samples are.
+"""Metrics of the quality of samples.
 
 Every module in this directory whose name has no leading underscore is a metric, and its name is
 what `--set score=` and `gankernels evaluate --metrics` call it: a new metric is a new file, with no
-edit elsewhere. Other packages add theirs by `register` or by an entry point of the group
-`gankernels.metrics`. Those here judge labeled images by a classifier trained on the real ones.
+edit elsewhere. Other packages add metrics by `register` or by an entry point of the group
+`gankernels.metrics`. The built-in ones judge labeled images by a classifier trained on real images.
 """
 
 from gankernels.metrics._cache import load_or_train_classifier

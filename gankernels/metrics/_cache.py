@@ -1,4 +1,4 @@
-"""Train the classifier of a data set once, and keep it."""
+"""Trains the classifier of a data set once, and keeps it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gankernels.metrics._classifier import Classifier, train_classifier
 
 _logger = logging.getLogger(__name__)
 
-# Part of the file's name: a change of architecture or training makes a new one, so that a
-# classifier is never mistaken for what the present code would train.
+# Part of the file's name. Change it with the architecture or the training, so that an old
+# classifier is never mistaken for one that the present code would train.
 _RECIPE = 1
 
 
@@ -32,8 +32,8 @@ def load_or_train_classifier(
     """As :func:`train_classifier`, but kept in ``cache_dir`` and read from there the next time.
 
     The file is found by a hash of pixels, labels and class names, so changed data are never
-    judged by an old classifier. It is written atomically and read with ``weights_only``. A file
-    that cannot be read is trained anew, a folder that cannot be written only warned about.
+    judged by an old classifier. It is written atomically and read with ``weights_only``. If it
+    cannot be read, the classifier is trained again; if it cannot be written, there is a warning.
     """
     key = hashlib.sha256(f"{_RECIPE} {seed} {data.digest()}".encode()).hexdigest()[:16]
     path = expand(cache_dir) / f"classifier-{key}.pt"
@@ -42,10 +42,10 @@ def load_or_train_classifier(
             classifier = _load(path, data)
             return classifier.to(device), classifier.held_out_accuracy.item()
         except Exception as error:  # a torn file can make torch.load raise nearly anything
-            _logger.warning("%s cannot be read (%s); training the classifier anew", path, error)
+            _logger.warning("%s cannot be read (%s); training the classifier again", path, error)
     classifier, accuracy = train_classifier(data, seed=seed, device=device, progress=progress)
     try:
-        if path.is_file() or not path.exists():  # nothing but a file is ours to write to
+        if path.is_file() or not path.exists():  # never replace anything but a file
             _save(classifier, path)
     except OSError as error:
         _logger.warning("the classifier could not be kept: %s", error)

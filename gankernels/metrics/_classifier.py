@@ -25,14 +25,14 @@ class Classifier(nn.Module):
         channels: 1 or 3, though any number works.
         size: height and width of the images in pixels, at least 1.
         num_classes: number of logits.
-        num_features: width of the penultimate layer. Small beside the number of images, so that
-            a covariance of the features is well conditioned.
+        num_features: width of the penultimate layer. Small compared to the number of images, so
+            that a covariance of the features is well conditioned.
 
     Shape:
         ``(N, channels, size, size)`` in [-1, 1] to ``(N, num_classes)``.
     """
 
-    #: Accuracy on images kept from training, in [0, 1]; NaN until :func:`train_classifier`.
+    #: Accuracy on held-out images, in [0, 1]; NaN until :func:`train_classifier`.
     held_out_accuracy: Tensor
 
     def __init__(
@@ -88,10 +88,10 @@ def train_classifier(
 ) -> tuple[Classifier, float]:
     """Train a classifier on 80 % of ``data`` and measure it on the rest.
 
-    AdamW over one cycle of the learning rate, on images that are slightly turned, scaled and
-    shifted: 16 epochs, but at least 400 and at most 6,000 steps of 64 images. The same seed gives
-    the same classifier on the same machine with the same number of threads, and the global random
-    state stays as it was.
+    It uses AdamW with a one-cycle learning rate schedule, on images that are slightly rotated,
+    scaled and shifted, for 16 epochs, but at least 400 and at most 6,000 steps of 64 images. The
+    same seed gives the same classifier on the same machine with the same number of threads. The
+    global random state is not changed.
 
     Returns:
         the classifier in eval mode, and its accuracy on the held-out images in [0, 1].
@@ -101,7 +101,7 @@ def train_classifier(
     images, labels = training.images.to(device), training.labels.to(device)
     steps = min(max(16 * len(training) // _BATCH_SIZE, 400), 6000)
 
-    with torch.random.fork_rng(devices=[]):  # the weights are drawn from the CPU's default
+    with torch.random.fork_rng(devices=[]):  # weights are drawn from the CPU's default generator
         torch.manual_seed(seed)
         classifier = Classifier(data.channels, data.size, data.num_classes)
     classifier.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -111,7 +111,7 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
     rng = torch.Generator().manual_seed(seed)
     for _ in _progress_bar(steps, progress):
-        # One draw from the CPU per step gives the same batches on every device.
+        # Drawing on the CPU gives the same batches on every device.
         chosen = torch.randint(len(training), (_BATCH_SIZE,), generator=rng).to(device)
         batch = _augment(to_float(images[chosen]), rng)
         loss = F.cross_entropy(classifier(batch), labels[chosen])
@@ -127,7 +127,7 @@ def train_classifier(
 
 
 def _augment(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Turn by up to 0.2 rad, scale by up to 12 %, shift by up to 7 % of the width, per image."""
+    """Rotate by up to 0.2 rad, scale by up to 12 %, shift by up to 7 % of the width, per image."""
     angle, log_scale, dx, dy = (torch.rand(4, len(x), generator=rng) * 2 - 1) * torch.tensor(
         [[0.2], [0.12], [0.14], [0.14]]  # grid coordinates span 2, hence .14
     )
@@ -149,7 +149,7 @@ def features(classifier: Classifier, images: Tensor, batch_size: int = 256) -> T
     """Penultimate features of ``images``, float32 ``(N, F)`` on the CPU.
 
     Args:
-        classifier: used in eval mode, and put back into the modes it was in.
+        classifier: used in eval mode; its modes are restored afterwards.
         images: ``(N, C, S, S)``, uint8 pixels or floating point in [-1, 1].
         batch_size: images converted and computed at a time.
     """

@@ -70,7 +70,7 @@ class Evaluation:
 
     @property
     def facts(self) -> dict[str, float]:
-        """What the metrics found out about the real data."""
+        """The facts of all metrics about the real data."""
         return {key: value for m in self.metrics.values() for key, value in m.facts.items()}
 
     def score(
@@ -85,7 +85,7 @@ class Evaluation:
             sample: makes up to 256 samples at a time.
             n: the number of samples, at least 2; by default as many as there are rows, at most
                 10,000.
-            seed: decides the samples.
+            seed: the random seed of the samples.
 
         Raises:
             ValueError: `n` is too small, or samples have another shape or are not finite.
@@ -94,14 +94,14 @@ class Evaluation:
         return {name: metric.score(samples) for name, metric in self.metrics.items()}
 
     def count(self, n: int | None) -> int:
-        """The number of samples that `score` takes where it is asked for `n`."""
+        """The number of samples that `score` draws for the argument `n`."""
         n = min(len(self._table(self.column)), MAX_SAMPLES) if n is None else n
         if n < 2:
             raise ValueError(f"n must be at least 2, got {n}")
         return n
 
     def draw(self, sample: Sampler, n: int, seed: int) -> dict[str, Tensor]:
-        """Raw columns of `n` samples and of what they are made from."""
+        """Raw columns of `n` samples and of the conditions that they are made from."""
         field = self.data.spec[self.column]
         require(n * max(field.nbytes, 256), f"n={n}")
         rng = torch.Generator().manual_seed(seed)
@@ -145,6 +145,6 @@ class Evaluation:
 
 
 def check(chosen: Sequence[str], data: Data, column: str, given: Sequence[str]) -> None:
-    """Raises ValueError where a metric does not exist, or cannot judge samples of a column."""
+    """Raises ValueError if a metric does not exist, or cannot judge samples of a column."""
     for name in chosen:
         get(name).check(data, column, given)

@@ -40,13 +40,13 @@ class Judge:
         return self._last[1]
 
     def predict(self, found: Tensor) -> Tensor:
-        """The classes that the classifier sees in features."""
+        """The classes that the classifier predicts from features."""
         head = self.classifier.head
         return head(found.to(head.weight.device)).argmax(1).cpu()
 
 
 class ClassifierMetric(Metric):
-    """A metric that judges by a classifier trained on the real images, which it has as `judge`."""
+    """A metric that judges by a classifier trained on the real images, its attribute `judge`."""
 
     needs: ClassVar[tuple[type[Field], ...]] = (Image,)
     labels: ClassVar[dict[str, tuple[str, str]]] = {

@@ -18,12 +18,12 @@ Samples = Mapping[str, Tensor]
 
 
 class Cache:
-    """What metrics keep and share while they judge samples of one data set.
+    """Storage that metrics share while they judge samples of one data set.
 
     Args:
         folder: for files that later runs read.
         device: where metrics compute.
-        progress: whether to show a progress bar for what takes long.
+        progress: whether to show a progress bar for long computations.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Metric(ABC):
         column: the name of the column that samples are of.
     """
 
-    #: The types of the fields that it looks at: that of the samples, then those of columns that
-    #: they must be made from.
+    #: The types of the fields that the metric uses: the type of the samples, then the types of the
+    #: columns that they must be made from.
     needs: ClassVar[tuple[type[Field], ...]]
     #: Whether the least score is the best.
     lower_is_better: ClassVar[bool] = True
@@ -63,12 +63,12 @@ class Metric(ABC):
 
     @property
     def facts(self) -> dict[str, float]:
-        """What `prepare` found out that helps to read the scores."""
+        """Facts that `prepare` computed and that help to interpret the scores."""
         return {}
 
     @classmethod
     def check(cls, data: Data, column: str, given: Sequence[str]) -> None:
-        """Raises ValueError where it cannot judge samples of a column of these data.
+        """Raises ValueError if the metric cannot judge samples of a column of these data.
 
         Args:
             given: the columns that samples are made from.
@@ -86,11 +86,11 @@ class Metric(ABC):
 
     @abstractmethod
     def prepare(self, data: Data, cache: Cache) -> None:
-        """Compute what is needed of the real data, once."""
+        """Compute the statistics of the real data, once."""
 
     @abstractmethod
     def score(self, samples: Samples) -> dict[str, float]:
-        """The scores of samples, by name; by the first of them checkpoints are compared."""
+        """The scores of samples, by name; checkpoints are compared by the first."""
 
 
 def _made_from(sampled: type[Field], given: Sequence[type[Field]]) -> str:

@@ -1,4 +1,4 @@
-"""Whether samples are of the classes that they were made for."""
+"""The accuracy of class-conditional samples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from gankernels.metrics._judge import ClassifierMetric, Samples
 
 
 class Accuracy(ClassifierMetric):
-    """The share of samples in which the classifier sees the class that was asked for, in [0, 1]."""
+    """The share of samples that the classifier assigns to the class given for them, in [0, 1]."""
 
     needs = (Image, Label)
     lower_is_better = False

@@ -1,4 +1,4 @@
-"""How different the samples of a class are from each other."""
+"""The diversity of samples within a class."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gankernels.metrics._judge import ClassifierMetric, Samples
 class Diversity(ClassifierMetric):
     """The mean over classes of the pairwise feature distance within the class, relative to real.
 
-    1 is as diverse as the real images, 0 is one image per class. There is no score where no class
-    has two different images on either side.
+    1 is as diverse as the real images, 0 is one image per class. There is no score unless a class
+    has two different images among the real ones and among the samples.
     """
 
     needs = (Image, Label)
@@ -52,8 +52,8 @@ def within_class_diversity(features: Tensor, labels: Tensor, num_classes: int) -
         members = features[labels == label]
         count = len(members)
         if count > 1:
-            # By rows, so that no matrix of all pairs is stored; without the matrix product of the
-            # quick way, which cannot tell a collapsed class from distances of 1e-3.
+            # By rows, so that no matrix of all pairs is stored. The faster form with a matrix
+            # product cannot distinguish a collapsed class from distances of 1e-3.
             total = sum(
                 torch.cdist(rows, members, compute_mode="donot_use_mm_for_euclid_dist").sum()
                 for rows in members.split(256)

@@ -31,8 +31,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     ``|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))`` with the unbiased covariances A and B.
 
     The last trace is computed as the sum of singular values of ``R_a R_b^T``, where R is the
-    triangular factor of the centered features and so ``A = R_a^T R_a``. No product of features is
-    formed and no root taken of a rounded matrix, so nearly singular covariances lose no digits.
+    triangular factor of the centered features, so that ``A = R_a^T R_a``. No product of features is
+    formed and no root of a rounded matrix is taken, so nearly singular covariances lose no digits.
 
     Args:
         a, b: ``(N, F)`` and ``(M, F)``, N and M at least 2, of any floating point dtype; computed

@@ -1,10 +1,10 @@
-"""Networks only: what they compute, never how they are trained.
+"""Networks of generators and discriminators, without their training.
 
 Generators map noise `(N, latent_dim)` to images `(N, channels, size, size)` in [-1, 1];
 discriminators map such images to logits `(N,)`. All of them take labels `(N,)` as a second
-argument, which the unconditional ones refuse. A discriminator says `per_sample = True` where what
-it makes of an image depends on no other of the batch: it can then judge real and generated images
-in one go.
+argument, which the unconditional ones refuse. A discriminator sets `per_sample = True` if its
+output for an image does not depend on the others of the batch: it can then process real and
+generated images in one call.
 """
 
 from gankernels.networks._batch_statistics import with_batch_statistics

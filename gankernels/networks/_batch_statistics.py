@@ -14,7 +14,7 @@ from gankernels.nn.cpu import OneDNNLinear
 def with_batch_statistics(
     discriminator: nn.Module, stddev: bool = False, kernels: tuple[int, int] | None = None
 ) -> nn.Module:
-    """Lets the discriminator's last layer see statistics of the batch beside the features.
+    """Adds statistics of the batch to the features that the discriminator's last layer sees.
 
     Replaces `discriminator.head`, a linear layer or a convolution as large as its input, and
     returns the discriminator. The new head starts with the old one's weights.
@@ -26,7 +26,7 @@ def with_batch_statistics(
             2016, arXiv:1606.03498), or None for none.
 
     Raises:
-        ValueError: where statistics are wanted and the discriminator has no such head.
+        ValueError: if statistics are requested and the discriminator has no such head.
     """
     if not stddev and kernels is None:
         return discriminator

@@ -1,4 +1,4 @@
-"""First weights that more than one family uses."""
+"""Weight initializers that several networks share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def init_glorot(module: nn.Module) -> None:
-    """Glorot-uniform weights and zero biases, the default where the Keras networks come from."""
+    """Glorot-uniform weights and zero biases, Keras's default, for the networks from Keras."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""How labels enter a network as extra inputs."""
+"""Labels as additional inputs of a network."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 def join_one_hot(x: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
     """Append one-hot labels `(N,)` to `x` along dimension 1, as planes where `x` is an image.
 
-    With `num_classes == 0` the network is unconditional: `x` comes back as it is and labels are
-    refused. Raises ValueError when labels are missing or not wanted.
+    With `num_classes == 0` the network is unconditional: `x` is returned unchanged, and labels are
+    refused. Raises ValueError if labels are missing or refused.
     """
     check_labels(labels, num_classes)
     if labels is None:

@@ -13,7 +13,7 @@ from gankernels.nn import BatchNormLeakyReLU1d, LeakyReLUBatchNorm1d
 from gankernels.nn.cpu import BitDropout, OneDNNLinear
 
 SLOPE = 0.2
-# Keras counts the share of the old statistics that is kept (0.8), PyTorch the share replaced.
+# In Keras momentum is the share of the old statistics that is kept (0.8), in PyTorch the rest.
 BN_MOMENTUM = 0.2
 
 

@@ -15,8 +15,8 @@ SLOPE = 0.2
 class DeconvGenerator(nn.Module):
     """Dense to (4 width, 4, 4), then 5x5 transposed convolutions with ReLU to 28 px, tanh.
 
-    In between the image is 7 px wide: 8 of which a row and a column are cut off. Other sizes
-    divisible by 4 go the same way.
+    In between the image is 7 px wide: 8 px without a row and a column. Other sizes divisible by 4
+    work the same way.
     """
 
     def __init__(self, latent_dim: int, channels: int, size: int, width: int = 64) -> None:

@@ -1,8 +1,8 @@
-"""Layers that are rewritten in place: another class for the same object, and the way back.
+"""Rewrites layers in place, by changing the class of the object, and reverts them.
 
 Layers that are rewritten together are a pair, or a group, as long as each of them is only used as
-part of it. Code that replaces or drops one of them, or adds a hook to one, needs the layers by
-themselves, and gets them back.
+part of it. Code that replaces or removes one of them, or adds a hook to one, needs the separate
+layers: the pair is then reverted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RECORD = "_before_fusion"
 
 
 class Ref:
-    """A weak reference to a layer that copies and pickles of a network take along."""
+    """A weak reference to a layer that is copied and pickled with its network."""
 
     def __init__(self, layer: nn.Module | None) -> None:
         self._get = (lambda: None) if layer is None else weakref.ref(layer)
@@ -43,15 +43,15 @@ class Half(nn.Module):
         if _RECORD not in vars(self) or finalizing():
             return
         for ref in vars(self)[_RECORD][1]:
-            # A shallow copy, as nn.DataParallel makes them, is nobody's partner.
+            # A shallow copy, as made by nn.DataParallel, has no partners.
             if (partner := ref()) is not None and any(p is self for p in partners(partner)):
                 with contextlib.suppress(TypeError, ValueError):
                     revert(partner)
 
     def _reverting(self, group: list[nn.Module]) -> Callable[[], None]:
-        """What remains to be done when the layers of a group have their former classes again.
+        """Returns a function to call once the layers of a group have their former classes again.
 
-        It is called before, and may raise ValueError, which leaves the group as it is.
+        This method is called before, and may raise ValueError; the group is then not changed.
         """
         return lambda: None
 
@@ -86,8 +86,8 @@ def revert(layer: nn.Module) -> None:
     """Give a layer and its partners their former classes; does nothing to other layers.
 
     Raises:
-        TypeError: where one of them is parametrized, which has changed its class too.
-        ValueError: where norms that share an activation have different slopes.
+        TypeError: if one of them is parametrized, which also changed its class.
+        ValueError: if norms that share an activation have different slopes.
     """
     group = [layer] if is_rewritten(layer) else []
     for member in group:
@@ -103,13 +103,13 @@ def revert(layer: nn.Module) -> None:
 
 
 def come_apart(layer: nn.Module, why: str) -> None:
-    """Revert the layers of a pair where other code needs them, and warn, since it costs speed."""
+    """Revert the layers of a pair that other code needs, and warn, since it costs speed."""
     if is_rewritten(layer):
         described = str(layer)
         revert(layer)
         warnings.warn(
             f"{described} is two layers again, as before gankernels.fuse, since {why}; "
-            "gankernels.fuse makes them one where they still are a pair",
+            "gankernels.fuse makes them one again if they are still a pair",
             stacklevel=4,
         )
 
@@ -123,7 +123,7 @@ def partners(layer: nn.Module) -> list[nn.Module | None]:
 
 
 def call_in_trace(layer: nn.Module, input: Proxy) -> Proxy:
-    """A call of the layer as a whole, where torch.fx would look inside as in all but torch.nn's."""
+    """Record the layer as one call in a torch.fx trace, as torch.fx does for torch.nn's layers."""
     tracer: Any = input.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
 

@@ -18,16 +18,16 @@ from gankernels.ops.collectives import check_group, group_of_several
 
 
 class _BatchNormActivation(Half, _BatchNorm):
-    """What the layers share.
+    """The base class of the layers.
 
-    They are BatchNorms to all code that looks for such, to freeze them, to renew their statistics
-    or to initialize them. Code that looks for them in order to compute the norm in another way
-    would lose the activation: ``eps`` tells it.
+    They are BatchNorms for code that freezes, initializes or recomputes the statistics of such.
+    Code that computes the norm in another way would lose the activation. Such code reads ``eps``,
+    which therefore reverts the layer or raises (see ``pairs.Eps``).
     """
 
     _activation_first: bool
     negative_slope: float
-    sync: bool = False  # for the layers that gankernels.fuse makes, which have no attribute
+    sync: bool = False  # the default of layers that gankernels.fuse makes
     process_group: dist.ProcessGroup | None = None
 
     # For torch.jit.script.
@@ -52,7 +52,7 @@ class _BatchNormActivation(Half, _BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        given = {} if bias else {"bias": False}  # which not every PyTorch takes
+        given = {} if bias else {"bias": False}  # not every PyTorch has this argument
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **given
         )
@@ -68,7 +68,7 @@ class _BatchNormActivation(Half, _BatchNorm):
 
         def finish() -> None:
             del self.negative_slope
-            vars(self).pop("sync", None)  # which may have been set meanwhile
+            vars(self).pop("sync", None)  # it may have been set meanwhile
 
         return finish
 
@@ -81,7 +81,7 @@ class _BatchNormActivation(Half, _BatchNorm):
         self.__dict__["eps"] = float.__float__(value) if isinstance(value, Eps) else value
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads only this by itself)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript needs this condition alone)
             if isinstance(input, Proxy):
                 return call_in_trace(self, input)
         self._check_input_dim(input)
@@ -92,7 +92,7 @@ class _BatchNormActivation(Half, _BatchNorm):
         if not torch.jit.is_scripting():
             if tracking and running_mean is None and self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
-            # Where there are tensors per channel they tell, as with PyTorch's layer.
+            # Tensors per channel, if any, decide the number, as in PyTorch's layer.
             if input.shape[1] != self.num_features and self.weight is running_mean is None:
                 raise RuntimeError(
                     f"expected input with {self.num_features} channels (num_features), "
@@ -111,7 +111,7 @@ class _BatchNormActivation(Half, _BatchNorm):
             return compute(
                 input, running_mean, running_var, counter, self.weight, self.bias, options
             )
-        # Scripted code is to run where there is no gankernels, as all that is exported.
+        # Scripted code must run without gankernels installed, like all exported code.
         if self.sync and self.training:
             raise RuntimeError("a scripted layer cannot train with sync=True")
         momentum = 0.0 if self.momentum is None else self.momentum
@@ -144,33 +144,34 @@ class _BatchNormActivation(Half, _BatchNorm):
 
 _DOC = """{title} over a {shapes} input, as one layer.
 
-    The same as ``{sequence}``, in fewer passes over memory, and differentiable twice by kernels of
-    its own. The keys of its state_dict are those of :class:`torch.nn.BatchNorm{d}d`, so checkpoints
-    go both ways. Details, errors and references: :func:`gankernels.functional.{function}`.
+    It computes the same as ``{sequence}`` in fewer passes over memory, with kernels for the first
+    and second derivative. Its state_dict keys match :class:`torch.nn.BatchNorm{d}d`, so checkpoints
+    load in both directions. Details, errors and references:
+    :func:`gankernels.functional.{function}`.
 
     Args:
         num_features: the number of channels C.
-        negative_slope: LeakyReLU's slope for negative values; 0 is ReLU, 1 a lone BatchNorm.
+        negative_slope: LeakyReLU's slope for negative values; 0 is ReLU, 1 is BatchNorm only.
         eps: added to the variance.
         momentum: the share of a batch in the running statistics; None for a cumulative average.
         affine: whether there are a weight and a bias per channel.
         track_running_stats: whether running statistics are kept, and used in evaluation.
-        bias: whether there is a bias beside the weight.
+        bias: whether there is a bias besides the weight.
         sync: whether the batch, in training, is that of all processes of ``process_group``; may
             also be set later, as an attribute. See below.
-        process_group: of ``torch.distributed``; None for all processes.
-        device: of parameters and buffers.
-        dtype: of parameters and buffers.
+        process_group: a group of ``torch.distributed``; None for all processes.
+        device: the device of parameters and buffers.
+        dtype: the dtype of parameters and buffers.
 
-    Everything but ``num_features`` is by keyword only.
+    All arguments but ``num_features`` are keyword-only.
 
     With ``sync=True`` mean, variance and both derivatives are those of the batches of all processes
     together, as with :class:`torch.nn.SyncBatchNorm`, but on CPUs too and twice differentiable. As
-    there, gradients are those of the sum of all processes' losses; those of weight and bias are of
-    this process' part of it, for DistributedDataParallel or the like to add up. Batches may be of
-    different sizes, or empty. All processes run forward and backward alike, since they wait for
-    each other: one ``all_gather`` forward, one ``all_reduce`` backward and one in the second
-    derivative. In evaluation, without a process group or with one process nothing is exchanged.
+    there, gradients are those of the sum of all processes' losses; the gradients of weight and bias
+    are this process' part, to be summed by DistributedDataParallel or the like. Batches may be of
+    different sizes, or empty. All processes must run the same passes, since they wait for each
+    other: one ``all_gather`` forward, one ``all_reduce`` backward and one in the second derivative.
+    In evaluation, without a process group or with one process nothing is exchanged.
     """
 
 
@@ -208,7 +209,7 @@ LeakyReLUBatchNorm3d = _layer("LeakyReLUBatchNorm", 3)
 
 
 class SyncBatchNormLeakyReLU(_BatchNormActivation):
-    """What :func:`gankernels.fuse` makes of a SyncBatchNorm, which is of any dimension too."""
+    """The layer of :func:`gankernels.fuse` for SyncBatchNorm: it also accepts any dimension."""
 
     _activation_first = False
     sync = True

@@ -26,8 +26,8 @@ class MinibatchDiscrimination(nn.Module):
 
     .. math:: o_{n,b} = \sum_{j \ne n} \exp\Bigl(-\sum_c |M_{n,b,c} - M_{j,b,c}|\Bigr)
 
-    is appended to them. A generator that collapses to few modes gives itself away by large
-    :math:`o`. As in the authors' own code (improved-gan), a sample is not compared with itself.
+    is appended to them. A generator that collapses to few modes is recognized by large :math:`o`.
+    As in the authors' own code (improved-gan), a sample is not compared with itself.
 
     That code also scales every column of W to unit norm times a learned factor, initialized from a
     batch, and adds a bias to :math:`o`. Here W is a plain parameter, drawn from a normal
@@ -36,13 +36,13 @@ class MinibatchDiscrimination(nn.Module):
 
     Args:
         in_features: size of a sample's features.
-        num_kernels: numbers appended to them (B in the paper; improved-gan: 100 for MNIST).
+        num_kernels: count of appended features (B in the paper; improved-gan: 100 for MNIST).
         kernel_dim: dimensions in which a kernel compares samples (C in the paper; 5).
         sync: whether samples are compared, in training, with those of all processes of
             ``process_group``; may also be set later, as an attribute. See below.
-        process_group: of ``torch.distributed``; None for all processes.
-        device: of the parameter.
-        dtype: of the parameter.
+        process_group: a group of ``torch.distributed``; None for all processes.
+        device: the device of the parameter.
+        dtype: the dtype of the parameter.
 
     Shape:
         - Input: ``(N, in_features)``
@@ -51,15 +51,15 @@ class MinibatchDiscrimination(nn.Module):
     Attributes:
         weight: ``(in_features, num_kernels, kernel_dim)``, W above.
 
-    Every sample of a batch takes part: real and generated ones should come in batches of their own,
-    and results depend on the batch size. Under autocast the product is computed in half precision,
-    the sums over distances in float32. Differentiable twice; details and errors:
+    All samples of a batch are compared: real and generated ones should be in separate batches, and
+    results depend on the batch size. Under autocast the product is computed in half precision, the
+    sums over distances in float32. Differentiable twice; details and errors:
     :func:`gankernels.functional.minibatch_discrimination`.
 
     With ``sync=True`` the output and both derivatives are those of the batches of all processes
-    together: gradients are those of the sum of all processes' losses, the weight's of this process'
-    part of it, as in ``gankernels.nn.BatchNormLeakyReLU2d(sync=True)``. Batches may be of different
-    sizes. All processes run forward and backward alike, since they wait for each other: one
+    together: gradients are those of the sum of all processes' losses, the weight's gradient is this
+    process' part, as in ``gankernels.nn.BatchNormLeakyReLU2d(sync=True)``. Batches may be of
+    different sizes. All processes must run the same passes, since they wait for each other: one
     ``all_gather`` of :math:`M` forward, one of the gradient of :math:`o` backward and one of the
     size of :math:`M` in the second derivative. Every process computes the similarities of all
     samples. In evaluation, without a process group or with one process nothing is exchanged.
@@ -105,7 +105,7 @@ class MinibatchDiscrimination(nn.Module):
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads only this by itself)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript needs this condition alone)
             if isinstance(input, Proxy):
                 return call_in_trace(self, input)
         if input.dim() != 2:

@@ -11,7 +11,7 @@ from gankernels.nn._rewrite import call_in_trace
 
 
 class MinibatchStddev(nn.Module):
-    """Appends feature maps that say how much the samples of a group differ.
+    """Appends feature maps that measure how much the samples of a group differ.
 
     The batch is divided into groups; within a group, the standard deviation of every feature is
     taken over the samples and averaged over all features and positions. The resulting number is the
@@ -20,17 +20,17 @@ class MinibatchStddev(nn.Module):
     Args:
         group_size: samples per group, at most; see below.
         num_channels: maps to append. The channels are divided into as many runs of equal length,
-            each of which is averaged into a map of its own.
+            and each run is averaged into one map.
 
     Shape:
         - Input: ``(N, C)`` or ``(N, C, ...)``, C divisible by ``num_channels``
         - Output: ``(N, C + num_channels)`` or ``(N, C + num_channels, ...)``
 
     A batch of any size is accepted: there are ``ceil(N / group_size)`` groups, whose sizes differ
-    by one at most, and sample n belongs to group n modulo their number. Where N is a multiple of
-    ``group_size`` that is Karras' rule. Groups are made of the batch of one process: where several
-    train together, each has groups of its own, of the same size as long as its batch is a multiple
-    of ``group_size``. Differentiable twice; details and errors:
+    by one at most, and sample n belongs to group n modulo their number. If N is a multiple of
+    ``group_size``, this is Karras' rule. Groups are formed within the batch of one process; with
+    several processes their size stays the same as long as each batch is a multiple of
+    ``group_size``. Differentiable twice; details and errors:
     :func:`gankernels.functional.minibatch_stddev`.
 
     Reference: Karras et al., 2018, arXiv:1710.10196, section 3.
@@ -45,7 +45,7 @@ class MinibatchStddev(nn.Module):
         self.num_channels = num_channels
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads only this by itself)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript needs this condition alone)
             if isinstance(input, Proxy):
                 return call_in_trace(self, input)
         return torch.cat((input, minibatch_stddev(input, self.group_size, self.num_channels)), 1)

@@ -1,7 +1,7 @@
-"""A norm and an activation that are computed as one, and what keeps them two to other code.
+"""Pairs of a norm and an activation that one layer computes, but that other code sees as two.
 
-The two stay where they are, and stay a BatchNorm and an activation by ``isinstance``: the norm
-becomes the fused layer, the activation an identity.
+Both stay in their places, and by ``isinstance`` a BatchNorm and an activation: the norm becomes
+the fused layer, the activation an identity.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Identity(Half):
     __jit_ignored_attributes__ = ("_before_fusion",)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads only this by itself)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript needs this condition alone)
             if isinstance(input, Proxy):
                 return call_in_trace(self, input)
         return input
@@ -81,7 +81,7 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def pair(norms: Mapping[nn.Module, type[nn.Module]], activation: nn.Module | None) -> None:
-    """Make the norms fused layers of these classes; the activation, if any, is what they share."""
+    """Make the norms fused layers of these classes, which share the activation, if any."""
     slope = 1.0 if activation is None else 0.0
     if isinstance(activation, nn.LeakyReLU):
         slope = activation.negative_slope
@@ -93,7 +93,7 @@ def pair(norms: Mapping[nn.Module, type[nn.Module]], activation: nn.Module | Non
 
 
 def slope_of(group: Sequence[nn.Module]) -> float | None:
-    """The slope of norms that share an activation. Raises ValueError where they have several."""
+    """The slope of norms that share an activation. Raises ValueError if their slopes differ."""
     slopes: set[Any] = {m.negative_slope for m in group if not isinstance(m, _Identity)}
     if len(slopes) > 1:
         raise ValueError(f"norms that share an activation must have one slope, got {slopes}")
@@ -101,14 +101,14 @@ def slope_of(group: Sequence[nn.Module]) -> float | None:
 
 
 class Eps(float):
-    """The ``eps`` of a fused layer as other code gets it: the number, and the layer.
+    """The ``eps`` of a fused layer for other code: a number that also refers to the layer.
 
-    Other code that computes a norm needs its eps, to add it to the variance where it folds the norm
-    into a convolution, or to store it where it copies the norm into another module. Such code sees
+    Other code that computes a norm needs its eps: to add it to the variance when it folds the norm
+    into a convolution, or to store it when it copies the norm into another module. Such code sees
     a BatchNorm and would lose the activation.
     """
 
-    __array_ufunc__ = None  # so that NumPy leaves sums to __radd__
+    __array_ufunc__ = None  # so that NumPy calls __radd__ for sums
     layer: nn.Module
 
     def __new__(cls, value: float, layer: nn.Module) -> Eps:
@@ -125,8 +125,8 @@ class Eps(float):
         elif getattr(layer, "negative_slope", 1.0) != 1.0:
             raise TypeError(
                 f"{layer} cannot be copied or folded as a BatchNorm, since its LeakyReLU would be "
-                "lost: set its attribute sync to synchronize it, or write two layers, which "
-                "gankernels.fuse makes one"
+                "lost: set its attribute sync to synchronize it, or write two layers and fuse them "
+                "by gankernels.fuse"
             )
         return float.__float__(self)
 

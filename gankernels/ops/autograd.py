@@ -22,7 +22,7 @@ Saves: TypeAlias = Callable[[Sequence[Any], Any], Sequence[Tensor | None]]
 
 @dataclass(frozen=True)
 class DifferentiableOp:
-    """What `define_op` returns: its arguments, and the op as a function that autograd records."""
+    """The result of `define_op`: its arguments, and the op as a function that autograd records."""
 
     apply: Callable[..., Any]
     forward: Pass
@@ -48,7 +48,7 @@ def define_op(
     may be left out.
 
     Args:
-        name: of the op, in snake_case.
+        name: the name of the op, in snake_case.
         forward: ``(*inputs, options)`` -> outputs, of which only the first is differentiable.
         backward: ``(grad_output, *saved, options, wanted)`` -> the gradients of the inputs.
         double_backward: ``(*tangents, grad_output, *saved, options, wanted)`` -> the gradients of
@@ -174,7 +174,8 @@ def differentiable(
 
 
 def _missing(what: str) -> staticmethod[..., None]:
-    """A method that raises an error with the workaround; PyTorch's says how to write a rule."""
+    """A method that raises an error with the workaround; PyTorch's error explains how to write a
+    rule."""
 
     def raise_error(*_: object) -> None:
         raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""Chooses how batch_norm_leaky_relu is computed: by kernels, by PyTorch, by several processes."""
+"""Chooses how batch_norm_leaky_relu is computed: by kernels, by PyTorch or by several processes."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ fused = define_op(
 
 
 def compute(grad: Tensor, kind: int, center: float) -> Tensor:
-    """The op by its kernels, or by the reference where there are none."""
+    """The op by its kernels, or by the reference if there are none."""
     if has_kernel(grad, "gradient_norm_penalty"):
         return fused.apply(grad, Options(kind, center))[0]
     return reference(grad, kind, center)

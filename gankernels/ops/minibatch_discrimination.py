@@ -46,7 +46,7 @@ fused = define_op(
 
 
 def compute(m: Tensor) -> Tensor:
-    """The op by its kernels, or by the reference where there are none."""
+    """The op by its kernels, or by the reference if there are none."""
     if has_kernel(m, "minibatch_discrimination"):
         return fused.apply(m, None)
     return reference(m)
@@ -65,9 +65,9 @@ def _cdist(m: Tensor) -> Tensor:
 
 
 def _additions(what: str, shape: Shape) -> int:
-    """Some of them fused with a sign, for each ordered pair and dimension: the difference and the
-    distance; in the derivatives the signed sum of weights; in the second derivative also the
-    tangent's difference and signed sum."""
+    """The number of additions. Each ordered pair and dimension takes one for the difference and one
+    for the distance; in the derivatives one more for the signed sum of weights; in the second
+    derivative two more for the tangent's difference and signed sum."""
     n, b, c = shape
     return {"forward": 2, "backward": 3, "double backward": 5}[what] * n * (n - 1) * b * c
 

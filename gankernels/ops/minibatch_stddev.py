@@ -18,11 +18,11 @@ from gankernels.ops.autograd import define_op
 from gankernels.ops.kernel import accumulation_dtype, empty_like_dense, kernel
 from gankernels.ops.record import BACKWARD, KERNEL_PASSES, PENALTY, Inputs, Op, Traffic
 
-EPS = 1e-8  # added to the variance, for a finite derivative where all members of a group agree
+EPS = 1e-8  # added to the variance, for a finite derivative if all members of a group are equal
 
 
 def _stddev(x: Tensor, group_size: int, num_channels: int, eps: float) -> Tensor:
-    """What the kernels compute, (groups, num_channels), in plain PyTorch."""
+    """The result of the kernels, (groups, num_channels), in plain PyTorch."""
     samples = x.shape[0]
     # In half precision EPS would vanish, and so would small deviations.
     half = x.dtype in (torch.bfloat16, torch.float16)
@@ -59,7 +59,7 @@ def _groups(samples: int, group_size: int) -> int:
 
 
 def _feature_maps(stddev: Tensor, x: Tensor) -> Tensor:
-    """From (groups, num_channels) to (N, num_channels, ...), expanded."""
+    """Expands (groups, num_channels) to (N, num_channels, ...)."""
     shape, samples = list(x.shape), x.shape[0]
     groups, shape[1] = stddev.shape
     features = stddev.repeat(-(-samples // groups), 1)[:samples].to(x.dtype)
@@ -96,7 +96,7 @@ fused = define_op(
 
 
 def compute(x: Tensor, group_size: int, num_channels: int) -> Tensor:
-    """The op by its kernels, or by the reference where there are none."""
+    """The op by its kernels, or by the reference if there are none."""
     if x.numel() and has_kernel(x, "minibatch_stddev"):
         return _feature_maps(fused.apply(x, Options(group_size, num_channels)), x)
     return reference(x, group_size, num_channels)

@@ -1,4 +1,4 @@
-"""One record per op: everything that tests, benchmarks and the fuzzer must know of it.
+"""One record per op, with everything that tests, benchmarks and the fuzzer need.
 
 The module of an op has a dict `OPS` of records, one for each public form; `records` finds them all.
 PyTorch's OpInfo is the model. Nothing is computed when a record is made.
@@ -54,7 +54,7 @@ class Draw:
 
 
 class Traffic(NamedTuple):
-    """How many tensors of the input's size a pass reads and writes; smaller ones do not count."""
+    """The tensors of the input's size that a pass reads and writes; smaller ones do not count."""
 
     least: int  # if each is accessed once
     moved: int  # by the kernels, if nothing fits in a cache
@@ -79,25 +79,25 @@ class Op:
         eager: ``(*inputs)`` -> the same, as GAN code writes it in PyTorch.
         fused: the kernels' passes; None for an op that is PyTorch's own.
         options: ``(shape)`` -> the options of the passes.
-        last_inputs: of the forward pass, after `inputs`.
+        last_inputs: further inputs of the forward pass, after `inputs`.
         kernel_reference: ``(*arguments)`` of the forward kernel -> its results by PyTorch's ops.
-        samples: shapes that together reach every way in which the kernels divide their work.
+        samples: shapes that together cover every way in which the kernels divide their work.
         channels_last_samples: the same for the channels_last layout.
         representative: a few shapes, one for each kind of launch on a GPU.
 
-        baselines: what tables compare with, as a sentence.
+        baselines: a sentence that explains the columns of tables to compare with.
         layer: ``(gankernels, shape)`` -> our layer, if there is one.
         eager_layer: ``(shape)`` -> the same by PyTorch's layers.
         eager_elements: ``(shape)`` -> elements of eager's largest tensor, if it may be too large.
         others: further baselines, differentiable once.
         traffic: by kernel pass; empty if the op is not bound by memory.
-        penalty_tensors: like `Traffic.least`, of a whole penalty step.
+        penalty_tensors: like `Traffic.least`, for a whole penalty step.
         work: ``(shape)`` -> additions and multiplications of the forward pass, and elements that it
             must read or write.
         additions: ``(kernel pass, shape)`` -> additions on a GPU, if the op is bound by them.
-        measured: by `gankernels bench`.
-        measured_quickly: by `gankernels bench --quick`.
-        measured_on_gpu: by benchmarks/gpu_ops.py.
+        measured: the inputs of `gankernels bench`.
+        measured_quickly: the inputs of `gankernels bench --quick`.
+        measured_on_gpu: the inputs of benchmarks/gpu_ops.py.
     """
 
     name: str

@@ -12,7 +12,7 @@ _update = kernel("update_running_statistics", lambda *arguments: None)
 
 def _counts_in_kernel(num_batches_tracked: Tensor, running_mean: Tensor) -> bool:
     """Whether the counter is as PyTorch's layers create it. A network that was cast as a whole, or
-    a converted checkpoint, has others."""
+    a converted checkpoint, has other counters."""
     return (
         num_batches_tracked.dtype is torch.int64
         and num_batches_tracked.numel() == 1

@@ -46,7 +46,7 @@ class MovingAverages(Mapping[str, nn.Module]):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the module has the averages where it otherwise has the networks."""
+        """Inside, the module's networks are replaced by their averages."""
         networks = {name: getattr(self.module, name) for name in self}
         for name, average in self.items():
             setattr(self.module, name, average)
@@ -58,5 +58,5 @@ class MovingAverages(Mapping[str, nn.Module]):
 
 
 def _floating(module: nn.Module) -> list[Tensor]:
-    """Weights and statistics, without the counters of batches."""
+    """Weights and running statistics, but not the batch counters."""
     return [t for t in module.state_dict().values() if t.is_floating_point()]

@@ -14,7 +14,7 @@ from gankernels.games import Adversarial, BareOptions, Batch, Game
 
 
 class _Unfilled(TorchFunctionMode):
-    """Weights keep what they have: PyTorch imports SymPy, for seconds, to draw normal ones."""
+    """Skips initialization: on meta tensors PyTorch imports SymPy for it, which takes seconds."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -43,18 +43,18 @@ def weight_bytes(game: Game) -> int:
 def activation_bytes(game: Game) -> int:
     """The bytes of all outputs of a blueprint's layers for a sample; 0 where that is unknown.
 
-    A step of the generator keeps as much until it has the derivatives.
+    A step of the generator keeps that many bytes until its backward pass.
     """
     outputs: dict[int, Any] = {}
 
     def note(module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             storage = output.untyped_storage()
-            outputs[storage._cdata] = storage  # kept, so that no other gets its number
+            outputs[storage._cdata] = storage  # kept alive, so that its address is not reused
 
     for module in game.modules():
         module.register_forward_hook(note)
-    n = 2  # batch norm takes no less
+    n = 2  # the least that batch norm accepts
     try:
         with torch.no_grad(), torch.device("meta"):
             raw = {c: torch.zeros(n, *f.shape, dtype=f.dtype) for c, f in game.spec.items()}
@@ -62,6 +62,6 @@ def activation_bytes(game: Game) -> int:
             made = game.make(batch, None)
             if isinstance(game, Adversarial):
                 game.judge(made, batch)
-    except (RuntimeError, TypeError, ValueError):  # another kind of game
+    except (RuntimeError, TypeError, ValueError):  # the game cannot run on the meta device
         return 0
     return sum(storage.nbytes() for storage in outputs.values()) // n

@@ -14,7 +14,7 @@ from gankernels.train.config import Config
 
 
 class Run(Protocol):
-    """The run as callbacks see it: a `Trainer`."""
+    """The part of a `Trainer` that callbacks use."""
 
     config: Config
     game: Game
@@ -25,10 +25,10 @@ class Run(Protocol):
     callbacks: list[Callback]
 
     def sampling(self) -> AbstractContextManager[Game]:
-        """The game in evaluation mode with its averaged networks."""
+        """Inside, the game is in evaluation mode and has its averaged networks."""
 
     def stop(self) -> None:
-        """End the run after this iteration, saved as always."""
+        """End the run after this iteration, with a checkpoint."""
 
     def notify(self, event: str, *details: Any) -> None:
         """Call the method of that name of every callback."""
@@ -38,12 +38,13 @@ class Callback:
     """Methods that `Trainer.fit` calls; a subclass overrides those that it needs.
 
     All methods are called between two iterations, in the order in which the callbacks were given,
-    on the process that writes the run folder only, after what is due was saved. `trainer.stop()`
-    ends the run early, saved as always. So does what a method raises, and `fit` then raises it.
+    only on the process that writes the run folder, and after a checkpoint that is due was saved.
+    `trainer.stop()` ends the run early, with a checkpoint. An exception in a method does the same,
+    and `fit` then raises it.
     """
 
-    #: What a built-in callback shows. It cannot end a run: if it fails, a warning names it by this,
-    #: and it is not called again.
+    #: The name of a built-in callback's output. Such a callback cannot end a run: if it fails, a
+    #: warning with this name is shown, and it is not called again.
     shows: str | None = None
 
     def on_start(self, trainer: Run) -> None:

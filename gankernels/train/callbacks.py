@@ -49,7 +49,7 @@ class Progress(Callback):
 
 
 def time_left(steps: int, speed: float) -> str:
-    """As hours, minutes and seconds, with days in front where there are some; "?" if unknown."""
+    """The remaining time as hours:minutes:seconds, after days if there are any; "?" if unknown."""
     if not 0 < speed < math.inf:
         return "?"
     minutes, seconds = divmod(round(steps / speed), 60)
@@ -80,7 +80,7 @@ class Metrics(Callback):
         ]
         if None in rows:
             place = rows.index(None) + 1
-            set_aside(path, f"has lines that are no metrics, the first of them line {place}")
+            set_aside(path, f"has invalid lines, the first of them line {place}")
         if len(kept) < len(lines):
             write_atomically(path, lambda file: file.writelines(kept))
 
@@ -120,7 +120,7 @@ class Board(Callback):
         self.board = TensorBoard(self.folder, trainer.step)
 
     def _ready(self, trainer: Run) -> TensorBoard | None:
-        """The log, opened anew where its folder was deleted while it trains."""
+        """The log, reopened if its folder was deleted during training."""
         if self.board is not None and not self.folder.is_dir():
             with contextlib.suppress(Exception):
                 self.board.close()
@@ -143,12 +143,12 @@ class Score(Callback):
     """Scores samples at every checkpoint, and keeps the best one as best.pt.
 
     Args:
-        names: the metrics, whose scores are reported as score/<name>; the first decides.
+        names: the metrics, reported as score/<name>; the first one decides which is best.
     """
 
     shows = "score"
 
-    #: Samples per score: enough to tell generators apart, few enough not to hold up a run.
+    #: Samples per score: enough to distinguish generators, few enough not to slow down a run.
     COUNT = 2000
 
     def __init__(self, names: Sequence[str]) -> None:

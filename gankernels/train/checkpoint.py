@@ -1,8 +1,8 @@
-"""Checkpoints: one file holds all that a run needs to go on bit for bit.
+"""Checkpoints: one file holds all that a run needs to continue bit for bit.
 
 A file is a mapping of tensors and plain values, read with `weights_only=True`, so that a foreign
-file cannot run code. It is written to a temporary name and renamed: a file with the name of a
-checkpoint is complete. It is a zip archive, whose checksums tell whether a disk has spoiled it.
+file cannot run code. It is written under a temporary name and renamed, so that a file with the name
+of a checkpoint is complete. It is a zip archive, whose checksums detect damage by a disk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gankernels.train.config import configure, from_dict, to_dict
 MAGIC = "gankernels checkpoint"
 VERSION = 4
 FOLDER = "checkpoints"
-#: What every checkpoint has, whatever the game, and of which types.
+#: The entries of every checkpoint, whatever the game, and their types.
 FIELDS = {
     "step": (int,),
     "config": (dict,),
@@ -71,20 +71,20 @@ def _checkpoints_in(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a checkpoint's name tells; None where it has the name of none."""
+    """The step in a checkpoint's name; None if it is not the name of a checkpoint."""
     found = re.fullmatch(r"step_([0-9]+)\.pt", path.name)
     return int(found[1]) if found else None
 
 
 def path_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The path of the checkpoint of a step."""
     return run / FOLDER / f"step_{step:08d}.pt"
 
 
 def latest_checkpoint(path: str | Path) -> Path:
     """`path` where it is a file, else the newest checkpoint of that run folder.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError if there is none.
     """
     path = expand(path)
     if path.is_file():
@@ -106,14 +106,14 @@ def save(run: Path, step: int, content: dict[str, Any], keep: int) -> Path:
     try:
         write_atomically(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:
-        # Of a full disk torch.save may say no more than "unexpected pos"; the reason lies below.
+        # On a full disk torch.save may raise only "unexpected pos"; its context has the cause.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         text = getattr(reason, "strerror", None) or _first_line(reason)
         raise CheckpointError(
             f"could not write {path}: {text}; earlier checkpoints are intact"
         ) from error
     for old in checkpoints(run)[:-keep]:
-        with contextlib.suppress(OSError):  # one too many is no reason to stop
+        with contextlib.suppress(OSError):  # a checkpoint too many is no reason to stop
             old.unlink()
     return path
 
@@ -145,7 +145,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
         content = archive.load(path, device)
     except (FileNotFoundError, PermissionError):
         raise
-    except Exception as error:  # whatever a broken zip or a refused pickle raises
+    except Exception as error:  # a broken zip or a refused pickle can raise anything
         if exhausted(error):
             raise
         raise CheckpointError(
@@ -172,7 +172,7 @@ def read(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
 
 
 def _is(value: Any, like: Any) -> bool:
-    """Whether they are equal, where comparing with a tensor, say, would raise."""
+    """Whether they are equal; does not raise where comparing would, as with a tensor."""
     return type(value) is type(like) and value == like
 
 
@@ -187,10 +187,10 @@ def checking(path: Path) -> Iterator[None]:
 
 @contextmanager
 def rehearsing(path: Path, what: str) -> Iterator[None]:
-    """Inside, a part of a checkpoint is tried on a stand-in: CheckpointError where that fails."""
+    """Inside, a part of a checkpoint is tried on a copy; raises CheckpointError if that fails."""
     try:
         yield
-    except Exception as error:  # whatever an optimizer makes of foreign numbers
+    except Exception as error:  # an optimizer can raise anything for a foreign state
         if exhausted(error):
             raise
         raise CheckpointError(f"{path}: {what} cannot be used: {_first_line(error)}") from error
@@ -201,7 +201,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _way_out(path: Path) -> str:
-    """What to do about a damaged file of a run: the newest intact one before it, if any."""
+    """Advice for a damaged file of a run: the newest intact checkpoint before it, if any."""
     step = step_of(path) or 0
     earlier = [beside for beside in _checkpoints_in(path.parent) if (step_of(beside) or 0) < step]
     for candidate in reversed(earlier):
@@ -209,7 +209,7 @@ def _way_out(path: Path) -> str:
             archive.load(candidate)
         except Exception:  # damaged as well
             continue
-        return f"; {candidate.name} beside it is intact: delete the damaged file to go on from it"
+        return f"; {candidate.name} is intact: delete the damaged file to continue from it"
     return ""
 
 
@@ -221,9 +221,9 @@ def load_game(
     """A trained game in evaluation mode, with averaged generator weights if there are any.
 
     Args:
-        run_or_checkpoint: a run folder, whose newest checkpoint it is, or a file.
+        run_or_checkpoint: a run folder, whose newest checkpoint is loaded, or a file.
         device: where the game is put.
-        game: its class, where that is not one of `gankernels.games`.
+        game: its class, if it is not one of `gankernels.games`.
 
     Returns:
         The game, and the settings it was trained with (the content of config.json).
@@ -231,7 +231,7 @@ def load_game(
     Raises:
         FileNotFoundError: no such file or no checkpoint in the folder.
         CheckpointError: the file is damaged, foreign or of another version.
-        ValueError: the file is of a game that is not among `gankernels.games`.
+        ValueError: the file is of a game that is not one of `gankernels.games`.
     """
     path = latest_checkpoint(run_or_checkpoint)
     content = read(path, device)
@@ -256,9 +256,9 @@ def load_game(
 
 
 def check_data(content: dict[str, Any], data: Data, identity: str, path: Path) -> None:
-    """Raises CheckpointError where the checkpoint is of other data, and says in what they differ.
+    """Raises CheckpointError, with the difference, if the checkpoint is of other data.
 
-    Content is what counts, and what classes are called, since labels stand for names.
+    The content and the names of the classes are compared, since labels are indices of names.
     """
     then, now = Spec.from_dict(content["spec"]), data.spec
     if then.classes != now.classes:
@@ -286,7 +286,7 @@ def _describe(rows: Sequence[int], spec: Spec) -> str:
 
 
 def list_classes(classes: Sequence[str], others: Sequence[str] = (), most: int = 12) -> str:
-    """The names, `most` of them: from where they begin to differ from the others'."""
+    """Up to `most` of the names, from the first that differs from the others'."""
     if len(classes) <= most:
         return ", ".join(classes)
     pairs = zip(classes, others, strict=False)
@@ -298,14 +298,14 @@ def list_classes(classes: Sequence[str], others: Sequence[str] = (), most: int =
 
 
 def load_state(module: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
-    """`module.load_state_dict` of what is certain to be such a module's; see `compare`."""
+    """Call `module.load_state_dict` after checking the state; see `compare`."""
     own = compare(module, state, path)
     own.update((name, state[name]) for name in own)
     module.load_state_dict(own)
 
 
 def compare(module: torch.nn.Module, state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The module's own state. CheckpointError where the other has another form, or is not finite"""
+    """The module's own state. Raises CheckpointError if the other does not fit or is not finite."""
     own = module.state_dict()
     try:
         archive.conform(state, own, "state")

@@ -1,6 +1,6 @@
-"""How the functions of an iteration are called: as they are, or as CUDA graphs.
+"""Calls the functions of an iteration directly or as CUDA graphs.
 
-A graph is one launch in the place of thousands.
+Replaying a graph is one launch instead of thousands.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from gankernels.train.config import Config
 from gankernels.train.ranks import Ranks
 
-#: Calls that run as they are before one is captured: PyTorch asks for it, since libraries set
-#: themselves up and optimizers allocate their state in the first.
+#: Eager calls before the capture: PyTorch requires them, since in the first ones libraries are
+#: initialized and optimizers allocate their state.
 WARM_UP = 3
 
 
@@ -34,9 +34,9 @@ class Call(Protocol):
 class Graphs:
     """Calls functions of device tensors; from the fourth call on it replays a graph instead.
 
-    There is a graph for every key, since what a graph computes is fixed: an iteration with a
-    regularizer that does not come every time has two. Random numbers go on as they would without
-    a graph.
+    There is a graph for every key, since a graph always computes the same: an iteration with a
+    regularizer that is not applied every time has two. Random numbers are the same as without
+    graphs.
 
     Args:
         generators: what the functions draw from, PyTorch's default generator apart.
@@ -45,8 +45,8 @@ class Graphs:
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self.generators = generators
         self.stream = torch.cuda.Stream(generators[0].device)
-        # The graphs never run at the same time and leave nothing behind that another one reads, so
-        # that all of them can work in the same memory.
+        # The graphs can share their memory, since they never run at the same time and none reads
+        # intermediate results of another.
         self.pool = torch.cuda.graph_pool_handle()
         self.calls: dict[Hashable, int] = {}
         self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor], Any, Tensor]] = {}
@@ -70,7 +70,7 @@ class Graphs:
         return constant, result.clone()
 
     def _run(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
-        # On the stream that captures: PyTorch remembers where gradients were accumulated first.
+        # On the capturing stream: PyTorch keeps accumulating gradients on the first one it used.
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
             outputs = function(inputs)
@@ -85,8 +85,8 @@ class Graphs:
             graph.register_generator_state(generator)
         places = [value.clone() for value in inputs]
         try:
-            # Other threads may pin memory for batches to come meanwhile.
-            # It waits for the current device before it begins: for the one that captures.
+            # Other threads may pin memory for coming batches meanwhile. The capture synchronizes
+            # with the current device first, which therefore must be the capturing one.
             with (
                 torch.cuda.device(self.stream.device),
                 torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
@@ -106,7 +106,7 @@ def run_eagerly(
     function: Callable[[Sequence[Tensor]], tuple[Any, Tensor]],
     inputs: Sequence[Tensor],
 ) -> tuple[Any, Tensor]:
-    """Call the function as it is, where CUDA graphs are off."""
+    """Call the function directly; used when CUDA graphs are off."""
     return function(inputs)
 
 
@@ -120,7 +120,7 @@ def choose_call(
     """CUDA graphs where the settings, the device and the optimizers allow them."""
     if not config.graph or device.type != "cuda" or ranks.size > 1:
         return run_eagerly
-    # Where an optimizer cannot skip a step on the device, its scaler asks the host.
+    # If an optimizer cannot skip a step on the device, its scaler synchronizes with the host.
     if config.precision == "fp16" and not all(
         getattr(o, "_step_supports_amp_scaling", False) for o in optimizers.values()
     ):

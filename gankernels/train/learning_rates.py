@@ -1,4 +1,4 @@
-"""Learning rates where CUDA graphs read them."""
+"""Keeps learning rates at the addresses from which CUDA graphs read them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class LearningRates:
-    """The learning rates of optimizers that have them in tensors; on the CPU there are none.
+    """The learning rates of optimizers that hold them in tensors; on the CPU there are none.
 
-    A graph reads a rate where it was captured, while callbacks, schedulers and checkpoints replace
-    it by another.
+    A graph reads a rate from the tensor that it captured, while callbacks, schedulers and
+    checkpoints replace that tensor by another.
     """
 
     def __init__(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
@@ -25,7 +25,7 @@ class LearningRates:
         }
 
     def settings(self) -> Hashable:
-        """Write new rates to where graphs read them; return the settings, a constant of graphs."""
+        """Copy new rates to the captured tensors; return the other settings, fixed in a graph."""
         settings: list[Hashable] = []
         for name, optimizer in self.optimizers.items():
             for i, group in enumerate(optimizer.param_groups):

@@ -1,10 +1,10 @@
 """One process at a time in a run folder, also where several machines share the disk.
 
-The folder's `.lock` says who has it. What decides is the system's lock on that file, which ends
-with its process however that ends, so that what a killed one leaves behind is in nobody's way.
-Some network file systems keep such locks to one machine, or have none: therefore the owner also
-touches the file every few seconds, and whoever finds the record of another machine looks for a
-while whether that goes on. No clocks are compared.
+The folder's file `.lock` holds a record of the owner. The lock itself is the operating system's
+lock on that file, which ends with the process, however that ends: a killed one blocks nobody.
+Some network file systems keep such locks to one machine, or have none. Therefore the owner also
+touches the file every few seconds, and a process that finds the record of another machine waits to
+see whether the file is still touched. No clocks are compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gankernels._console import warn
 from gankernels._files import beyond_streams, make_way
 
 FILE = ".lock"
-#: Seconds between two signs of life, and those after which who gave none is taken for dead.
+#: Seconds between two signs of life, and seconds without one after which an owner counts as dead.
 BEAT = 5.0
 DEAD = 20.0
 
@@ -41,7 +41,7 @@ class RunLock:
         self._record: dict[str, Any] = {}
 
     def acquire(self) -> None:
-        """Take the lock, also that of a process that is gone.
+        """Take the lock, also from a process that no longer runs.
 
         Raises:
             ValueError: another process has it; it is named.
@@ -64,7 +64,7 @@ class RunLock:
         threading.Thread(target=self._live, name="run lock", daemon=True).start()
 
     def release(self) -> None:
-        """Let others have it. Does nothing where it is not held."""
+        """Release the lock. Does nothing if it is not held."""
         if self._file is None:
             return
         self._stop.set()
@@ -74,15 +74,15 @@ class RunLock:
         self._close()
 
     def check(self) -> None:
-        """Raises ValueError where another process has taken the lock all the same.
+        """Raises ValueError if another process has taken the lock meanwhile.
 
-        That happens to one that was stopped for long on another machine.
+        This happens if this process was suspended for long, and the other is on another machine.
         """
         if self._file is None or self._is_ours():
             return
         if record := _read(self.path):
             raise ValueError(f"{self.path.parent} was taken over by {describe(record)}")
-        self._stop.set()  # somebody has tidied up
+        self._stop.set()  # the file was deleted
         self._close()
         self.acquire()
 
@@ -94,7 +94,7 @@ class RunLock:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 time.sleep(0.1)  # it may be writing its record
                 raise self._refusal(_read(number)) from None
-            locks = False  # a file system without
+            locks = False  # a file system without locks
         record = _read(number)
         if record is not None and self._lives(record, number, locks):
             raise self._refusal(record)
@@ -102,17 +102,17 @@ class RunLock:
         content = json.dumps(self._record).encode() + b"\n"
         os.ftruncate(number, 0)
         os.pwrite(number, content, 0)
-        if not locks:  # of two that come at the same time the later one stays
+        if not locks:  # of two processes that start at the same time, the later one wins
             time.sleep(min(1.0, BEAT))
             if _read(number) != self._record:
                 raise self._refusal(_read(number))
 
     def _lives(self, record: dict[str, Any], number: int, locks: bool) -> bool:
-        """Whether the owner of a record that we found is at work still."""
+        """Whether the owner in a record still runs."""
         here = _own_record()
         if record.get("boot") == here["boot"]:
             if locks:
-                return False  # or we would not have got it
+                return False  # otherwise this process would not have got the lock
             if record.get("processes") == here["processes"]:
                 return _started(record.get("pid")) == record.get("started")
         warn(
@@ -158,7 +158,7 @@ _open: weakref.WeakValueDictionary[int, RunLock] = weakref.WeakValueDictionary()
 
 
 def _forget() -> None:
-    """In a child: a worker that outlives a killed run must not hold its lock."""
+    """Drop the lock in a child process: a worker that outlives a killed run must not hold it."""
     for lock in list(_open.values()):
         lock._close()
 
@@ -167,7 +167,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def describe(record: dict[str, Any] | None) -> str:
-    """The process that a record is of."""
+    """The process in a record, in words."""
     record = record or {}
     who = f"process {record.get('pid', 'unknown')} on {record.get('host', 'an unknown machine')}"
     return f"{who}, since {record['since']}" if "since" in record else who
@@ -187,7 +187,7 @@ def _own_record() -> dict[str, Any]:
 
 
 def _started(pid: Any) -> int | None:
-    """When a process of this machine began, in ticks since boot: its number alone may be new."""
+    """When a process of this machine began, in ticks since boot, since numbers are reused."""
     stat = _text(f"/proc/{pid}/stat")
     # The second field, a name in brackets, may hold anything.
     return int(stat.rpartition(")")[2].split()[19]) if stat else None
@@ -209,7 +209,7 @@ def _link(path: str) -> str | None:
 
 
 def _read(file: int | Path) -> dict[str, Any] | None:
-    """The record in a lock file, None where there is none that can be read."""
+    """The record in a lock file, None if it cannot be read."""
     try:
         content = os.pread(file, 65536, 0) if isinstance(file, int) else file.read_bytes()
         record = json.loads(content)
@@ -226,7 +226,7 @@ def _is_at(number: int, path: Path) -> bool:
 
 
 def _touched(path: Path, number: int) -> tuple[int, bytes]:
-    """What changes with every sign of life. Opening asks a network's server, not a cache."""
+    """A value that every sign of life changes. Opening the file bypasses the cache of NFS."""
     with contextlib.suppress(OSError):
         os.close(os.open(path, os.O_RDONLY))
     return os.fstat(number).st_mtime_ns, os.pread(number, 65536, 0)

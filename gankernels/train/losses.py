@@ -10,14 +10,14 @@ from torch import Tensor
 
 #: A player and a term of its loss: ("critic", "penalty").
 Name = tuple[str, str]
-#: Iterations whose terms are kept one by one before they are summed up.
+#: Iterations whose terms are kept separately before they are summed.
 MOST_KEPT = 1000
-#: In place of a step: no value was infinite or NaN.
+#: Sentinel instead of a step: no value was infinite or NaN.
 NEVER = torch.iinfo(torch.int64).max
 
 
 class DivergenceError(RuntimeError):
-    """A loss, a gradient or a weight is NaN or infinite; the message says when and whose."""
+    """A loss, a gradient or a weight is NaN or infinite; the message names step and player."""
 
 
 @dataclass
@@ -27,14 +27,14 @@ class Sums:
     count: int
     total: Tensor
     first: Tensor  # step of the first value that is not finite, or NEVER
-    value: Tensor  # which it is
+    value: Tensor  # that value
 
     @classmethod
     def of(cls, steps: Sequence[int], rows: Tensor) -> Sums:
-        """The sums of rows, one per iteration; does not wait for the device."""
+        """Sums over rows, one per iteration, without waiting for the device."""
         on = torch.tensor(steps, pin_memory=rows.is_cuda).to(rows.device, non_blocking=True)
         bad = ~rows.isfinite()
-        index = bad.int().argmax(0)  # the first of equals
+        index = bad.int().argmax(0)  # argmax returns the first maximum
         first = torch.where(bad.any(0), on[index], NEVER)
         return cls(len(steps), rows.sum(0), first, rows.gather(0, index[None])[0])
 

@@ -13,7 +13,7 @@ class Notifier:
     """The callbacks of a run.
 
     Attributes:
-        failure: what a user's callback raised first.
+        failure: the first exception that a user's callback raised.
     """
 
     def __init__(self, run: Run) -> None:
@@ -21,15 +21,15 @@ class Notifier:
         self.reset()
 
     def reset(self) -> None:
-        """Call callbacks that failed in an earlier `fit` again."""
+        """Enable callbacks that failed in an earlier `fit`."""
         self.failure: BaseException | None = None
         self._off: set[str | int] = set()
 
     def notify(self, event: str, *details: Any) -> None:
-        """Call the method of that name of every callback.
+        """Call the method `event` of every callback.
 
-        A built-in one that fails is not called again. Where a user's callback fails, the run ends
-        after a checkpoint, and that callback is called for the end alone.
+        A built-in callback that fails is not called again. If a user's callback fails, the run ends
+        after a checkpoint, and of that callback only `on_end` is still called.
         """
         for callback in list(self.run.callbacks):
             method = getattr(callback, event)
@@ -44,7 +44,7 @@ class Notifier:
                     self.run.stop()
 
     def attempt(self, what: str, action: Callable[..., Any], *arguments: Any) -> None:
-        """Do something that only shows the run: where it fails, warn, and do not try it again."""
+        """Do something that only displays the run: if it fails, warn, and do not try it again."""
         if what in self._off:
             return
         try:

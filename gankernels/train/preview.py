@@ -1,4 +1,4 @@
-"""Samples that show how a run gets on: the same ones every time."""
+"""Sample grids that show the progress of a run, from the same noise every time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ GRID = 80
 
 
 def save_preview(game: Game, batches: Batches, seed: int, path: Path) -> None:
-    """Write samples of a fixed seed to a file that shows the field they are of.
+    """Write samples of a fixed seed to a file, in the format of their field.
 
-    In a class-conditional game columns of the grid are classes; other columns that samples are made
-    from are the first of the data. The default generators are seeded, since a generator may draw
-    more noise by itself.
+    In a class-conditional game each column of the grid is a class. Other conditions are the first
+    rows of the data. The default generators are seeded as well, since a network may draw noise from
+    them.
     """
     field = game.spec[game.makes]
     given, columns = _given(game, batches)
@@ -34,7 +34,7 @@ def save_preview(game: Game, batches: Batches, seed: int, path: Path) -> None:
 
 
 def _given(game: Game, batches: Batches) -> tuple[dict[str, Any], int]:
-    """The columns that samples are made from, and the number of columns of a grid of samples."""
+    """The conditions that samples are made from, and the number of columns of the grid."""
     classes = list(range(game.num_classes)) if game.conditional else None
     labels, columns = arrange(GRID, classes)
     given: dict[str, Any] = {} if labels is None else {"labels": labels}

@@ -19,15 +19,15 @@ from gankernels.nn.batch_norm_leaky_relu import _BatchNormActivation
 class Ranks:
     """This process among those that train together; the only one unless torchrun started more.
 
-    Every method that passes tensors on has to be called by all of them, and does nothing where
-    there is one.
+    Every method that communicates must be called by all processes, and does nothing if there is
+    only one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         several = dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1
         if several and device.type == "cuda":
-            # Objects are gathered by way of the current device, and NCCL has a device to a process.
+            # NCCL gathers objects through the current device, which must differ between processes.
             torch.cuda.set_device(device)
         if several and not dist.is_initialized():
             if device.type == "cuda":
@@ -51,11 +51,11 @@ class Ranks:
         return batch_size // self.size
 
     def own(self, rows: Tensor) -> Tensor:
-        """This process's part of something with a row for every sample of the whole batch."""
+        """This process's rows of a tensor with a row for every sample of the whole batch."""
         return rows if self.size == 1 else rows.chunk(self.size)[self.rank]
 
     def broadcast(self, module: nn.Module) -> None:
-        """Give the first process's weights and buffers to all."""
+        """Send the first process's weights and buffers to all."""
         if self.size > 1:
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
@@ -72,7 +72,7 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true of any process."""
+        """Whether the flag is true in any process."""
         if self.size == 1:
             return flag
         total = torch.tensor([int(flag)], device=self.device)
@@ -80,7 +80,7 @@ class Ranks:
         return bool(total.item())
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process has, in their order."""
+        """The values of all processes, in the order of their ranks."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -89,7 +89,7 @@ class Ranks:
 
 
 def synchronize(network: nn.Module) -> None:
-    """Make layers that look at a whole batch look at that of all processes."""
+    """Make layers with batch statistics use the batch of all processes."""
     for name, module in network.named_modules():
         if isinstance(module, (_BatchNormActivation, MinibatchDiscrimination)):
             module.sync = True

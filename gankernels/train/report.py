@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 
 FILE = "report.html"
 
-#: Groups of metrics.jsonl (what stands before a "/"), and what they measure. Any other group is a
-#: player, and its members are the terms of its loss, but for those of a name that stands here:
-#: "critic/gradient_norm" goes with the other norms. A name without "/" stands for itself.
+#: Groups of metrics.jsonl (the part of a name before a "/"), and what they measure. Any other group
+#: is a player, and its members are the terms of its loss, except for names in this table:
+#: "critic/gradient_norm" is grouped with the other norms. A name without "/" is its own group.
 MEASURES = {"score": "score", "gradient_norm": "gradient norm", "weight_norm": "weight norm"}
 
-#: Points of a curve from which on it is smoothed, and points that are then drawn of it.
+#: Points from which on a curve is smoothed, and the number of points then drawn.
 MANY = 200
 DRAWN = 400
 
-#: Sample grids shown, and the pixels that are enough for the width of one.
+#: The most sample grids shown, and the most pixels for the width of one.
 GRIDS = 12
 GRID_PIXELS = 480
 
 
 def available() -> bool:
-    """Whether matplotlib, without which there is no report, is installed."""
+    """Whether matplotlib is installed, which the report needs."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -53,16 +53,16 @@ def write_report(
 ) -> Path:
     """Write `report.html` into the folder of a run, finished or not, and return its path.
 
-    It is one file that can be sent on, made of what is there: config.json, metrics.jsonl (lines
-    that are no metrics are passed over), samples.png, samples/step_*.png, and scores.json, for
-    which there is `evaluate --json`.
+    It is one self-contained file, made from config.json and from whichever of these exist:
+    metrics.jsonl (invalid lines are skipped), samples.png, samples/step_*.png, and scores.json,
+    which `evaluate --json` writes.
 
     Args:
         damaged: called with a picture or scores that cannot be shown, and why; by default it warns.
 
     Raises:
-        FileNotFoundError, ValueError: no config.json, or one that is no JSON.
-        ImportError: matplotlib, or Pillow where grids are large, is missing.
+        FileNotFoundError, ValueError: config.json is missing or not valid JSON.
+        ImportError: matplotlib, or Pillow if grids are large, is missing.
     """
     run = expand(run)
     config = read_json(run / "config.json")
@@ -124,7 +124,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_row(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None where it is none, torn, say."""
+    """The metrics in a line of metrics.jsonl; None if it is invalid, such as a torn line."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -133,7 +133,7 @@ def read_row(line: bytes) -> dict[str, Any] | None:
 
 
 def collect(rows: list[dict[str, Any]]) -> dict[str, Series]:
-    """What the rows say of each name but `step`, where it is a finite number."""
+    """The finite values of each name but `step`."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for name, value in row.items():
@@ -153,7 +153,7 @@ def smooth(series: Series) -> Series:
 
 
 def thin(series: Series) -> Series:
-    """The least and the greatest value of each of DRAWN parts: drawn, it looks like the whole."""
+    """The least and the greatest value of each of DRAWN parts: the plot looks the same."""
     if len(series.values) <= 2 * DRAWN:
         return series
     starts = np.linspace(0, len(series.values), DRAWN, endpoint=False).astype(int)
@@ -164,13 +164,13 @@ def thin(series: Series) -> Series:
 def plot(
     members: dict[str, Series], quantity: str, from_zero: bool = False, apart: bool = False
 ) -> Figure:
-    """Curves over steps, in one panel, or in one each where one would flatten another.
+    """Plot curves over steps in one panel, or in one panel each if one would flatten another.
 
     Args:
-        members: by the name that the legend gives them.
-        quantity: what the vertical axis measures.
-        from_zero: whether it begins at zero.
-        apart: one each in any case.
+        members: the curves by their names in the legend.
+        quantity: the label of the vertical axis.
+        from_zero: whether that axis begins at zero.
+        apart: use one panel per curve in any case.
     """
     with style():
         from matplotlib.figure import Figure
@@ -205,7 +205,7 @@ def _scale(ax: Axes, shown: list[Series], from_zero: bool) -> None:
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.margins(x=0.01)
     many = [series for series in shown if len(series.values) >= MANY]
-    if many:  # a few extreme values do not decide the scale
+    if many:  # a few extreme values must not decide the scale
         parts = [np.quantile(series.values, [0.005, 0.995]) for series in many]
         parts += [smooth(series).values for series in many]
         parts += [series.values for series in shown if len(series.values) < MANY]
@@ -217,7 +217,7 @@ def _scale(ax: Axes, shown: list[Series], from_zero: bool) -> None:
 
 
 def _differ(members: dict[str, Series]) -> bool:
-    """Whether the largest of the curves is far beyond the smallest."""
+    """Whether the largest curve is far above the smallest."""
     reach = [np.quantile(np.abs(series.values), 0.95) for series in members.values()]
     return max(reach) > 20 * min(reach)
 
@@ -229,9 +229,9 @@ def _note(members: dict[str, Series]) -> str:
 
 
 def _groups(series: dict[str, Series]) -> dict[str, dict[str, Series]]:
-    """The series by what stands before the "/" of their names, each under what stands after it.
+    """The series grouped by the part of their names before "/", each under the part after it.
 
-    Where the latter is a measure, the other way round.
+    If the latter part is in MEASURES, the two parts are exchanged.
     """
     groups: dict[str, dict[str, Series]] = {}
     for name, values in series.items():
@@ -278,7 +278,7 @@ def _add_samples(page: Page, run: Path, damaged: Callable[[Path, str], Any]) -> 
     steps = list(pictures)
     if final is not None or steps:
         page.section("Samples")
-        # A run that was resumed has newer grids than the picture of its former end.
+        # A resumed run has newer grids than samples.png, which the end of the former run wrote.
         if final and not (steps and _age(grids[steps[-1]]) > _age(run / "samples.png")):
             png, shown = final[0], "samples of the trained generator"
         else:
@@ -309,24 +309,24 @@ def _spread(steps: list[int]) -> list[int]:
 
 
 def _picture(path: Path, damaged: Callable[[Path, str], Any]) -> tuple[bytes, bytes] | None:
-    """A PNG file, and the same no larger than the page shows it; None where it is none."""
+    """A PNG file, and the same scaled down for the page; None if it is not a valid PNG."""
     if not path.exists():
         return None
     try:
         if not path.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a regular file")
         png = path.read_bytes()
         check_png(png)
         return png, _small(png)
     except ImportError:
         raise
-    except Exception as error:  # whatever a damaged picture makes Pillow raise
-        damaged(path, f"is no picture that can be shown ({describe(error)})")
+    except Exception as error:  # a damaged picture can make Pillow raise anything
+        damaged(path, f"is not a picture that can be shown ({describe(error)})")
         return None
 
 
 def check_png(png: bytes) -> None:
-    """Raises ValueError where a PNG file is torn, or a checksum in it wrong."""
+    """Raises ValueError if a PNG file is torn, or one of its checksums is wrong."""
     if not all(png_size(png)):
         raise ValueError("image must have pixels")
     place, kind = 8, b""
@@ -340,7 +340,7 @@ def check_png(png: bytes) -> None:
 
 
 def _small(png: bytes) -> bytes:
-    """A picture, made smaller where it is larger than the page shows it."""
+    """A picture, scaled down if it is larger than the page shows it."""
     width, height = png_size(png)
     if width <= GRID_PIXELS:
         return png
@@ -355,7 +355,7 @@ def _small(png: bytes) -> bytes:
 
 
 def _scores(path: Path, damaged: Callable[[Path, str], Any]) -> dict[str, Any]:
-    """What scores.json holds."""
+    """The content of scores.json."""
     if not path.exists():
         return {}
     try:
@@ -385,7 +385,7 @@ def _words(name: str) -> str:
 
 
 def _setting(value: Any) -> str:
-    """As config.json and `--set` have it, so that it can be copied."""
+    """A value as in config.json and `--set`, so that it can be copied."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

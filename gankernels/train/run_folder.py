@@ -15,7 +15,7 @@ class RunFolder:
     """A run's folder.
 
     Args:
-        path: the folder, made where it does not exist.
+        path: the folder, created if it does not exist.
         settings: returns the content of config.json.
     """
 
@@ -24,10 +24,10 @@ class RunFolder:
         self.lock = RunLock(path)
 
     def take(self, step: int) -> None:
-        """Lock the folder for a run at `step` and find out whether it can be written to.
+        """Lock the folder for a run at `step` and check that it can be written to.
 
-        Raises ValueError where another process has it or where it holds a run that went further,
-        OSError where it cannot be written to: now, before there is work to lose.
+        Raises ValueError if another process has it or if it holds a run beyond that step, and
+        OSError if it cannot be written to: now, before there is work to lose.
         """
         self.lock.acquire()
         saved = checkpoint.checkpoints(self.path)
@@ -45,7 +45,7 @@ class RunFolder:
         self.write_settings()
 
     def release(self) -> None:
-        """Let other processes have the folder."""
+        """Unlock the folder."""
         self.lock.release()
 
     def write_settings(self) -> None:
@@ -55,7 +55,7 @@ class RunFolder:
         write_json(path, self.settings())
 
     def save(self, step: int, content: dict[str, Any], keep: int) -> None:
-        """Write a checkpoint. Raises ValueError where another process has taken the folder."""
+        """Write a checkpoint. Raises ValueError if another process has taken the folder."""
         self.lock.check()
         make_way(checkpoint.path_of(self.path, step))
         checkpoint.save(self.path, step, content, keep)

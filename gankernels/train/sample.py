@@ -1,9 +1,9 @@
-"""Any number of images from a trained generator: noise in, a grid, single files or an array out.
+"""Draws any number of images from a trained generator and saves them as a grid, files or an array.
 
-Noise and images go from one function to the next in parts, so that memory does not grow with
-their number (but for a grid, which is one picture). Noise is drawn on the CPU, BLOCK rows at a
-time whatever the batch size, so that a seed means the same images on any device and image i is
-the same however many are drawn.
+Noise and images are passed on in parts, so that memory does not grow with their number (except for
+a grid, which is one picture). Noise is drawn on the CPU, BLOCK rows at a time whatever the batch
+size, so that a seed gives the same images on any device, and image i is the same however many are
+drawn.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from gankernels.data._pictures import to_picture
 from gankernels.games import Game
 from gankernels.train.checkpoint import list_classes
 
-#: Rows of noise drawn at a time; with another number a seed would mean other images.
+#: Rows of noise drawn at a time; with another number a seed would give other images.
 BLOCK = 256
-#: What the name of a folder of images cannot have: separators, and a dot where it begins.
+#: Characters that the name of a folder of images cannot have: separators, and a leading dot.
 IMPOSSIBLE = r"^\.|[/\0\ud800-\udc7f\udd00-\udfff]"
-#: Bytes of a folder's name, with room for what tells two of them apart; file systems take 255.
+#: Bytes of a folder's name, with room for a suffix that makes it unique; file systems allow 255.
 LONGEST = 240
 
 
@@ -44,7 +44,7 @@ def draw(game: Game, count: int, seed: int, truncation: float | None = None) -> 
         truncation: see `truncate`; None draws from the whole normal distribution.
 
     Raises:
-        ValueError: a truncation that is not above 0, or a seed that no generator takes.
+        ValueError: the truncation is not above 0, or the seed does not fit into 64 bits.
     """
     check_seed(seed)
     rng = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ def draw(game: Game, count: int, seed: int, truncation: float | None = None) -> 
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError for a number that no generator of PyTorch's takes."""
+    """Raises ValueError for a seed that PyTorch's generators do not accept."""
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
 
@@ -63,12 +63,12 @@ def truncate(noise: Tensor, threshold: float) -> Tensor:
     """Normal noise as noise of the normal distribution truncated to [-threshold, threshold].
 
     The truncation trick (Brock et al. 2019, arXiv:1809.11096): more typical images, less variety.
-    There, values beyond the threshold are drawn again; here each is mapped to the value of the
-    same rank under the truncated distribution, which gives that very distribution, and images
-    that change gradually with the threshold instead of being others.
+    There, values beyond the threshold are drawn again. Here each value is mapped to the same
+    quantile of the truncated distribution, which gives the same distribution, and images that
+    change gradually with the threshold.
 
     Raises:
-        ValueError: a threshold that is not above 0.
+        ValueError: the threshold is not above 0.
     """
     if not threshold > 0:
         raise ValueError(f"truncation must be above 0, got {threshold}")
@@ -83,22 +83,22 @@ def walk(
     seeds: tuple[int, int],
     truncation: float | None = None,
 ) -> Iterator[Tensor]:
-    """The noise of a grid whose row i goes from image i of the first seed to that of the second."""
+    """The noise of a grid whose row i goes from image i of one seed to image i of the other."""
     first, second = (draw(game, rows, seed, truncation) for seed in seeds)
     for start, end in zip(first, second, strict=True):
         yield slerp(start, end, columns).flatten(0, 1)
 
 
 def slerp(start: Tensor, end: Tensor, count: int) -> Tensor:
-    """Spherical interpolation of rows `(n, d)`, as `(n, count, d)` with both ends in it.
+    """Spherical interpolation of rows `(n, d)`, as `(n, count, d)` including both ends.
 
-    Normal noise of many dimensions lies near a sphere. A straight line between two points of it
-    leaves the sphere for a middle that a generator has never seen; this walk stays on it.
+    Normal noise of many dimensions lies near a sphere. A straight line between two of its points
+    passes through a region that a generator has never seen; the arc stays on the sphere.
     """
     cosine = torch.nn.functional.cosine_similarity(start, end, dim=1)
     angle = cosine.clamp(-1, 1).acos()[:, None, None].double()
     t = torch.linspace(0, 1, count, dtype=torch.float64, device=start.device)[:, None]
-    # Where the two (nearly) coincide or oppose each other there is no arc, and a line will do.
+    # If the two (nearly) coincide or are opposite, the arc is undefined, and a line is used.
     arc = angle.sin() > 1e-4
     sine = torch.where(arc, angle.sin(), 1.0)
     from_start = torch.where(arc, ((1 - t) * angle).sin() / sine, 1 - t)
@@ -112,7 +112,7 @@ def generate(
     """Images as parts of uint8 `(n, C, H, W)` on the CPU, `batch_size` of them at a time.
 
     Raises:
-        ValueError: what `Game.sample` does not take.
+        ValueError: an argument that `Game.sample` does not accept.
     """
     done = 0
     for part in itertools.chain.from_iterable(block.split(batch_size) for block in noise):
@@ -123,12 +123,12 @@ def generate(
 
 
 def parse_labels(text: str, classes: Sequence[str]) -> list[int]:
-    """Classes by name or, where none is called by a number, by index: `cat,dog` or `0,1`.
+    """Classes by name or, if no name is a number, by index: `cat,dog` or `0,1`.
 
-    A name that has a comma in it stands between double quotes.
+    A name with a comma must be in double quotes.
 
     Raises:
-        ValueError: no such class; the message says which there are.
+        ValueError: no such class; the message lists the classes.
     """
     index = {name: i for i, name in enumerate(classes)}
     if text in index:
@@ -153,10 +153,10 @@ def _is_number(name: str) -> bool:
 
 
 def values_of(classes: Sequence[str]) -> np.ndarray:
-    """What stands for each class in an array of labels: its number where all are called by one.
+    """The value of each class in an array of labels: numbers if all names are numbers, else names.
 
-    Sorted they are in the order of the classes, if those are as `gankernels.data.load` has them:
-    numbers in their order, or names in that of text.
+    Sorting the values gives the order of the classes, if these are in the order of
+    `gankernels.data.load`: numeric for numbers, else alphabetical.
     """
     if all(map(_is_number, classes)):
         numbers = np.array([int(name) for name in classes], dtype=np.int64)
@@ -171,10 +171,10 @@ def save_npz(
     path: str | Path,
     classes: Sequence[str] | None = None,
 ) -> None:
-    """Write what `gankernels.data.load` reads.
+    """Write an .npz that `gankernels.data.load` reads.
 
-    That is `images`, uint8 `(N, H, W)` or, of color, `(N, H, W, C)`, and `labels` `(N,)`: int64
-    or, where `classes` are given that are not called by numbers, their names.
+    It has `images`, uint8 `(N, H, W)` or, in color, `(N, H, W, C)`, and `labels` `(N,)`: int64
+    or, if `classes` are given whose names are not numbers, these names.
     """
     path = expand(path)
     values = labels.numpy() if classes is None else values_of(classes)[labels.numpy()]
@@ -184,7 +184,7 @@ def save_npz(
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
 
     def write(file: BinaryIO) -> None:
-        # numpy's own savez wants the whole array at once.
+        # numpy.savez needs the whole array at once.
         with zipfile.ZipFile(file, "w") as archive:
             with archive.open("images.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array_header_1_0(entry, header)
@@ -203,17 +203,17 @@ def save_folder(
     classes: Sequence[str] | None = None,
     count: int = 0,
 ) -> None:
-    """Write one PNG per image: `000000.png`, ..., in a subfolder for every label there is.
+    """Write one PNG per image: `000000.png`, ..., in a subfolder per label if there are labels.
 
     The folder appears when it is complete.
 
     Args:
-        classes: what the subfolders are called; numbers of one width where it is None. A name that
-            no folder can have, or that is hidden, is written as `folder_names` does.
-        count: how many images there are, so that their names are of one width.
+        classes: the names of the subfolders; with None they are numbers of one width. A name that
+            no folder can have, or that is hidden, is escaped by `folder_names`.
+        count: the number of images, so that their names are of one width.
 
     Raises:
-        ValueError: something lies where the folder is to be.
+        ValueError: the path of the folder already exists.
     """
     width = max(6, len(str(count - 1)))
     if labels is not None and classes is None:
@@ -231,9 +231,9 @@ def save_folder(
 
 
 def folder_names(classes: Sequence[str]) -> list[str]:
-    """A name for a folder of each class: its own wherever that can be.
+    """A folder name for each class: the class's own name if possible.
 
-    Elsewhere what stands in the way (a slash, a dot in front) is written as in an address: `a%2Fb`.
+    Impossible characters (a slash, a leading dot) are escaped as in a URL: `a%2Fb`.
     """
     names: dict[str, None] = {}
     own = set(classes)
@@ -247,5 +247,5 @@ def folder_names(classes: Sequence[str]) -> list[str]:
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    """`(N, C, H, W)` as `(N, H, W)` where C is 1, else as `(N, H, W, C)`."""
+    """`(N, C, H, W)` as `(N, H, W)` if C is 1, else as `(N, H, W, C)`."""
     return images.squeeze(1) if images.shape[1] == 1 else images.permute(0, 2, 3, 1)

@@ -13,9 +13,9 @@ class StopRequest:
     """While entered, SIGINT, SIGTERM or SIGHUP sets `requested` instead of ending the process.
 
     A second SIGINT acts as usual: it raises KeyboardInterrupt, which damages no file. It counts as
-    the second one after half a second, since some tools send every signal twice. SIGTERM and SIGHUP
-    may come as often as they like; SIGKILL ends a process at once. SIGHUP stays ignored where it
-    is, as under nohup. Outside the main thread signals are left alone.
+    the second one only after half a second, since some tools send every signal twice. Repeated
+    SIGTERM and SIGHUP have no further effect; SIGKILL ends a process at once. SIGHUP stays ignored
+    if it already was, as under nohup. Outside the main thread signal handlers are not changed.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -31,7 +31,7 @@ class StopRequest:
             for number in self.SIGNALS:
                 previous = signal.getsignal(number)
                 ignored = number == signal.SIGHUP and previous == signal.SIG_IGN
-                if previous is not None and not ignored:  # None: a handler that is not Python's
+                if previous is not None and not ignored:  # None: not installed from Python
                     self._previous[number] = previous
                     signal.signal(number, self._request)
         return self

@@ -26,14 +26,14 @@ from gankernels.train.trainer import Trainer
 
 
 def start(game: str | Path, *, resume: bool = False, **settings: Any) -> Trainer:
-    """Read the data, build the game and its trainer, and go to where the run stopped.
+    """Read the data, build the game and its trainer, and with `resume` load the last checkpoint.
 
     Args:
         game: the name of a game, or a config.json to run again.
-        resume: continue the run in the folder `out`, or start it where there is none. Settings that
-            do not change its results may differ then (`config.RESUMABLE`), the place of the data
-            too: they are recognized by their content.
-        settings: fields of `Config`, of the game's options and of those of the kind of the data,
+        resume: continue the run in the folder `out`, or start one if there is none. Settings that
+            do not change the results may differ then (`config.RESUMABLE`), and so may the path of
+            the data, which are recognized by their content.
+        settings: fields of `Config`, of the game's options and of the options of the kind of data,
             as values or as text.
 
     Raises:
@@ -48,7 +48,7 @@ def start(game: str | Path, *, resume: bool = False, **settings: Any) -> Trainer
         name = stored.pop("game")
         settings = {**stored, **settings}
     game_class = games.get(name)
-    for key in {"data", "out"} & settings.keys():  # paths are looked at before the rest
+    for key in {"data", "out"} & settings.keys():  # paths are checked before the rest
         settings[key] = coerce(key, settings[key], str)
         if not settings[key]:
             raise ValueError(f"{key} must name something, got ''")
@@ -67,8 +67,8 @@ def start(game: str | Path, *, resume: bool = False, **settings: Any) -> Trainer
     found = checkpoints(run)
     if found and not data.exists(config.data):
         raise ValueError(
-            f"data {config.data!r}, on which the run in {run} was trained, is not there: "
-            "--data says where it is now"
+            f"data {config.data!r}, on which the run in {run} was trained, does not exist: "
+            "give its new path with --data"
         )
     opened = data.load(config.data, **(vars(config.data_options) if config.data_options else {}))
     _require_memory(game_class, opened.spec, config, options)
@@ -83,7 +83,7 @@ def start(game: str | Path, *, resume: bool = False, **settings: Any) -> Trainer
 def _require_memory(
     game_class: type[Game], spec: Spec, config: Config, options: BareOptions
 ) -> None:
-    """Raises ValueError where the networks or a step are larger than memory, as far as known."""
+    """Raises ValueError if the networks or a step are estimated to be larger than memory."""
     plan = blueprint(game_class, spec, options)
     if plan is None:
         return
@@ -99,7 +99,7 @@ def _require_memory(
 def _continued(
     game_class: type[Game], name: str, run: Path, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The settings of the run in the folder with those given now, where both may differ."""
+    """The settings of the run in the folder, updated by the given ones that may change."""
     stored = _stored(game_class, name, run)
     if stored is None:
         return dict(given)
@@ -118,9 +118,9 @@ def _continued(
 
 
 def _stored(game_class: type[Game], game: str, run: Path) -> dict[str, Any] | None:
-    """The settings of a run, from a checkpoint where config.json is damaged; None without either.
+    """The settings of a run, from a checkpoint if config.json is damaged; None without either.
 
-    The file is left to the trainer, which writes it anew.
+    The damaged file is not touched: the trainer overwrites it.
     """
     path, found = run / "config.json", checkpoints(run)
     try:
@@ -130,6 +130,6 @@ def _stored(game_class: type[Game], game: str, run: Path) -> dict[str, Any] | No
             configure(game_class, values)
         return stored
     except (ValueError, TypeError, OSError) as error:
-        instead = f"the settings are those of {found[-1].name}" if found else "the run begins anew"
+        instead = f"taking the settings from {found[-1].name}" if found else "starting a new run"
         warn(f"{error} ({path} cannot be used): {instead}")
     return from_dict(read(found[-1])["config"], found[-1]) if found else None

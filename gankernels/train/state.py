@@ -1,4 +1,4 @@
-"""All that a run needs to go on bit for bit, and how it is saved and loaded."""
+"""The state that a run needs to continue bit for bit, and how it is saved and loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gankernels.train.ranks import Ranks
 
 
 class State:
-    """What training changes; a `Trainer` adds the loop that changes it."""
+    """The state that training changes; a `Trainer` adds the training loop."""
 
     config: Config
     device: torch.device
@@ -43,7 +43,7 @@ class State:
     step: int
 
     def optimizer_of(self, player: Player, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """An optimizer of the kind that moves the player's parameters, of other parameters."""
+        """An optimizer like the player's own, for other parameters."""
         raise NotImplementedError(f"{type(self).__name__} must define optimizer_of()")
 
     def settings(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class State:
         return to_dict(self.game.name, self.config, self.game.options)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on bit for bit: the content of a checkpoint."""
+        """The content of a checkpoint: all that is needed to continue bit for bit."""
         return {
             "config": self.settings(),
             "spec": self.game.spec.to_dict(),
@@ -71,22 +71,22 @@ class State:
         }
 
     def load(self, path: str | Path) -> None:
-        """Go on from a checkpoint of this game, bit for bit.
+        """Continue from a checkpoint of this game, bit for bit.
 
         With another number of processes dropout draws other random numbers; with another number of
-        threads results differ by rounding, which a warning says.
+        threads results differ by rounding, and there is a warning.
 
         Raises:
             CheckpointError: the file cannot be used, or it is of other data: of another number,
-                size or other classes, or of other content. Where they lie does not matter.
+                size or other classes, or of other content. Their path does not matter.
         """
         path = expand(path)
         content = checkpoint.read(path, self.device)
         checkpoint.check_data(content, self.data, self.identity, path)
         if content["device"] != self.device.type:
             raise checkpoint.CheckpointError(
-                f"{path} was written on {content['device']}, whose random numbers cannot go on "
-                f"on {self.device.type}: resume there with --device {content['device']}"
+                f"{path} was written on {content['device']}, whose random numbers cannot continue "
+                f"on {self.device.type}: resume with --device {content['device']}"
             )
         if content["optimizers"].keys() != self.optimizers.keys():
             raise checkpoint.CheckpointError(f"{path} is of another game than {self.game.name}")
@@ -111,13 +111,13 @@ class State:
         if content["threads"] != threads() and self.device.type == "cpu":
             warnings.warn(
                 f"{path} was written with {content['threads']} threads, now there are {threads()}: "
-                "results will differ from those of a run in one piece by rounding",
+                "results will differ by rounding from those of an uninterrupted run",
                 stacklevel=3,
             )
         self.batches.close()
 
     def _check(self, content: dict[str, Any], path: Path) -> None:
-        """Raises CheckpointError unless all states can be used, and changes nothing."""
+        """Raises CheckpointError unless all states can be used. Changes nothing."""
         checkpoint.compare(self.game, content["game"], path)
         if content["ema"].keys() != self.ema.keys():
             raise checkpoint.CheckpointError(
@@ -137,7 +137,7 @@ class State:
             self._rehearse(player, content, path)
 
     def _rehearse(self, player: Player, content: dict[str, Any], path: Path) -> None:
-        """Try the states of a player's optimizer, scaler and scheduler on copies without value."""
+        """Load the states of a player's optimizer, scaler and scheduler into throwaway copies."""
         name = player.name
         parameters = [nn.Parameter(torch.zeros_like(p)) for p in self.parameters[name]]
         for parameter in parameters:
@@ -152,7 +152,7 @@ class State:
         with checkpoint.rehearsing(path, f"the state of player {name!r}"):
             scaler.load_state_dict(content["scalers"][name])
             scaler.scale(torch.zeros((), device=self.device))
-            optimizer.load_state_dict(copy.deepcopy(state))  # which it would write to
+            optimizer.load_state_dict(copy.deepcopy(state))  # it may write to its argument
             optimizer.step()
             if player.schedule is not None:
                 scheduler = player.schedule(optimizer)

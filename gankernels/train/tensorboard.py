@@ -16,12 +16,12 @@ class TensorBoard:
     """Writes event files into a folder for `tensorboard --logdir`.
 
     Args:
-        folder: made where it does not exist.
-        step: the step that the run goes on from, 0 for a new one. What a killed run had logged
-            beyond it no longer shows.
+        folder: created if it does not exist.
+        step: the step that the run continues from, 0 for a new one. Later entries of a killed run
+            are no longer shown.
 
     Raises:
-        ImportError: tensorboard is not installed; `available` tells beforehand.
+        ImportError: tensorboard is not installed; see `available`.
     """
 
     def __init__(self, folder: str | Path, step: int = 0) -> None:
@@ -31,7 +31,7 @@ class TensorBoard:
             raise ImportError(
                 f"logs for TensorBoard need tensorboard: pip install gankernels[train] ({error})"
             ) from error
-        # What has purge_step or more no longer shows; `step` itself stays, as in metrics.jsonl.
+        # Entries from purge_step on are hidden; `step` itself stays, as in metrics.jsonl.
         self._writer = SummaryWriter(str(expand(folder)), purge_step=step + 1)
 
     @staticmethod
@@ -40,12 +40,12 @@ class TensorBoard:
         return importlib.util.find_spec("tensorboard") is not None
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """A point of every curve; names with the same part before a "/" stand together."""
+        """Add a point to every curve; names with the same part before a "/" share a section."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, picture: str | Path | Tensor, name: str = "samples") -> None:
-        """A picture: a PNG file, or uint8 `(C, H, W)` with C 1 or 3.
+        """Add a picture: a PNG file, or uint8 `(C, H, W)` with C 1 or 3.
 
         Raises TypeError or ValueError for another tensor.
         """
@@ -61,10 +61,10 @@ class TensorBoard:
             with open_image(picture) as opened:
                 pixels = np.asarray(opened.convert("RGB"))
         self._writer.add_image(name, pixels, step, dataformats="HWC")
-        self._writer.flush()  # grids are rare, and what led to one is then there as well
+        self._writer.flush()  # images are rare, so this costs little and shows all curves up to one
 
     def text(self, step: int, lines: str, name: str = "samples") -> None:
-        """Lines of text, as they are."""
+        """Add lines of text, without formatting."""
         indented = "".join(f"    {line}\n" for line in lines.splitlines())  # a block of Markdown
         self._writer.add_text(name, indented, step)
         self._writer.flush()

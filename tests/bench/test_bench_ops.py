@@ -1,4 +1,4 @@
-"""The cases: all ways to compute one compute the same."""
+"""The cases: all implementations compute the same."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""What is planned, measured, and made of the results."""
+"""The plan, the measurement, and the output of results."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The benchmark of Adam's step lets both sides make the same one."""
+"""The benchmark of Adam's step compares equal steps."""
 
 import adam
 import pytest

@@ -1,4 +1,4 @@
-"""The benchmark of gk.fuse runs, compares what it says, and the page shows what it has saved."""
+"""The benchmark of gk.fuse runs and compares equal work, and the page shows its saved results."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What `make gpu-check` does that needs no GPU: its stages, its arithmetic, its table, its JSON."""
+"""The parts of `make gpu-check` that need no GPU: stages, arithmetic, table, JSON."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The benchmark of memory counts what is kept, and says so."""
+"""The benchmark of memory counts the memory that is kept, and reports it."""
 
 import json
 

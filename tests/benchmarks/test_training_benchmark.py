@@ -1,4 +1,4 @@
-"""The benchmark of whole training runs compares the same work, and says what it says."""
+"""The benchmark of whole training runs compares equal work, and prints correct tables."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Where and when the kernels run: on the current stream, on the tensors' device, unattended."""
+"""Kernels run on the current stream and on the tensors' device, asynchronously."""
 
 import pytest
 import torch

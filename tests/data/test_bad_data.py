@@ -1,4 +1,4 @@
-"""What `gankernels train` says to data that are damaged, odd or not there: one line, status 2."""
+"""The errors of `gankernels train` for damaged, odd or missing data: one line, status 2."""
 
 import gzip
 import os

@@ -46,21 +46,21 @@ def test_one_class_is_fine(tmp_path):
     assert load(tmp_path).classes == ("only",)
 
 
-def test_grey_stays_grey_unless_one_is_colored(tmp_path):
-    grey = pixels(5, 5)
-    save(tmp_path / "a" / "1.png", grey)
-    save(tmp_path / "a" / "2.png", Image.fromarray(grey).convert("LA"))
+def test_gray_stays_gray_unless_one_is_colored(tmp_path):
+    gray = pixels(5, 5)
+    save(tmp_path / "a" / "1.png", gray)
+    save(tmp_path / "a" / "2.png", Image.fromarray(gray).convert("LA"))
     data = load(tmp_path)
     assert data.channels == 1
-    assert data.images[:, 0].numpy().tolist() == [grey.tolist()] * 2
+    assert data.images[:, 0].numpy().tolist() == [gray.tolist()] * 2
     save(tmp_path / "a" / "3.png", pixels(5, 5, 3))
     assert load(tmp_path).channels == 3
-    assert load(tmp_path).images[0].numpy().tolist() == [grey.tolist()] * 3
+    assert load(tmp_path).images[0].numpy().tolist() == [gray.tolist()] * 3
     assert load(tmp_path, channels=1).channels == 1
 
 
 def test_formats_and_sizes_are_brought_to_one(tmp_path):
-    save(tmp_path / "a" / "grey.png", pixels(9, 9))
+    save(tmp_path / "a" / "gray.png", pixels(9, 9))
     save(tmp_path / "a" / "rgb.jpg", pixels(40, 30, 3))
     save(tmp_path / "a" / "rgba.png", pixels(17, 64, 4))
     save(tmp_path / "b" / "palette.png", Image.fromarray(pixels(12, 12, 3)).quantize(16))
@@ -182,7 +182,7 @@ def test_upper_eight_bits_of_every_container(tmp_path, name):
     assert load(tmp_path, stream=True).read(torch.tensor([0]))["images"].equal(data.images)
 
 
-def test_transparent_values_of_deep_grey(tmp_path):
+def test_transparent_values_of_deep_gray(tmp_path):
     (tmp_path / "a").mkdir()
     clear = int(DEEP[0, 5])
     content = png(16, 0, DEEP.astype(">u2"), tRNS=struct.pack(">H", clear))
@@ -192,13 +192,13 @@ def test_transparent_values_of_deep_grey(tmp_path):
     assert load(tmp_path).images[0, 0].tolist() == expected.tolist()
 
 
-def test_grey_times_alpha(tmp_path):
+def test_gray_times_alpha(tmp_path):
     (tmp_path / "a").mkdir()
     stored = np.stack([UPPER // 2, np.full_like(UPPER, 128)], -1).astype(np.uint8)
     path = tmp_path / "a" / "1.tif"
     path.write_bytes(tiff(8, 1, stored.tobytes(), alpha=1))
     assert Image.open(path).mode == "La"
-    expected = UPPER // 2 + 127  # half of the grey, half white
+    expected = UPPER // 2 + 127  # half of the gray, half white
     assert np.abs(load(tmp_path).images[0, 0].numpy() - expected).max() <= 2
 
 

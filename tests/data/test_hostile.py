@@ -1,4 +1,4 @@
-"""Files made to harm: refused by name before they run, block or take memory."""
+"""Malicious files are refused by name before they run code, block or take memory."""
 
 import gzip
 import io

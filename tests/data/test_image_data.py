@@ -132,13 +132,13 @@ def test_resize_is_pillows(shape, size):
 @pytest.mark.parametrize("chunk", [1, 3 * 64 * 100])
 def test_conversions_go_beyond_one_chunk(monkeypatch, chunk):
     images = torch.randint(0, 256, (250, 3, 4, 4), dtype=torch.uint8)
-    resized, grey = resize(images, 8), convert_channels(images, 1)
+    resized, gray = resize(images, 8), convert_channels(images, 1)
     monkeypatch.setattr("gankernels.data._pixels._CHUNK", chunk)
     result = resize(images, 8)
     assert result.shape == (250, 3, 8, 8)
     assert result.equal(resized)
     assert result[240:].equal(resize(images[240:], 8))
-    assert convert_channels(images, 1).equal(grey)
+    assert convert_channels(images, 1).equal(gray)
 
 
 def test_large_images_are_resized_one_at_a_time():
@@ -162,6 +162,6 @@ def test_luma_is_pillows():
     assert ours[0, 0].numpy().tolist() == np.asarray(Image.fromarray(pixels).convert("L")).tolist()
 
 
-def test_grey_is_repeated():
-    grey = torch.randint(0, 256, (2, 1, 4, 4), dtype=torch.uint8)
-    assert convert_channels(grey, 3).equal(torch.cat([grey] * 3, dim=1))
+def test_gray_is_repeated():
+    gray = torch.randint(0, 256, (2, 1, 4, 4), dtype=torch.uint8)
+    assert convert_channels(gray, 3).equal(torch.cat([gray] * 3, dim=1))

@@ -1,4 +1,4 @@
-"""Folders as torchvision, archives, NAS and people leave them.
+"""Folders as they are written by torchvision, archives, NAS and people.
 
 They are read, or the advice in the error works.
 """
@@ -280,7 +280,7 @@ def test_a_folder_among_the_images_of_a_class(put):
     for name in ("d/a/1.png", "d/a/small/1.png", "d/b/2.png"):
         put(name)
     with pytest.raises(
-        ValueError, match=r"d/a: .*'small'; if it is no class, take small out of there$"
+        ValueError, match=r"d/a: .*'small'; if it is not a class, take small out of there$"
     ):
         load("d")
     shutil.move("d/a/small", "small")

@@ -17,7 +17,7 @@ def path(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 6), (5, 1, 6, 6), (5, 6, 6, 1)])
-def test_grey(path, shape):
+def test_gray(path, shape):
     images = pixels(*shape)
     np.savez(path, images=images, labels=LABELS)
     data = load(path)

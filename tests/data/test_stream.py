@@ -192,7 +192,7 @@ def test_killed_worker_is_an_error_and_no_hang(pictures, loader):
     batches = loader(load(pictures, size=8, stream=True), 4, seed=0, workers=2)
     next(batches)
     os.kill(pids(batches)[0], signal.SIGKILL)
-    with pytest.raises(ChildProcessError, match=r"ended with status -9; .* use fewer workers"):
+    with pytest.raises(ChildProcessError, match=r"died with status -9; .* use fewer workers"):
         take(batches, 100)
 
 

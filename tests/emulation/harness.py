@@ -1,4 +1,4 @@
-"""What the tests of all emulated kernels share.
+"""Helpers of the tests of all emulated kernels.
 
 A problem is a frozen dataclass of sizes, types and options. Its solution holds random inputs and,
 pass by pass, what float64 autograd makes of them. `check_all` runs every pass in several orders of

@@ -1,4 +1,4 @@
-"""The emulation of CUDA itself: what it computes, and the errors it must find."""
+"""The emulation of CUDA itself: its results, and the errors that it must detect."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
 """The kernels' tests again, built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-The sanitizers must be loaded before Python, so these tests run in a process of their own.
+The sanitizers must be loaded before Python, so these tests run in a separate process.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Critics, and penalties as people write them in PyTorch."""
+"""Critics, and penalties as they are usually written in PyTorch."""
 
 import torch
 from ops.oracle import seeded

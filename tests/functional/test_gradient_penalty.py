@@ -1,4 +1,4 @@
-"""gradient_penalty: where it takes gradients, and the gradients of its own."""
+"""gradient_penalty: the points where it takes gradients, its value and its gradients."""
 
 import math
 

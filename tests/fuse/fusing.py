@@ -1,4 +1,4 @@
-"""What the tests of fuse share: networks are the same before and after, in every way but speed."""
+"""Helpers of the tests of fuse: networks are the same before and after, except for speed."""
 
 import copy
 

@@ -17,7 +17,7 @@ import gankernels as gk
         ((nn.ReLU,), {}, "must be a torch.nn.Module, got type"),
         ((nn.ReLU(),), {"lone": 1}, "lone must be a bool, got int"),
         ((nn.ReLU(),), {"cpu": None}, "cpu must be a bool, got NoneType"),
-        ((nn.ReLU(),), {"log": True}, "log must be a function of a line, got bool"),
+        ((nn.ReLU(),), {"log": True}, "log must be callable, got bool"),
         ((nn.ReLU(), True), {}, "positional"),
     ],
 )

@@ -1,4 +1,4 @@
-"""fuse(network, cpu=True): the layers for CPUs in networks that were written without them."""
+"""fuse(network, cpu=True): replaces layers by those for CPUs."""
 
 import copy
 import io
@@ -127,17 +127,17 @@ def test_an_upsampling_of_several_convolutions():
 @pytest.mark.parametrize(
     ("upsample", "conv", "why"),
     [
-        (nn.Upsample(scale_factor=3), nn.Conv2d(3, 5, 3, 1, 1), "settings do not suit"),
-        (nn.Upsample(size=8), nn.Conv2d(3, 5, 3, 1, 1), "settings do not suit"),
-        (nn.Upsample(None, 2, "bilinear"), nn.Conv2d(3, 5, 3, 1, 1), "settings do not suit"),
-        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 3, 2, 1), "settings do not suit"),
-        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 3, 1, 0), "settings do not suit"),
-        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 5, 1, 1), "settings do not suit"),
-        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 3, 3, 1, 1, groups=3), "do not suit"),
+        (nn.Upsample(scale_factor=3), nn.Conv2d(3, 5, 3, 1, 1), "settings do not match"),
+        (nn.Upsample(size=8), nn.Conv2d(3, 5, 3, 1, 1), "settings do not match"),
+        (nn.Upsample(None, 2, "bilinear"), nn.Conv2d(3, 5, 3, 1, 1), "settings do not match"),
+        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 3, 2, 1), "settings do not match"),
+        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 3, 1, 0), "settings do not match"),
+        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 5, 5, 1, 1), "settings do not match"),
+        (nn.Upsample(scale_factor=2), nn.Conv2d(3, 3, 3, 1, 1, groups=3), "do not match"),
         (
             nn.Upsample(scale_factor=2),
             nn.Conv2d(3, 5, 3, 1, 1, padding_mode="reflect"),
-            "settings do not suit",
+            "settings do not match",
         ),
         (nn.Upsample(scale_factor=2), nn.Tanh(), "not followed by a Conv2d"),
     ],

@@ -1,4 +1,4 @@
-"""What fused networks live through: copies, pickles, compilers, optimizers, processes."""
+"""Fused networks work with copies, pickles, compilers, optimizers and processes."""
 
 import copy
 import io

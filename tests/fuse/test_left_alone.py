@@ -1,4 +1,4 @@
-"""Layers that are left alone."""
+"""Layers that are not replaced."""
 
 import pickle
 
@@ -20,9 +20,7 @@ class MyReLU(nn.ReLU):
 @pytest.mark.parametrize("lone", [False, True])
 def test_subclasses(lone):
     network = nn.Sequential(MyBatchNorm(3), nn.ReLU())
-    assert assert_same(network, images(), lone=lone) == [
-        "left 0: MyBatchNorm is a class of its own"
-    ]
+    assert assert_same(network, images(), lone=lone) == ["left 0: MyBatchNorm is a subclass"]
     network = nn.Sequential(nn.BatchNorm2d(3), MyReLU())
     assert assert_same(network, images()) == ["left 0: followed by MyReLU"]
 
@@ -53,7 +51,7 @@ def test_sync(shape):
 
 def test_lazy():
     network = nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU())
-    assert fused(network, lone=True) == ["left 0: LazyBatchNorm2d is a class of its own"]
+    assert fused(network, lone=True) == ["left 0: LazyBatchNorm2d is a subclass"]
     lazy = nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU())
     lazy(images())
     assert fused(lazy)[0].startswith("fused 0 with 1")
@@ -109,7 +107,7 @@ def test_norms_of_neighbors_stay():
 def test_parametrized_batch_norm():
     network = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
     nn.utils.parametrizations.weight_norm(network[0], dim=None)
-    assert fused(network) == ["left 0: ParametrizedBatchNorm2d is a class of its own"]
+    assert fused(network) == ["left 0: ParametrizedBatchNorm2d is a subclass"]
 
 
 def test_mixed_dtypes():

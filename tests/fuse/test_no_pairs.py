@@ -1,4 +1,4 @@
-"""Which layers make no pair, and what the log says about them."""
+"""Layers that do not make a pair, and their lines in the log."""
 
 import copy
 
@@ -114,7 +114,9 @@ def test_no_pair(forward, layers, why):
     assert lines[0].startswith(why)
     assert all(line.startswith("left") for line in lines)
     if forward in (in_place_on_input, in_place_and_seen):
-        assert lines[1].startswith("left norm: preceded by act, in place on what others may see")
+        assert lines[1].startswith(
+            "left norm: preceded by act, in place on a tensor that others may see"
+        )
 
 
 @pytest.mark.parametrize("between", [nn.Dropout(0.0), nn.Identity(), nn.Flatten()], ids=str)

@@ -1,4 +1,4 @@
-"""Which layers make a pair."""
+"""Layers that make a pair."""
 
 import copy
 

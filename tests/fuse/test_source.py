@@ -1,4 +1,4 @@
-"""What the source of a forward says."""
+"""The analysis of a forward's source."""
 
 import pytest
 from fusing import Net

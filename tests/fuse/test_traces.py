@@ -1,4 +1,4 @@
-"""A trace leaves nothing behind."""
+"""Tracing has no side effects."""
 
 import collections
 import copy

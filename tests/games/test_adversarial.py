@@ -1,4 +1,4 @@
-"""What every game with a discriminator can have: penalties and statistics of the batch."""
+"""The options of every game with a discriminator: penalties and statistics of the batch."""
 
 import json
 from dataclasses import fields

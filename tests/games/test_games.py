@@ -1,4 +1,4 @@
-"""The registry, what players minimise, and sampling."""
+"""The registry, the losses of players, and sampling."""
 
 import pytest
 import torch

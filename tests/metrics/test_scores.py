@@ -1,4 +1,4 @@
-"""The built-in metrics, of samples that show what each of them can tell."""
+"""The built-in metrics, on samples that each of them must distinguish."""
 
 import pytest
 import torch

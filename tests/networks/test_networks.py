@@ -1,4 +1,4 @@
-"""Parameter counts as published, shapes, and how labels enter."""
+"""Parameter counts as published, shapes, and labels as inputs."""
 
 import pytest
 import torch

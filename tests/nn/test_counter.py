@@ -1,4 +1,4 @@
-"""num_batches_tracked counts as in PyTorch's layers, whatever others have made of it."""
+"""num_batches_tracked counts as in PyTorch's layers, also after other code replaced it."""
 
 import copy
 

@@ -1,8 +1,8 @@
-"""Layers that share a batch: several processes with parts of it do what one does with all of it.
+"""Synchronized layers: several processes with parts of a batch compute the same as one.
 
 A case is run by processes that are started once for the whole file, each on its rows, and by this
-process on all rows. What the processes return is put together as the first word of its name says:
-by rows, by adding it up, or it is the same in all of them, or only the first one's counts.
+process on all rows. The results of the processes are combined by the first word of their names:
+rows are concatenated, sums are added, others are equal in all processes or come from the first.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Random calls of everything that Python can call, in child processes.
+"""Random calls of all ops and public functions, in child processes.
 
     python tests/ops/fuzz.py --calls 100000        (`make fuzz`)
 
@@ -8,8 +8,9 @@ changes what it only reads, and one that is refused changes nothing. Ops are fou
 and public functions by their signatures, so a new one is called too, with values by type where the
 names of its arguments are not known here.
 
-Every call follows from the seed and its number. Children are forked from a process that has not
-computed anything yet, a batch of calls for each; who dies has left the number of its call.
+Every call is determined by the seed and its number. Children are forked from a process that has not
+computed anything yet, one for each batch of calls. A child that dies has reported the number of
+its call before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Problems for batch_norm_leaky_relu in both orders, and what float64 autograd says to them."""
+"""Problems for batch_norm_leaky_relu in both orders, and their solutions by float64 autograd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How batch_norm_leaky_relu and leaky_relu_batch_norm take part in PyTorch's autograd."""
+"""batch_norm_leaky_relu and leaky_relu_batch_norm in PyTorch's autograd."""
 
 import functools
 import itertools

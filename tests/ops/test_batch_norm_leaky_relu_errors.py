@@ -1,4 +1,4 @@
-"""Bad input: what is raised, and that PyTorch raises the same type in the same situation."""
+"""Bad input: the errors, which have the same types as PyTorch's."""
 
 import pytest
 import torch

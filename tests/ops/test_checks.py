@@ -1,6 +1,6 @@
-"""What the ops themselves check, for whoever calls torch.ops.gankernels: see csrc/ops/check.h.
+"""The checks of torch.ops.gankernels itself: see csrc/ops/check.h.
 
-fuzz.py tries what nobody thought of; here is what the messages say.
+fuzz.py makes random calls; the tests here compare messages.
 """
 
 import os

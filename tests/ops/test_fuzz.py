@@ -1,4 +1,4 @@
-"""A thousand random calls of everything; see fuzz.py, which `make fuzz` gives more time."""
+"""A thousand random calls of all functions; `make fuzz` runs fuzz.py for longer."""
 
 import json
 import os

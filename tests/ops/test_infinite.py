@@ -1,4 +1,4 @@
-"""Elements that are infinite or not numbers: gradients are finite where PyTorch's are."""
+"""Infinite and NaN elements: gradients are finite where PyTorch's are."""
 
 import pytest
 import torch

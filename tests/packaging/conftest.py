@@ -1,4 +1,4 @@
-"""What is built once for the tests of every file here."""
+"""Builds that all tests in this folder share."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""`pip install .` and its like in fresh environments, and what is published to be installed."""
+"""`pip install .` and similar commands in fresh environments, and the published files."""
 
 import importlib.metadata
 import re

@@ -1,4 +1,4 @@
-"""Tests that what a release consists of agrees: versions, changelog, metadata, CI."""
+"""The parts of a release agree: versions, changelog, metadata, CI."""
 
 import re
 from pathlib import Path

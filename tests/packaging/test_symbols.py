@@ -1,4 +1,4 @@
-"""What the compiled library asks of the machine and of the torch that it is loaded into."""
+"""The symbols that the compiled library needs from the machine and from torch."""
 
 import ctypes
 import re

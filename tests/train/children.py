@@ -1,7 +1,7 @@
-"""Training processes that cost no imports: forked from a server that has imported all there is.
+"""Training processes that are forked from a server, to save the time of imports.
 
-The server is multiprocessing's own. It computes nothing and has a single thread, so that its
-children start from a sound state; each checks that.
+The server is multiprocessing's fork server. It computes nothing and has a single thread, so that
+its children start from a clean state; each of them checks that.
 """
 
 import contextlib

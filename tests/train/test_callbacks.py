@@ -1,4 +1,4 @@
-"""What is told of a run."""
+"""Callbacks: progress, metrics, TensorBoard, reports, scores, and users' own."""
 
 import math
 from types import SimpleNamespace

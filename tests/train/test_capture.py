@@ -1,6 +1,6 @@
-"""What would break a CUDA graph, looked for on the CPU: an iteration that waits for the device.
+"""Finds operations on the CPU that would break a CUDA graph since they wait for the device.
 
-Without a GPU nothing waits, but the operations that would are dispatched all the same.
+On the CPU nothing waits, but the operations that would wait are dispatched as well.
 """
 
 import pytest

@@ -187,7 +187,7 @@ def test_resume_on_another_kind_of_device(run, tmp_path):
     path = latest_checkpoint(tmp_path / "run")
     content = checkpoint_module.read(path)
     torch.save({**content, "device": "cuda"}, path)
-    with pytest.raises(CheckpointError, match=r"written on cuda.* resume there with --device cuda"):
+    with pytest.raises(CheckpointError, match=r"written on cuda.* resume with --device cuda"):
         run(steps=10, resume=True)
 
 
@@ -247,7 +247,7 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     assert [checkpoint_module.step_of(path) for path in found] == steps[-3:]
     assert latest_checkpoint(tmp_path) == newest == folder / f"step_{2**62}.pt"
     newest.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"step_1000000000.pt beside it is intact"):
+    with pytest.raises(CheckpointError, match=r"step_1000000000.pt is intact"):
         checkpoint_module.read(newest)
 
 

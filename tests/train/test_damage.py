@@ -1,4 +1,4 @@
-"""What stands in a run folder is evidence, not a promise: training goes on whatever is there."""
+"""Damaged files in a run folder are set aside, and training continues."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_lines_in_metrics(tmp_path, kind):
     with pytest.warns(RuntimeWarning) as told:
         metrics.on_start(trainer)
     assert len(told) == 1
-    expected = f"{path} has lines that are no metrics, the first of them line 2: it is kept as"
+    expected = f"{path} has invalid lines, the first of them line 2: it is kept as"
     assert str(told[0].message).startswith(f"{expected} metrics.jsonl.damaged")
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
     metrics.on_report(trainer, {"loss": 2.5})
@@ -237,13 +237,13 @@ def test_all_of_it_is_gone_but_the_checkpoint(copy, resume):
             gone(path)
     _, told = resume()
     assert len(told) == 1
-    assert "the settings are those of step_00000002.pt" in told[0]
+    assert "taking the settings from step_00000002.pt" in told[0]
     assert (copy / "report.html").is_file()
 
 
 def test_settings_without_a_checkpoint(images, tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.warns(RuntimeWarning, match=r"config\.json .*: the run begins anew"):
+    with pytest.warns(RuntimeWarning, match=r"config\.json .*: starting a new run"):
         trainer = start("cdcgan", data=images, steps=1, out=str(tmp_path), resume=True, **TINY)
     assert trainer.step == 0
 
@@ -282,7 +282,7 @@ def test_parts_replaced_while_it_trains(copy, resume, monkeypatch, name):
     monkeypatch.setattr(report, "available", lambda: False)
     _, told = resume(5, Deletes(name, replaced=True))
     assert len(told) == 1
-    assert told[0].startswith(f"{copy / name} is no folder: it is kept as {name}.damaged")
+    assert told[0].startswith(f"{copy / name} is not a folder: it is kept as {name}.damaged")
     assert (copy / f"{name}.damaged").read_text() == "mine"
 
 

@@ -1,4 +1,4 @@
-"""A trainer leaves what it was given, and the process that it runs in, as it found them."""
+"""A trainer does not change its arguments, nor global state of the process."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What a run is known by: the content of its data and the names of classes, not their place."""
+"""A run recognizes its data by their content and the names of classes, not by their path."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_data_may_move(train, tmp_path, kind):
     first = train(1, data=str(here), **more)
     before = [p.clone() for p in first.game.parameters()]
     here.rename(there)
-    with pytest.raises(ValueError, match=r"here.npz', on which .* --data says where it is now"):
+    with pytest.raises(ValueError, match=r"here.npz', on which .* give its new path with --data"):
         train(2)
     score = "frechet" if kind != "streamed" else None
     trainer = train(2, data=str(there), **more, score=score, log_every=1, keep=1)
@@ -173,7 +173,7 @@ def test_earlier_checkpoints_are_refused(train, tmp_path):
 def test_another_number_of_threads_is_told(train, tmp_path, monkeypatch):
     train(1, data=save(tmp_path / "set.npz"))
     monkeypatch.setattr(state, "threads", lambda: 77)
-    with pytest.warns(UserWarning, match="now there are 77: results will differ .* by rounding"):
+    with pytest.warns(UserWarning, match="now there are 77: results will differ by rounding"):
         train(2)
 
 

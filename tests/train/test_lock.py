@@ -186,7 +186,7 @@ def test_a_damaged_record_is_in_nobodys_way(tmp_path, content, recwarn):
 
 def test_a_folder_in_place_of_the_lock(tmp_path):
     (tmp_path / ".lock").mkdir()
-    with pytest.warns(RuntimeWarning, match=r"\.lock is no file: it is kept as \.lock\.damaged"):
+    with pytest.warns(RuntimeWarning, match=r"\.lock is not a file: it is kept as \.lock\.damaged"):
         RunLock(tmp_path).acquire()
 
 

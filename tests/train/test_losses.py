@@ -1,4 +1,4 @@
-"""However long nobody asks for the losses: the same means and errors, in bounded memory."""
+"""Losses: the same means and errors however rare the reports, in bounded memory."""
 
 import math
 

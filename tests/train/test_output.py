@@ -1,4 +1,4 @@
-"""Nobody's ability to read decides whether a run lives, or what is saved."""
+"""A run continues and saves everything, even if its output cannot be written."""
 
 import errno
 import os

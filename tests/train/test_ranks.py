@@ -1,4 +1,4 @@
-"""Processes that train together, as torchrun starts them: two halves are one whole."""
+"""Processes that train together, as started by torchrun: two compute the same as one."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The page of a run, from whatever the folder holds."""
+"""The report of a run, from any content of its folder."""
 
 import base64
 import json

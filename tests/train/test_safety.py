@@ -1,5 +1,5 @@
-"""Nothing that a user has computed is lost: runs are stopped, killed, starved of disk space, and
-their files damaged. All from outside, through the command line."""
+"""No results are lost: runs are stopped, killed and run out of disk space, and their files are
+damaged. All tests use the command line."""
 
 import json
 import os
@@ -292,7 +292,7 @@ def test_the_error_says_which_checkpoint_is_intact(train, tmp_path):
         path.write_bytes(path.read_bytes()[:-7])
     status, text = train(30, *settings)
     assert status == 2
-    advice = f"; {oldest.name} beside it is intact: delete the damaged file to go on from it\n"
+    advice = f"; {oldest.name} is intact: delete the damaged file to continue from it\n"
     assert text.endswith(advice)
     assert main(["sample", str(tmp_path / "run"), "--out", str(tmp_path / "grid.png")]) == 2
     # Nothing is skipped on its own account: both damaged files have to be dealt with.

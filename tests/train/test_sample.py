@@ -1,4 +1,4 @@
-"""Noise, walks through it, and what becomes of the images."""
+"""Noise, interpolation, and saved images."""
 
 import math
 
@@ -172,7 +172,7 @@ def test_nothing_is_mixed_with_what_is_there(tmp_path):
     (tmp_path / "set/mine.png").touch()
     (tmp_path / "file").touch()
     for name in ("set", "file"):
-        with pytest.raises(ValueError, match=f"{name} is there already"):
+        with pytest.raises(ValueError, match=f"{name} already exists"):
             sample.save_folder([], None, tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "set"]
 

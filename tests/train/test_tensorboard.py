@@ -50,7 +50,7 @@ def pixels(folder, name="samples"):
     return event.step, np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
 
 
-def grey_as_color(picture):
+def gray_as_color(picture):
     return np.stack([picture] * 3, axis=2)
 
 
@@ -63,7 +63,7 @@ def test_a_png_file(tmp_path, shape):
     step, shown = pixels(tmp_path / "board")  # before close
     board.close()
     assert step == 500
-    assert np.array_equal(shown, picture if picture.ndim == 3 else grey_as_color(picture))
+    assert np.array_equal(shown, picture if picture.ndim == 3 else gray_as_color(picture))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -73,7 +73,7 @@ def test_a_tensor(tmp_path, channels):
     board.image(7, picture, name="real")
     board.close()
     _, shown = pixels(tmp_path, "real")
-    expected = picture.permute(1, 2, 0).numpy() if channels == 3 else grey_as_color(picture[0])
+    expected = picture.permute(1, 2, 0).numpy() if channels == 3 else gray_as_color(picture[0])
     assert np.array_equal(shown, expected)
 
 

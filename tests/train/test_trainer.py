@@ -1,4 +1,4 @@
-"""The loop: what it computes, what it leaves behind, how it stops."""
+"""The training loop: its results, the files that it writes, and how it stops."""
 
 import io
 import json

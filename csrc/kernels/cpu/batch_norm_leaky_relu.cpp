@@ -1,7 +1,7 @@
 // batch_norm_leaky_relu on the CPU. Compiled once per instruction set, into the namespace GK_ISA.
 //
 // Each derivative is a pass of two halves: `reduce` sums over every channel, `apply` writes the
-// elementwise results from per-channel coefficients. This file says which sums become which
+// elementwise results from per-channel coefficients. This file turns the sums into these
 // coefficients. norm_leaky_relu/ has the rest, from the inside out: the arithmetic of one element
 // (element.h), loops (walk.h), accurate reductions (reduction.h), memory layouts (layout.h),
 // threads and caches (schedule.h).
@@ -21,14 +21,14 @@ GK_INLINE double load_parameter(const void* p, DType dtype, int64_t i, double mi
                                    : promote(v, (Float16*)nullptr)[0];
 }
 
-// What a channel's coefficients depend on besides its sums.
+// The inputs of a channel's coefficients besides its sums.
 struct Channel {
   double weight, bias, invstd;
 };
 
-// What all passes share. Dense layers have as many channels as they have rows to a channel and
-// more, so a division, a square root or a call per channel counts: without GK_INLINE their backward
-// passes were measured to take 6 % longer.
+// The common base of all passes. Dense layers have at least as many channels as rows, so a
+// division, a square root or a call per channel matters: without GK_INLINE their backward passes
+// were measured to take 6 % longer.
 template <typename Element_, typename Evaluation_, typename Reduction_, typename Parameters,
           typename T_>
 struct Pass {
@@ -87,7 +87,7 @@ struct ForwardPass : Pass<ForwardElement<kActivationFirst>, ForwardElement<kActi
   }
 };
 
-// What backward and double backward share: sums of an element over every channel.
+// The common base of backward and double backward: sums of an element over every channel.
 template <typename Element, typename Evaluation, typename Parameters, typename T>
 struct SumPass : Pass<Element, Evaluation, Sums<Element>, Parameters, T> {
   using typename SumPass::Pass::A;
@@ -102,7 +102,7 @@ struct SumPass : Pass<Element, Evaluation, Sums<Element>, Parameters, T> {
     this->set_forward_coefficients(c, this->channel(c), k);
   }
 
-  // The channel's sums, with x in units of xhat: written where this pass computes them, else read.
+  // The channel's sums, with x in units of xhat: written if this pass computes them, else read.
   GK_INLINE void take_sums(int64_t c, double invstd, const double* partial, double* sums) const {
     A* const stored = static_cast<A*>(this->p.sums);
     for (int k = 0; k < Element::kSums; ++k) {

@@ -1,8 +1,8 @@
 // exp(-d) of a vector, for distances d >= 0.
 //
 // The error is at most 2 units in the last place, in float and in double, which
-// tests/ops/test_minibatch_discrimination.py checks. Where the result would be subnormal
-// (d > 87.33 in float, d > 708.39 in double) it is zero. NaN gives NaN.
+// tests/ops/test_minibatch_discrimination.py checks. If the result would be subnormal (d > 87.33 in
+// float, d > 708.39 in double), it is zero. NaN gives NaN.
 #pragma once
 
 #include "simd.h"

@@ -12,7 +12,7 @@
 namespace gankernels::GK_ISA {
 namespace {
 
-constexpr int64_t kChunk = 4096;            // elements summed in A before going on in double
+constexpr int64_t kChunk = 4096;            // elements summed in A before continuing in double
 constexpr int64_t kSerial = 16384;          // below this many elements one thread is faster
 constexpr int64_t kStreamBytes = 16 << 20;  // larger results use non-temporal stores
 
@@ -52,7 +52,7 @@ void combine(const T* a, A p, const T* b, A q, T* out, int64_t length) {
     store(out + i, b ? scaled + load(b + i, lanes) * q : scaled, lanes);
   };
   int64_t i = 0;
-  if (kStream) {  // from the first whole vector's address on
+  if (kStream) {  // starts at the address of the first whole vector
     i = minimum(-int64_t(reinterpret_cast<uintptr_t>(out) / sizeof(T)) & int64_t(W - 1), length);
     if (i) tail(0, int(i));
   }
@@ -69,7 +69,7 @@ struct Kernel {
   using A = Accumulate<T>;
   const GradientNormPenalty& p;
   CpuThreads threads;
-  int64_t parts;  // of every sample, so that few samples keep all threads busy
+  int64_t parts;  // per sample, so that few samples keep all threads busy
 
   Kernel(const GradientNormPenalty& parameters, const CpuThreads& available)
       : p(parameters), threads(available) {

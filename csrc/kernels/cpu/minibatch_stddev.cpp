@@ -12,7 +12,7 @@
 namespace gankernels::GK_ISA {
 namespace {
 
-constexpr int64_t kPart = 1024;     // positions to a task, summed in A before going on in double
+constexpr int64_t kPart = 1024;     // positions per task, summed in A before continuing in double
 constexpr int64_t kSerial = 16384;  // below this many elements a second thread costs too much
 
 enum class Pass { kForward, kBackward, kDoubleBackward };
@@ -26,8 +26,8 @@ struct Members {
 };
 
 // The members' distances from their mean, computed from their distances from the first member.
-// Those are exact if they are small compared with the mean, when the mean itself would not be
-// precise enough.
+// The latter are exact if they are small compared with the mean, in which case the rounded mean
+// would not be precise enough.
 template <typename T, typename V = Vector<Accumulate<T>>>
 GK_INLINE void center(const T* from, int64_t stride, int64_t count, int lanes, V* distances) {
   constexpr int W = VectorOf<Accumulate<T>>::width;
@@ -36,7 +36,7 @@ GK_INLINE void center(const T* from, int64_t stride, int64_t count, int lanes, V
     return lanes == W ? load(from + m * stride) : load(from + m * stride, lanes);
   };
   const V pivot = element(0);
-  V sum = distances[0] = pivot - pivot;  // not a number where the pivot is infinite
+  V sum = distances[0] = pivot - pivot;  // NaN if the pivot is infinite
   for (int64_t m = 1; m < count; ++m) {
     distances[m] = element(m) - pivot;
     sum += distances[m];

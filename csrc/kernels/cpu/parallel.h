@@ -6,11 +6,11 @@
 namespace gankernels {
 namespace {
 
-// Hands out, piece after piece, the scratch memory that the caller of a kernel allocated. Every
-// piece is aligned to a cache line.
+// Divides the scratch memory that the caller of a kernel allocated into pieces, each of which is
+// aligned to a cache line.
 class Scratch {
  public:
-  // Of a null pointer it counts the bytes that are taken.
+  // With a null pointer it only counts the bytes.
   explicit Scratch(void* memory) : memory_(reinterpret_cast<uintptr_t>(memory)) {}
 
   template <typename E>

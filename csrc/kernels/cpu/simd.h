@@ -209,8 +209,8 @@ GK_INLINE void store(T* p, Vector<Accumulate<T>> v, int count) {
 #endif
 
 // Non-temporal stores, which bypass the caches: for results too large to stay cached. p is a
-// multiple of the bytes that one vector takes in memory. Lines should be written completely: one
-// that is not costs more than it saves.
+// multiple of the bytes that one vector takes in memory. Lines should be written completely: a
+// partly written line costs more than it saves.
 GK_INLINE void stream(float* p, Vector<float> v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, (__m512)v);

@@ -9,7 +9,7 @@
 //                     merges those of its own channels, always in the same order.
 //
 // Bytes moved by two launches, in sizes of x, and the floor for tensors that do not fit on the chip
-// (where one does, the second reading comes from a cache, or from L1 in kReduceAndApply):
+// (if one does, the second read comes from a cache, or from L1 in kReduceAndApply):
 //
 //                     kReduce reads   kApply reads + writes    sum   floor if read once
 //   forward           x               x + y                     3     2
@@ -19,8 +19,8 @@
 // Without a reduction (evaluation, or statistics and sums given) kApply alone runs: the floor.
 
 //
-// norm_leaky_relu/walk.h says which elements a thread visits, passes.h what it computes of them,
-// kernel.h how the two make a kernel, schedule.h how many blocks run it.
+// norm_leaky_relu/walk.h determines the elements that a thread visits, passes.h the arithmetic.
+// kernel.h combines the two to a kernel, and schedule.h chooses the number of blocks.
 
 #include <algorithm>
 
@@ -35,7 +35,7 @@
 
 namespace gankernels::cuda {
 
-// A namespace of its own, since other files use the same names for other classes.
+// A separate namespace, since other files use the same names for other classes.
 namespace batch_norm_leaky_relu {
 
 template <template <typename> class Pass>
@@ -74,7 +74,7 @@ using namespace batch_norm_leaky_relu;
 
 int64_t scratch_bytes(const BatchNormLeakyReLU& p, int device) {
   if (p.c == 0) return 0;
-  // Before the tensors are known, so is the width of the accesses: the largest need of any.
+  // Without the tensors the width of the accesses is unknown: the most that any width needs.
   int64_t parts = 1;
   for (int64_t vector = 16 / size_of(p.dtype); vector > 0; vector /= 2) {
     const int v = static_cast<int>(vector);

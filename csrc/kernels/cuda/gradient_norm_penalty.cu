@@ -1,7 +1,7 @@
 // CUDA kernels of gradient_norm_penalty: forward, backward, double backward.
 //
-// A sample is divided into parts, and a warp takes one part after another. Only its 32 lanes have
-// to be merged, by shuffles and in a fixed order, without a barrier. There are three kernels, and a
+// A sample is divided into parts, and a warp takes one part after another. Only its 32 lanes must
+// be merged, by shuffles and in a fixed order, without a barrier. There are three kernels, and a
 // pass launches at most two of them:
 //
 //   dot_kernel      writes the sum of a * b over each part to `partials`
@@ -30,7 +30,7 @@
 
 namespace gankernels::cuda {
 
-// A namespace of its own, since other files use the same names for other classes.
+// A separate namespace, since other files use the same names for other classes.
 namespace gradient_norm_penalty {
 
 constexpr int kThreads = 256;
@@ -46,7 +46,7 @@ constexpr int64_t kBytesPerPart = 2 * 16 * kUnroll * kWarp;
 constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
 struct Tiling {
-  int64_t parts;      // of a sample
+  int64_t parts;      // per sample
   int64_t part_size;  // elements, of all parts but the last
   int64_t tasks;      // parts of all samples
 };
@@ -355,8 +355,8 @@ const char* run(const Params& p, const Tiling& tiling, bool aligned, void* scrat
   return Run<T, 16 / sizeof(T)>{tiling, partials, stream}.pass(p);
 }
 
-// `others`: the tensors other than grad. Where all of them have the same offset from a multiple of
-// 16 bytes, only the ends of a part are accessed one by one, whatever the alignment of its sample.
+// `others`: the tensors other than grad. If all of them have the same offset from a multiple of 16
+// bytes, only the ends of a part are accessed one by one, whatever the alignment of its sample.
 template <typename Params>
 const char* run_pass(const Params& p, std::initializer_list<const void*> others, void* scratch,
                      int device, void* stream_pointer) {

@@ -1,5 +1,5 @@
-// The host's side of every kernel: how it is launched, and device attributes. Kernels start on the
-// current device: the caller makes it current, and afterwards restores the previous one.
+// The host's side of every kernel: launches, and device attributes. Kernels start on the current
+// device: the caller makes it current, and afterwards restores the previous one.
 //
 // No call here waits for the device or allocates, so all of it is safe while a CUDA graph is being
 // captured. Functions return an error message, or null.
@@ -21,7 +21,7 @@ inline const char* error_message(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
-// Streaming multiprocessors of `device`, asked for once; 0 where the device does not answer.
+// Streaming multiprocessors of `device`, queried once; 0 if the query fails.
 inline int multiprocessors(int device) {
   constexpr int kCached = 64;
   static std::atomic<int> cache[kCached];
@@ -34,7 +34,7 @@ inline int multiprocessors(int device) {
   return count;
 }
 
-// The only place from which a kernel starts.
+// All kernels are launched here.
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
                    cudaStream_t stream, const Arguments&... arguments) {

@@ -2,9 +2,9 @@
 //
 // Every pass is one launch. The kernels b are independent problems of N rows of C numbers each. A
 // block owns some rows i of one of them and visits all rows j, a tile in shared memory at a time.
-// Nothing of N x N elements exists, and no two threads ever add to the same sum. That is also why
-// every pair is computed twice, as (i, j) and as (j, i): using the symmetry would save arithmetic,
-// but need sums for j, and without atomics, whose order is not fixed, a buffer of N sums for every
+// Nothing of N x N elements is stored, and no two threads ever add to the same sum. Therefore every
+// pair is computed twice, as (i, j) and as (j, i): using the symmetry would save arithmetic, but
+// need sums for j, and without atomics, whose order is not fixed, a buffer of N sums for every
 // block.
 //
 //   small_kernel   C <= 32 (float64: 16): a thread holds whole rows i in registers, and the lanes
@@ -26,7 +26,7 @@
 
 namespace gankernels::cuda {
 
-// A namespace of its own, since other files use the same names for other classes.
+// A separate namespace, since other files use the same names for other classes.
 namespace minibatch_discrimination {
 
 // With fewer blocks, the warps of a block divide the rows j among themselves.
@@ -39,7 +39,7 @@ int64_t largest_small_c(DType dtype) {
   return dtype == DType::kFloat64 ? kLargestSmallC<double> : kLargestSmallC<float>;
 }
 
-// The number of blocks that own `rows` rows of one of the kernels b each; 0 if there are too many.
+// The number of blocks that each own `rows` rows of one of the kernels b; 0 if there are too many.
 unsigned int blocks_of(const Problem& p, int64_t rows) {
   const int64_t tiles = (p.n - 1) / rows + 1;
   const int64_t most = 0x7fffffff;

@@ -1,7 +1,7 @@
 // CUDA kernels of minibatch_stddev: forward, backward, double backward.
 //
 // A thread takes V neighboring positions of all members of their group, from the first sum to the
-// results, so that only the sums over positions have to be merged. A block takes a part of the
+// results, so that only the sums over positions must be merged. A block takes a part of the
 // positions of one group and feature, which are called a cell:
 //
 //   cell_kernel     computes the pass; it also finishes the sum of a cell of one part
@@ -28,13 +28,13 @@
 
 namespace gankernels::cuda {
 
-// A namespace of its own, since other files use the same names for other classes.
+// A separate namespace, since other files use the same names for other classes.
 namespace minibatch_stddev {
 
 constexpr int kThreads = 512;
 constexpr int kFinishThreads = 128;
 constexpr int kHeld = 4;  // members of a group; the usual group size of the published networks
-// Positions of a thread. With more, or two in float64, the second derivative spills registers.
+// Positions per thread. With more, or two in float64, the second derivative spills registers.
 template <typename T>
 constexpr int kVector = sizeof(T) > 4 ? 1 : 4;
 
@@ -45,8 +45,8 @@ constexpr int64_t kLeast = kThreads * 4 * kVector<float>;
 // A block takes further tasks by itself, so that more blocks would gain nothing.
 constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
-// With 0, ptxas makes room for one more block on a multiprocessor. On Blackwell it spills a few
-// registers for that in the kernels below, which few tensors take.
+// With 0, ptxas fits one more block on a multiprocessor. On Blackwell it spills a few registers for
+// that in the kernels below, which few tensors use.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <int V>
 constexpr int kFewestBlocks = V == 1 ? 1 : 0;
@@ -57,15 +57,15 @@ constexpr int kFewestBlocks = 0;
 
 enum class Pass { kForward, kBackward, kDoubleBackward };
 
-// The tensors of all passes. Those that a pass does not have are null.
+// The tensors of all passes. Tensors that a pass does not have are null.
 struct Tensors {
   const void *grad_stddev, *tangent;
   void *grad_x, *result;  // result has one element per cell
 };
 
 struct Tiling {
-  int64_t positions;  // of a cell
-  int64_t parts;      // of a cell
+  int64_t positions;  // per cell
+  int64_t parts;      // per cell
   int64_t part_size;  // positions, of all parts but the last: a multiple of kLeast
   int64_t tasks;      // parts of all cells
 };
@@ -81,8 +81,8 @@ Tiling make_tiling(const MinibatchStddev& p, int device) {
   return t;
 }
 
-// V neighboring elements of every member: of at most kMembers, which are read once, or, where that
-// is 0, of any number of members.
+// V neighboring elements of every member: of at most kMembers members, which are read once, or, if
+// kMembers is 0, of any number of members.
 template <typename T, int V, int kMembers>
 class Members {
  public:
@@ -93,7 +93,7 @@ class Members {
     }
   }
 
-  // With indices that the compiler knows, where the elements are to be held in registers.
+  // Elements in registers need indices that are known at compile time.
   template <typename Body>
   __device__ void for_each(const Body& body) const {
     if constexpr (kMembers > 0) {
@@ -121,8 +121,8 @@ class Members {
   Vector<T, V> held_[kMembers > 0 ? kMembers : 1];
 };
 
-// Turns elements into distances from the mean of the members, by way of distances from the first of
-// them: those are exact even where the mean is so large that a rounded mean would spoil them.
+// Turns elements into distances from the mean of the members, by way of distances from the first
+// member: these are exact even if the mean is so large that its rounding error would matter.
 template <typename T, int V>
 struct Center {
   using A = Accumulate<T>;
@@ -199,7 +199,7 @@ __device__ inline A visit(const T* from_x, const T* from_tangent, T* grad_x, int
       q[v] *= inverse[v] / static_cast<A>(count);
     }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-    // Makes the compiler compute addresses again, since it spilled those that it kept.
+    // Makes the compiler recompute addresses, since it spilled those that it kept.
     asm volatile("" : "+l"(stride));
 #endif
     x.for_each([&](int64_t m) {
@@ -216,7 +216,7 @@ __device__ inline A visit(const T* from_x, const T* from_tangent, T* grad_x, int
   return sum;
 }
 
-// A cell's sum is divided by this.
+// The divisor of a cell's sum.
 template <Pass kPass>
 __device__ inline double divisor(const MinibatchStddev& p, const Tiling& tiling, int64_t cell) {
   const int64_t count = kPass == Pass::kForward ? 1 : members_of(p, cell / p.features);

@@ -1,4 +1,4 @@
-// Reductions with a fixed order, so that a result is the same bit for bit from run to run.
+// Reductions with a fixed order, so that results are the same bit for bit in every run.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -39,8 +39,8 @@ __device__ inline Sums<A, K> shuffle_down(const Sums<A, K>& sums, int lanes) {
 
 // Merges over all threads of a block whose index is the same modulo `columns`, a power of two up to
 // the warp's size; each of them gets the result. The block is whole warps, all of which take part.
-// Every thread brings kLanes independent sums, and `shared` has room for columns * kLanes of them
-// per warp. It is not free for another use until the block has passed one more barrier.
+// Every thread has kLanes independent sums, and `shared` has room for columns * kLanes of them per
+// warp. It must not be reused until the block has passed one more barrier.
 template <typename Op, typename A, int K, int kLanes, int kShared>
 __device__ inline void block_reduce(Sums<A, K> (&sums)[kLanes], int columns,
                                     Sums<A, K> (&shared)[kShared]) {

@@ -41,8 +41,8 @@ __device__ inline __nv_bfloat16 element<__nv_bfloat16, double>(double v) {
   return __double2bfloat16(v);
 }
 
-// V neighboring elements, read and written in one access, whose address must be a multiple of their
-// size together.
+// V neighboring elements, read and written in one access, whose address must be a multiple of the
+// access's size.
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Vector {
   T values[V];
@@ -95,13 +95,13 @@ __device__ inline void store_shared(T* to, const Vector<T, V>& vector) {
   *reinterpret_cast<Word*>(to) = word;
 }
 
-// A type as a value, for what is called with one: `using T = typename decltype(type)::type`.
+// A type as a value, for generic lambdas: `using T = typename decltype(type)::type`.
 template <typename T>
 struct Type {
   using type = T;
 };
 
-// Calls f with the Type that `dtype` names, which is one of those that are computed in A.
+// Calls f with the Type of `dtype`, which must be one that is computed in A.
 #pragma nv_exec_check_disable
 template <typename A, typename F>
 GK_HOST_DEVICE inline auto with_type_in(DType dtype, const F& f) {
@@ -114,7 +114,7 @@ GK_HOST_DEVICE inline auto with_type_in(DType dtype, const F& f) {
   }
 }
 
-// Calls f with the Type that `dtype` names.
+// Calls f with the Type of `dtype`.
 #pragma nv_exec_check_disable
 template <typename F>
 GK_HOST_DEVICE inline auto with_type(DType dtype, const F& f) {

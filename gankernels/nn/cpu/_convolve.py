@@ -14,8 +14,8 @@ def convolve(
 ) -> Tensor:
     """`convolution(x, weight, bias, **kw)`.
 
-    oneDNN needs half as much time again for the derivative of the weight where it also has to
-    compute that of the bias.
+    oneDNN takes 1.5 times as long for the derivative of the weight if it also computes that of the
+    bias.
     """
     if bias is None:
         return convolution(x, weight, **kw)
@@ -23,11 +23,11 @@ def convolve(
 
 
 class _BiasGradient(torch.autograd.Function):
-    """y (N,C,H,W), to which the bias (C) has been added outside of the graph."""
+    """y (N,C,H,W), to which the bias (C) was added outside of the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
-        ctx.mark_dirty(y)  # else PyTorch would forbid in-place operations on the result
+        ctx.mark_dirty(y)  # otherwise PyTorch forbids in-place operations on the result
         return y
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Where the layers for CPUs compute by themselves."""
+"""The condition under which the layers for CPUs use their own code."""
 
 from __future__ import annotations
 

@@ -16,19 +16,19 @@ from gankernels.nn.cpu._product import product
 class ConvToOneChannel2d(nn.Conv2d):
     """:class:`torch.nn.Conv2d` to a single channel, with stride and dilation 1 and zero padding.
 
-    oneDNN computes a block of output channels even where only one is needed. In float32 and float64
+    oneDNN computes a block of output channels even if only one is needed. In float32 and float64
     and in the channels_last layout, this layer multiplies the input with every tap of the kernel in
-    one matrix product, and adds up the products that meet in a pixel. In half precision every
-    product would be rounded before the sum, so there PyTorch's convolution is used, as it is for
-    kernels of more taps than a quarter of the input channels.
+    one matrix product, and adds up the products of each pixel. In half precision every product
+    would be rounded before the sum, so PyTorch's convolution is used then, and also for kernels
+    with more taps than a quarter of the input channels.
 
     Args:
         in_channels: the number of input channels.
         kernel_size: height and width of the kernel.
         padding: zeros around the input.
         bias: whether there is a bias.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ConvToOneChannel2d(nn.Conv2d):
 
     @staticmethod
     def suits(conv: nn.Conv2d) -> bool:
-        """Whether this convolution is one that the layer computes as a product."""
+        """Whether the layer would compute this convolution as a product."""
         return (
             conv.out_channels == 1
             and 1 < conv.kernel_size[0] * conv.kernel_size[1] <= conv.in_channels // 4

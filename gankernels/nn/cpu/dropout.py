@@ -1,4 +1,4 @@
-"""Dropout that draws 16 random bits for an element."""
+"""Dropout with 16 random bits per element."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gankernels.nn.cpu._eager import runs_on_cpu
 class BitDropout(nn.Dropout):
     """:class:`torch.nn.Dropout` that compares 16 random bits per element with ``p``.
 
-    So ``p`` is rounded to a multiple of 2^-16. PyTorch draws each element of the mask from a
+    ``p`` is therefore rounded to a multiple of 2^-16. PyTorch draws each element of the mask from a
     Bernoulli distribution, which takes ten times as long: a tenth of a training step of a small
     dense network.
     """
@@ -32,7 +32,7 @@ class BitDropout(nn.Dropout):
 
 
 def _drop(x: Tensor, dropped: int) -> Tensor:
-    """Each element with probability `dropped / 2**16` zero, else scaled."""
+    """Zeros each element with probability `dropped / 2**16`, and scales the others."""
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
     kept = torch.ge(bits, dropped - 2**15, out=bits)

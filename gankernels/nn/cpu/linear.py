@@ -1,4 +1,4 @@
-"""A linear layer by oneDNN, and by half-precision copies of its parameters where there are some."""
+"""A linear layer by oneDNN, with half-precision copies of its parameters if there are some."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HalfCopies(Protocol):
     dtype: torch.dtype | None
 
     def of(self, parameter: Tensor) -> Tensor:
-        """The copy of this parameter, or the parameter itself where there is none."""
+        """The copy of this parameter, or the parameter itself if there is none."""
 
 
 #: The copies that layers read under autocast; each thread has its own. See `train.half`.
@@ -32,9 +32,9 @@ class OneDNNLinear(nn.Linear):
     """:class:`torch.nn.Linear` with products by oneDNN where MKL does not use AVX-512.
 
     On a Zen 5 such products of float32 matrices take half of MKL's time. Under autocast the layer
-    takes half-precision copies of its parameters from `half_copies` where a trainer provides them:
-    autocast would cast a frozen parameter anew at every use, and every cast and its derivative are
-    operations of their own.
+    uses half-precision copies of its parameters from `half_copies` if a trainer provides them:
+    autocast would cast a frozen parameter again at every use, and every cast and its derivative is
+    an additional operation.
     """
 
     def forward(self, input: Tensor) -> Tensor:

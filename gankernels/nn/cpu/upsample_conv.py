@@ -23,8 +23,8 @@ class UpsampleConv2d(Half, nn.Conv2d):
         in_channels: the number of input channels.
         out_channels: the number of output channels.
         bias: whether there is a bias.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class UpsampleConv2d(Half, nn.Conv2d):
         return self._conv_forward(upsampled, self.weight, self.bias)
 
     def _transposed(self, x: Tensor) -> Tensor:
-        # A tap of the transposed convolution is the sum of the convolution's taps that meet its
-        # pixel. It is computed in float32, so that under autocast only the sums are rounded.
+        # A tap of the transposed convolution is the sum of the convolution's taps for its pixel. It
+        # is computed in float32, so that under autocast only the sums are rounded.
         taps = self.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
         with torch.autocast("cpu", enabled=False):
             weight = torch.kron(taps, taps) @ self.weight.permute(2, 3, 1, 0).reshape(9, -1)
@@ -62,7 +62,7 @@ class UpsampleConv2d(Half, nn.Conv2d):
 
     @staticmethod
     def suits(upsample: nn.Upsample, conv: nn.Conv2d) -> bool:
-        """Whether these two layers are what this one computes."""
+        """Whether this layer computes the same as these two."""
         return (
             upsample.mode == "nearest"
             and upsample.size is None
@@ -75,7 +75,7 @@ class UpsampleConv2d(Half, nn.Conv2d):
 
 
 def _onednn_computes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has convolutions of this dtype: PyTorch's own sum in half precision."""
+    """Whether oneDNN has convolutions of this dtype: PyTorch's own add up in half precision."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
     if dtype == torch.bfloat16:

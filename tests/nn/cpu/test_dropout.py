@@ -1,4 +1,4 @@
-"""BitDropout: what PyTorch says dropout is."""
+"""BitDropout: the semantics of PyTorch's dropout."""
 
 import pytest
 import torch

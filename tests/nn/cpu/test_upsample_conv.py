@@ -1,4 +1,4 @@
-"""UpsampleConv2d: nearest upsampling and a convolution, as one."""
+"""UpsampleConv2d: nearest upsampling and a convolution in one layer."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What the tests of the layers for CPUs share."""
+"""Helpers of the tests of the layers for CPUs."""
 
 import copy
 

@@ -1,7 +1,7 @@
 // Panels: one vector's width of the kernels b, packed so that the lanes of a vector are
 // neighboring b and no sum goes across lanes. The order is [row][c][lane].
 //
-// Where fewer b are left than a vector has lanes, a row holds several samples side by side, in
+// If fewer b are left than a vector has lanes, a row holds several samples side by side, in
 // `slots` of the vector. With 8 lanes and 3 kernels b there are two slots:
 //
 //   lane            0    1    2    3    4    5    6    7
@@ -63,8 +63,8 @@ GK_INLINE void store_up_to(T* p, Vector<Accumulate<T>> v, int64_t count) {
   count < W ? store(p, v, int(count)) : store(p, v);
 }
 
-// Packs one row of a panel: the elements (b0 ... b0 + lanes, 0 ... c) of its samples. Where c is 1
-// the lanes are one strided vector of the tensor; otherwise each lane lies in vectors along c,
+// Packs one row of a panel: the elements (b0 ... b0 + lanes, 0 ... c) of its samples. If c is 1,
+// the lanes are one strided vector of the tensor; otherwise each lane is loaded as vectors along c,
 // which are transposed.
 template <typename T>
 void pack(const Strided<const T>& from, const Panel& panel, int64_t row, Accumulate<T> padding,

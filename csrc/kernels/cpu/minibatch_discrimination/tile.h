@@ -83,7 +83,7 @@ struct Pairs {
             rows.grads ? rows.grads + matrix : nullptr};
   }
 
-  // I rows of `a` meet J rows of `b`. Their distances, then their weights, stay in registers.
+  // Pairs I rows of `a` with J rows of `b`. Distances, then weights, stay in registers.
   template <int D, int I, int J>
   GK_INLINE void tile(const Rows<A>& a, const Rows<A>& b) const {
     const int64_t row = c * W;
@@ -150,7 +150,7 @@ struct Pairs {
     }
   }
 
-  // Each of `a_count` rows meets each of `b_count` others.
+  // Pairs each of `a_count` rows with each of `b_count` others.
   template <int D>
   void rectangle(Rows<A> a, int64_t a_count, const Rows<A>& b, int64_t b_count) const {
     constexpr int I = tile_rows<D>(), J = tile_columns<D>();
@@ -165,7 +165,7 @@ struct Pairs {
     }
   }
 
-  // Row i of `a` meets row j of `b` for all i < j < count.
+  // Pairs row i of `a` with row j of `b` for all i < j < count.
   template <int D>
   void triangle(const Rows<A>& a, const Rows<A>& b, int64_t count) const {
     constexpr int I = tile_rows<D>();

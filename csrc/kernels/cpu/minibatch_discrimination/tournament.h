@@ -1,17 +1,17 @@
-// Every pair of samples once, on all threads.
+// Visits every pair of samples once, on all threads.
 //
-// Threads take panels each for itself. The panels that are left over they share. Both samples of a
-// pair receive from it, so threads that work on one panel must not meet in a sample: in round r,
-// block i of the samples meets block (r - i) mod K. With K odd, every round pairs off all blocks,
-// and the one left over meets itself, so that K rounds see every pair once:
+// Each thread takes whole panels, and all threads share the remaining ones. A pair adds to both of
+// its samples, so threads that share a panel must not have a sample in common: in round r, block i
+// of the samples is paired with block (r - i) mod K. With K odd, every round pairs all blocks, one
+// of them with itself, so that K rounds visit every pair once:
 //
 //   K = 5   round 0:  0-0  1-4  2-3      round 3:  0-3  1-2  4-4
 //           round 1:  0-1  2-4  3-3      round 4:  0-4  1-3  2-2
 //           round 2:  0-2  1-1  3-4
 //
-// That also fixes the order of all sums. Each meeting sums into buffers of its own, at most
-// kMostRows terms, before they are added to the totals, which keeps the rounding errors of long
-// sums small.
+// This also fixes the order of all sums. Each pair of blocks sums at most kMostRows terms in
+// separate buffers, which are then added to the totals: this keeps the rounding errors of long sums
+// small.
 #pragma once
 
 #include "../parallel.h"
@@ -21,12 +21,12 @@
 namespace gankernels {
 namespace {
 
-constexpr int64_t kBlockBytes = 384 << 10;            // of one block's inputs and results
-constexpr int64_t kFewestRows = 16, kMostRows = 128;  // of a block; multiples of every tile
+constexpr int64_t kBlockBytes = 384 << 10;            // one block's inputs and results
+constexpr int64_t kFewestRows = 16, kMostRows = 128;  // per block; multiples of every tile
 // Below this many element operations, pairs times c, a second thread costs more than it saves.
 constexpr int64_t kSerial = 1 << 17;
 
-// How the work is divided. D is the order of the derivative.
+// The division of the work. D is the order of the derivative.
 template <typename T, int D>
 struct Plan {
   using A = Accumulate<T>;
@@ -34,15 +34,15 @@ struct Plan {
 
   int64_t n, b, c, threads;
   int64_t panels;      // in all
-  int64_t whole;       // of them are taken by one thread each; the others are shared by all threads
+  int64_t whole;       // panels taken by one thread each; all threads share the others
   int64_t group;       // panels that are in memory together, which bounds the workspace
-  int64_t blocks;      // of every panel
+  int64_t blocks;      // per panel
   int64_t block_rows;  // at most
 
   Plan(int64_t n, int64_t b, int64_t c, int64_t available) : n(n), b(b), c(c), threads(available) {
     if (double(n) * double(n - 1) / 2 * double(b) * double(c) < kSerial) threads = 1;
     panels = ceil_div(b, W);
-    // At most twice m's bytes, unless a single panel takes more already.
+    // At most twice m's bytes, unless a single panel takes more.
     constexpr int64_t kTensors = D + 1;
     int64_t fit = 2 * panels * int64_t(sizeof(T)) / (kTensors * int64_t(sizeof(A)));
     fit = maximum<int64_t>(1, minimum(fit, panels));
@@ -52,7 +52,7 @@ struct Plan {
     const int64_t most = maximum(kFewestRows, minimum(kMostRows, kBlockBytes / row_bytes));
     blocks = ceil_div(n, most);
     if (whole < panels && panels < 2 * threads) {
-      // Enough pairs of blocks for all threads, where there are enough samples for it.
+      // Enough pairs of blocks for all threads, if there are enough samples.
       const int64_t shared = minimum(fit, panels - whole);
       blocks = maximum(blocks, minimum(ceil_div(4 * threads, shared), n / kFewestRows));
     }
@@ -71,7 +71,7 @@ struct Plan {
   int64_t rows_of_block(int64_t rows) const { return ceil_div(ceil_div(rows, blocks), 4) * 4; }
 };
 
-// What two meeting blocks need: the results of both, and a rotated copy of the second one's inputs.
+// Buffers of a pair of blocks: the results of both, and a rotated copy of the second one's inputs.
 template <typename A>
 struct MeetingBuffers {
   A *a_sums, *a_grads, *b_sums, *b_grads;
@@ -113,7 +113,7 @@ struct Workspace {
 
 // ---- rotations of lanes ------------------------------------------------------------------------
 
-// A rotation in which lane l comes from lane (l + shift) % used; those from `used` on stay.
+// A rotation in which lane l comes from lane (l + shift) % used; lanes from `used` on stay.
 template <typename A>
 ExpBits<A> rotation(int64_t shift, int64_t used) {
   ExpBits<A> from;
@@ -142,7 +142,7 @@ void clear(A* p, int64_t elements) {
 
 // ---- all pairs ---------------------------------------------------------------------------------
 
-// Those that a derivative does not have, and those that are not wanted, have null data.
+// Tensors that a derivative does not have, and unwanted results, have null data.
 template <typename T>
 struct Tensors {
   Strided<const T> m, grad_grad_m, grad_o;
@@ -181,7 +181,7 @@ class Tournament {
   }
 
  private:
-  // Where there are no pairs, or no dimensions to differ in, all distances are zero.
+  // Without pairs, or without dimensions, all distances are zero.
   void fill_without_pairs() const {
     const V sum = V{} + (D == 0 ? A(plan_.n - 1) : A(0));
     const int64_t size = plan_.n * plan_.b;
@@ -220,7 +220,8 @@ class Tournament {
     for_each_row([&](const Panel& p, int64_t row, int64_t at) { finish(p, row, at); });
   }
 
-  // A thread's share of a round, by weight: a meeting of two blocks counts twice one with itself.
+  // A thread's share of a round, by weight: a pair of two blocks counts twice as much as a block
+  // with itself.
   void play(int64_t first, int64_t count, int64_t round, int64_t thread) const {
     const int64_t blocks = plan_.blocks, threads = plan_.threads;
     int64_t total = 0, seen = 0;
@@ -245,7 +246,7 @@ class Tournament {
   // ---- one row, whose vectors start at element `at` of the workspace, its matrices at `at * c`
 
   void prepare(const Panel& panel, int64_t row, int64_t at) const {
-    // A sample that does not exist is too far away from any other to count.
+    // A padding sample is so far from all others that its similarities are zero.
     constexpr A kFar = sizeof(A) == 8 ? A(0x1.fffffffffffffp1023) : A(0x1.fffffep127f);
     const int64_t c = plan_.c;
     pack(tensors_.m, panel, row, kFar, work_.x + at * c);
@@ -260,9 +261,9 @@ class Tournament {
     if (tensors_.grads.data) unpack(work_.grads + at * plan_.c, panel, row, tensors_.grads);
   }
 
-  // ---- one meeting of two blocks of a panel
+  // ---- one pair of blocks of a panel
 
-  // Block i of the panel at element `at` of the workspace meets block j: every row of `a` meets
+  // Pairs block i of the panel at element `at` of the workspace with block j: every row of `a` with
   // every row of `b`, once for every rotation of b's samples against a's. With three slots:
   //
   //   lanes of a row of a      s0 s0 s0  s1 s1 s1  s2 s2 s2
@@ -295,8 +296,8 @@ class Tournament {
       }
       add_results(turned, at + j0 * W, j_count, rotation<A>(used - shift, used));
       if (i == j && slot > 0) {
-        // The samples within a row. Over all rotations each of their pairs is seen from both sides,
-        // so what the rotated side receives here is dropped.
+        // The samples within a row. Over all rotations each of their pairs is visited from both
+        // sides, so the results of the rotated side are dropped here.
         for (int64_t row = 0; row < i_count; ++row) {
           pairs.template tile<D, 1, 1>(pairs.advance(a, row), pairs.advance(turned, row));
         }

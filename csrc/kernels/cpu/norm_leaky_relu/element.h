@@ -1,9 +1,9 @@
-// The arithmetic of a fused norm on one vector of elements: what its reductions sum, and what its
-// outputs are.
+// The arithmetic of a fused norm on one vector of elements: the terms of its reductions, and its
+// outputs.
 //
-// Statistics belong to a group of elements, in batch norm to a channel, and an element reaches them
-// through its group's coefficients. V is a vector of elements. P is a coefficient: a scalar where
-// all lanes are of one group, a vector where every lane is of another group.
+// Statistics belong to a group of elements, in batch norm to a channel, and an element uses them
+// through its group's coefficients. V is a vector of elements. P is a coefficient: a scalar if all
+// lanes belong to one group, a vector if every lane belongs to another group.
 #pragma once
 
 #include "../../batch_norm_leaky_relu_math.h"
@@ -22,7 +22,7 @@ GK_INLINE auto chain_of(V x, const P* k, A slope) {
   return chain(x, k[kMean], k[kScale], k[kShift], slope, kActivationFirst);
 }
 
-// Sums from which the statistics follow: of deviations from a pivot, any value near the mean.
+// Sums for the statistics: of deviations from a pivot, any value near the mean.
 template <bool kActivationFirst>
 struct DeviationElement {
   static constexpr int kInputs = 1, kReduceCoefficients = 1;
@@ -49,7 +49,7 @@ struct ForwardElement {
   }
 };
 
-// The sums with Xhat in their names are taken of `centered` in its place.
+// The sums with Xhat in their names use `centered` instead.
 template <bool kActivationFirst>
 struct BackwardElement {
   static constexpr int kInputs = 2, kReduceCoefficients = kForwardCoefficients;

@@ -1,8 +1,8 @@
-// Where statistics groups lie in memory, and how much of them a thread takes at a time.
+// Memory layouts of statistics groups, and how much of them a thread takes at a time.
 //
 // A layout has the members
 //
-//   by_group()                 whether groups should be reduced and applied in one go
+//   by_group()                 whether groups should be reduced and applied together
 //   unit(), unit_of_cache()    the least number of groups that a thread takes, and at a time
 //   reduce(positions, groups)  sets the groups' partial results over a range of positions
 //   positions(), grain()       positions of a group, and the multiples in which they are shared
@@ -17,9 +17,9 @@
 namespace gankernels {
 namespace {
 
-// What a thread applies in memory order before it steps back to an earlier block.
+// Bytes that a thread applies in memory order before it steps back to an earlier block.
 constexpr int64_t kBlockBytes = 256 << 10;
-// A thread's share of a cache: what it may touch between the first and the second read.
+// A thread's share of a cache: the bytes that it may access between the first and second read.
 constexpr int64_t kCacheBytes = 768 << 10;
 // Passes that read and write more than this use non-temporal stores: the results would not stay
 // cached, and lines that are written completely need not be read first.
@@ -31,7 +31,7 @@ bool is_streamed(const BatchNormLeakyReLU& p) {
   return p.n * p.c * p.s * int64_t(sizeof(typename Pass::T)) * kTensors > kStreamBytes;
 }
 
-// Columns are given out in whole lines, so that no two threads share one.
+// Columns are distributed in whole cache lines, so that no two threads share one.
 template <typename T>
 constexpr int64_t kLine = 64 / int64_t(sizeof(T)) > 16 ? 64 / int64_t(sizeof(T)) : 16;
 
@@ -74,8 +74,9 @@ class GroupsInRuns {
  public:
   GroupsInRuns(const Pass& pass, int64_t threads)
       : pass_(pass), n_(pass.p.n), c_(pass.p.c), s_(pass.p.s), threads_(threads) {
-    // A line of which one part is stored past the caches and another is not costs several times as
-    // much as either, so vectors shorter than a line need runs of whole lines.
+    // A line that is written partly by non-temporal and partly by ordinary stores costs several
+    // times as much as with either kind alone, so vectors shorter than a line need runs of whole
+    // lines.
     const bool whole_lines =
         VectorOf<A>::width * sizeof(T) == 64 || s_ * int64_t(sizeof(T)) % 64 == 0;
     apply_run_ = is_streamed<Pass>(pass.p) && whole_lines ? choose<true>() : choose<false>();
@@ -93,9 +94,9 @@ class GroupsInRuns {
   int64_t unit() const { return 1; }
   int64_t unit_of_cache() const { return 1; }
 
-  // Only tensors that fit in the cores' caches as a whole gain from going by group: in a larger one
-  // a group would fit too, but its runs are short and far apart, which costs the memory more than
-  // reading them a second time does.
+  // Only tensors that fit in the cores' caches as a whole gain from going by group. In a larger
+  // tensor a group would fit too, but its runs are short and far apart, which costs more than
+  // reading them from memory a second time.
   bool by_group() const {
     const int64_t bytes = positions() * c_ * int64_t(sizeof(T)) * Element::kInputs;
     const bool balanced = c_ % threads_ == 0 || c_ >= 8 * threads_;
@@ -111,7 +112,7 @@ class GroupsInRuns {
     for (int64_t i = positions.begin; i < positions.end; i += chunk_) {
       const Range chunk = {i, minimum(i + chunk_, positions.end)};
       for (int64_t c = groups.begin; c < groups.end; ++c) {
-        A k[kForwardCoefficients];  // a reduction reads no others
+        A k[kForwardCoefficients];  // the only ones that a reduction reads
         coefficients.template load_group<kForwardCoefficients>(c, k);
         partials.template load_group<Reduction::kPartials>(c, partial);
         Reduction::add_runs(pass_.operands, {c * s_, s_, c_ * s_}, chunk, k, partial);
@@ -162,7 +163,7 @@ class GroupsInColumns {
  public:
   GroupsInColumns(const Pass& pass, int64_t threads)
       : pass_(pass), rows_(pass.p.n * pass.p.s), c_(pass.p.c), threads_(threads) {
-    // Vectors that are streamed must be whole and aligned in every row.
+    // Non-temporal stores need whole, aligned vectors in every row.
     const bool aligned =
         c_ % VectorOf<A>::width == 0 && misalignment<Element::kOutputs>(pass.operands.out, 0) == 0;
     apply_columns_ = is_streamed<Pass>(pass.p) && aligned ? choose<true>() : choose<false>();
@@ -175,7 +176,7 @@ class GroupsInColumns {
     return maximum<int64_t>(1, kBlockBytes / (c_ * int64_t(sizeof(T))));
   }
   int64_t unit() const { return kLine<T>; }
-  // What fits in a cache, but narrow blocks of columns would defeat the prefetchers.
+  // Columns that fit in a cache, but not too few, which would defeat the prefetchers.
   int64_t unit_of_cache() const {
     const int64_t fit = kCacheBytes / maximum<int64_t>(1, row_bytes(rows_)) / kLine<T> * kLine<T>;
     return fit >= 16 * kLine<T> ? fit : ceil_div(c_, kLine<T>) * kLine<T>;
@@ -202,7 +203,7 @@ class GroupsInColumns {
   }
 
  private:
-  // Of one column of all inputs.
+  // The bytes of one column of all inputs.
   static int64_t row_bytes(int64_t rows) { return rows * int64_t(sizeof(T)) * Element::kInputs; }
 
   template <bool kStream>

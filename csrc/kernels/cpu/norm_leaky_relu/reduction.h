@@ -1,8 +1,8 @@
 // Reductions of whole statistics groups, as partial results in double that can be merged.
 //
-// A reduction offers, for groups in runs, `add_runs`, which adds a chunk of one group to its
-// partial result, for groups in columns `reduce_rows`, which sets those of all groups of a tile,
-// and `merge`. The type Accumulate<T> sums a chunk only.
+// A reduction has `add_runs` for groups in runs, which adds a chunk of one group to its partial
+// result, `reduce_rows` for groups in columns, which sets the partial results of all groups of a
+// tile, and `merge`. Only sums within a chunk have the type Accumulate<T>.
 #pragma once
 
 #include "walk.h"
@@ -22,14 +22,14 @@ GK_INLINE int64_t rows_of_chunk(Range columns) {
 }
 
 // Mean and variance, by one pass over most chunks: the corrected two-pass algorithm of Chan, Golub
-// & LeVeque 1979 with the mean so far as the first pass's result. A chunk whose mean turns out to
-// be far from it is read again.
+// & LeVeque 1979, with the mean so far instead of the first pass's result. A chunk whose mean turns
+// out to be far from it is read again.
 template <bool kActivationFirst>
 struct Moments {
   using Element = DeviationElement<kActivationFirst>;
   enum Partial { kCount, kMean, kSquares, kPartials };  // kSquares: of deviations from the mean
 
-  // The union of two samples, by the same authors.
+  // Merges two samples, by the formula of the same authors.
   static void merge(double* into, const double* from) {
     if (from[kCount] == 0) return;
     const double count = into[kCount] + from[kCount], delta = from[kMean] - into[kMean];
@@ -96,8 +96,8 @@ struct Moments {
   }
 
  private:
-  // The moments of `count` elements whose deviations from `pivot` are summed up in `sum`, and their
-  // squares in `squares`.
+  // The moments of `count` elements. `sum` is the sum of their deviations from `pivot`, `squares`
+  // that of the squared deviations.
   static void correct(double count, double pivot, double sum, double squares, double* exact) {
     exact[kCount] = count;
     exact[kMean] = pivot + sum / count;
@@ -110,7 +110,7 @@ struct Moments {
     return sum * sum > 0.5 * count * squares;
   }
 
-  // What is normalized of the element at an offset.
+  // The value to normalize of the element at an offset.
   template <typename T, int kInputs, int kOutputs>
   static Accumulate<T> first(const Operands<T, kInputs, kOutputs>& operands, int64_t offset) {
     const Accumulate<T> value = load(operands.in[kX] + offset, 1)[0];

@@ -1,10 +1,10 @@
 // Runs a pass of a norm on all threads.
 //
-// A pass reduces every statistics group, then applies the coefficients that follow. What makes it
-// fast is where the tensors are when they are read the second time:
+// A pass reduces every statistics group, then applies the resulting coefficients. Its speed depends
+// on whether the tensors are still cached when they are read the second time:
 //
-//   reduce_and_apply_by_group    where the groups of a thread fit in its core's L2 cache, they are
-//                                reduced and applied in one go, so memory is read once
+//   reduce_and_apply_by_group    if the groups of a thread fit in its core's L2 cache, they are
+//                                reduced and applied together, so memory is read once
 //   reduce_then_apply_backwards  otherwise the threads share the positions of all groups, and each
 //                                applies its share backwards, starting with the data that the
 //                                reduction cached last

@@ -1,8 +1,8 @@
-// Loops over the elements of statistics groups. `reduce_*` sums what an element of element.h sums,
-// `apply_*` writes its outputs.
+// Loops over the elements of statistics groups. `reduce_*` adds up the terms of an element in
+// element.h, `apply_*` writes its outputs.
 //
-// A group lies in memory as runs of neighboring elements, with lanes that are neighbors of one
-// group (batch norm, channels first), or as a column of a matrix, with lanes that are neighboring
+// In memory a group is either runs of neighboring elements, so that the lanes are neighbors in one
+// group (batch norm, channels first), or a column of a matrix, so that the lanes are neighboring
 // groups (channels last).
 #pragma once
 
@@ -51,8 +51,8 @@ struct Runs {
 };
 
 // Sums over a range of the group's elements. Everything is unrolled and in one function, because
-// only then do the sums stay in registers from run to run. Where there are few sums they are taken
-// in two chains, to hide the latency of additions.
+// only then do the sums stay in registers from run to run. A few sums are computed in two chains,
+// to hide the latency of additions.
 template <typename Element, typename T, int kInputs, int kOutputs>
 void reduce_runs(const Operands<T, kInputs, kOutputs>& operands, const Runs& runs, Range range,
                  const Accumulate<T>* coefficients, double* results) {
@@ -121,8 +121,8 @@ GK_INLINE void write(T* const* out, int64_t offset, const V* values, int lanes) 
   }
 }
 
-// How many elements precede the address of the first whole vector. The outputs are aligned alike,
-// since they are fresh tensors of one shape.
+// The number of elements before the address of the first whole vector. The outputs are aligned
+// alike, since they are fresh tensors of one shape.
 template <int kOutputs, typename T>
 int64_t misalignment(T* const* out, int64_t offset) {
   constexpr int64_t W = VectorOf<Accumulate<T>>::width;
@@ -164,7 +164,7 @@ void apply_run(const Operands<T, kInputs, kOutputs>& operands, Range range,
 
 // ---- groups in columns -------------------------------------------------------------------------
 
-// A part of a matrix, of which every row is `pitch` elements after the row before it.
+// A part of a matrix, whose rows are `pitch` elements apart.
 struct Tile {
   Range rows, columns;
   int64_t pitch;

@@ -25,7 +25,7 @@ constexpr int kUnroll = 4;
 // __launch_bounds__: without the 2, the derivatives spill at 48 registers.
 template <typename A, int D>
 __global__ void __launch_bounds__(kLargeThreads, 2) large_kernel(const Problem p) {
-  constexpr int V = kVector<A>;  // rows of a thread, on both sides
+  constexpr int V = kVector<A>;  // rows per thread, on both sides
   constexpr int kRows = V * (kLargeThreads / kChunk);
   constexpr int kStride = kRows + V;  // spreads the rows of a dimension over the banks
   // Chunks are stored as [dimension][row], weights as [j][i].

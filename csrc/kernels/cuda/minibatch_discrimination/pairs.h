@@ -1,5 +1,5 @@
-// The parameters of minibatch_discrimination's kernels, what a pair of rows adds to the results,
-// and how rows are copied to shared memory.
+// The parameters of minibatch_discrimination's kernels, the terms of a pair of rows, and the copy
+// of rows to shared memory.
 #pragma once
 
 #include <math.h>
@@ -28,7 +28,7 @@ struct Problem {
 template <typename A>
 constexpr int kVector = 16 / sizeof(A);
 
-// exp(-d). Where the result would be subnormal it is zero, as it is on the CPU.
+// exp(-d). If the result would be subnormal it is zero, as on the CPU.
 __device__ inline float exp_of_minus(float d) {
   // The error of this rounding is no larger than that of one of the additions that made d.
   const float exponent = d * -1.44269504f;
@@ -98,7 +98,7 @@ __device__ inline void stage_as(A* tile, const T* from, int64_t row_stride, int6
   }
 }
 
-// Of kernel b of an (N, B, C) tensor: rows from `row` and dimensions from `c` on.
+// Copies from kernel b of an (N, B, C) tensor: rows from `row` and dimensions from `c` on.
 template <int kThreads, int kRows, int kColumns, int kRowStride, int kColumnStride, typename A>
 __device__ inline void stage(A* tile, const Problem& p, const void* tensor,
                              const int64_t (&strides)[3], int row, int64_t b, int c) {

@@ -13,7 +13,7 @@ namespace gankernels::cuda::minibatch_discrimination {
 constexpr int kSmallThreads = 128, kSmallWarps = kSmallThreads / kWarp;
 constexpr int kSmallTile = kSmallThreads;  // rows j; merge_warps() needs one for every thread
 
-// Rows i of a thread: two, so that a number read from shared memory is used in four additions.
+// Rows i per thread: two, so that a number read from shared memory is used in four additions.
 template <int D>
 constexpr int kRowsPerThread = D == 0 ? 2 : 1;
 
@@ -30,8 +30,8 @@ __device__ inline void load_row(const A* row, A (&values)[kC]) {
   for (int c = kC / V * V; c < kC; ++c) values[c] = row[c];
 }
 
-// Adds up the sums of the warps of a block that visited different rows j, in the warps that visited
-// the first of them. `shared` has room for kCount numbers of every thread.
+// Adds up the sums of the warps of a block that visited different rows j; the warps that visited
+// the first of these rows get the results. `shared` has room for kCount numbers of every thread.
 template <int kCount, typename A>
 __device__ inline void merge_warps(A (&values)[kCount], int row_warps, A* shared) {
   if (row_warps == kSmallWarps) return;
@@ -48,8 +48,8 @@ __device__ inline void merge_warps(A (&values)[kCount], int row_warps, A* shared
   }
 }
 
-// With 0, ptxas makes room for one more block on a multiprocessor and, in these kernels, spills a
-// few registers for it.
+// With 0, ptxas fits one more block on a multiprocessor and, in these kernels, spills a few
+// registers for it.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860 && __CUDA_ARCH__ < 900
 constexpr bool kSpillsAt24 = true;
 #else

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int column = threadIdx.x % columns, row = threadIdx.x / columns;
   const int part = blockIdx.x / tiling.tiles;
   const int64_t c = static_cast<int64_t>(blockIdx.x % tiling.tiles * columns + column) * kLanes;
-  // A thread beyond the last channel takes part in the barriers only.
+  // A thread beyond the last channel only takes part in the barriers.
   const bool inside = c < p.c;
   GK_MUTANT_ADDS(norm_idle_threads_leave, if (!inside) return);
 

@@ -1,6 +1,6 @@
-// The passes of batch_norm_leaky_relu. Each names the tensors that it reads and writes, and says
-// what is summed over a channel (reduce), what follows from the sums (finish) and what is computed
-// from that for every element (apply).
+// The passes of batch_norm_leaky_relu. Each declares the tensors that it reads and writes, and
+// defines the sums over a channel (reduce), the coefficients from these sums (finish) and the
+// results of every element (apply).
 //
 // reduce() gets `valid` <= kUnroll positions of V elements. A thread has one set of sums, or in
 // channels-last order (kLanes == V) one for each element of the vector.
@@ -17,7 +17,7 @@
 
 namespace gankernels::cuda::batch_norm_leaky_relu {
 
-// Of a channel: what turns x into z, and the factors it is made of.
+// A channel's map from x to z, and the factors that it is made of.
 template <typename A>
 struct Normalization {
   A mean, invstd, weight, scale, shift;
@@ -46,7 +46,7 @@ __device__ inline Chain<A, A> chain_of(const BatchNormLeakyReLU& p, T x,
                kActivationFirst);
 }
 
-// Results of one number per channel, of K rows: from memory, or zeros where there are none.
+// K rows of one number per channel: from memory, or zeros if there are none.
 template <typename A, int K>
 __device__ inline Sums<A, K> load_sums(const void* sums, int64_t channels, int64_t c) {
   Sums<A, K> saved = {};
@@ -89,10 +89,10 @@ struct Forward {
              GK_MUTANT(norm_mean_correction, distance * distance * a.value[kCount] * share, A(0))}};
   }
 
-  // The pivot, as the mean: the channel's first element. Distances from it are exact where the
-  // deviations are small compared with the mean, when a float32 could not hold the mean itself
-  // precisely enough. It is one of n values, so at most sqrt(n) deviations away from their mean:
-  // the loss of accuracy is bounded.
+  // The pivot, as the mean: the channel's first element. Distances from it are exact if the
+  // deviations are small compared with the mean, in which case the mean rounded to float32 would
+  // not be precise enough. It is one of n values, so at most sqrt(n) standard deviations away from
+  // their mean: the loss of accuracy is bounded.
   __device__ static Normalization<A> prepare(const Params& p, int64_t c) {
     if (!p.compute_statistics || p.n * p.s == 0) return {};
     const A first = load_as<A>(p.x, p.dtype, is_channels_last(p) ? c : c * p.s);
@@ -100,7 +100,7 @@ struct Forward {
     return {leaky_relu(first, slope), A(0), A(0), A(0), A(0)};
   }
 
-  // Two passes over the values at hand, which are in registers, then Chan's formula.
+  // Two passes over the values, which are in registers, then Chan's formula.
   template <bool kActivationFirst, typename T, int V, int kUnroll, int kLanes>
   __device__ static void reduce(S (&sums)[kLanes], const Vector<T, V> (&in)[kUnroll][kInputs],
                                 int valid, const Normalization<A> (&pivot)[kLanes],
@@ -144,7 +144,7 @@ struct Forward {
     if (p.compute_statistics) {
       const A var = sums.value[kSquares] / static_cast<A>(p.n * p.s);
       const A center = GK_MUTANT(norm_pivot, pivot.mean, A(0));
-      // Of an empty channel both are 0 / 0, NaN, as in PyTorch.
+      // For an empty channel both are 0 / 0, NaN, as in PyTorch.
       const A mean = sums.value[kCount] > 0 ? center + sums.value[kMean] : var;
       statistics = {{mean, var}};
       if (write) store_sums(statistics, p.statistics, p.c, c);
@@ -164,12 +164,12 @@ struct Forward {
   }
 };
 
-// What the derivatives sum over a channel, with g = grad_y * dy/dz and v = grad_grad_x * du/dx. The
-// first two are the backward pass's.
+// The derivatives' sums over a channel, with g = grad_y * dy/dz and v = grad_grad_x * du/dx. The
+// backward pass has the first two.
 enum Sum { kG, kGXhat, kV, kVXhat, kVG };
 
-// What both derivatives do, of a pass that has kSums of these sums and says with add() what one
-// element adds to them.
+// The common base of both derivatives. A pass has kSums of these sums; its add() adds the terms of
+// one element.
 template <typename Pass, typename P, typename A, int kPassInputs, int kPassSums>
 struct Derivative {
   using Accumulator = A;

@@ -1,4 +1,4 @@
-// How a pass of batch_norm_leaky_relu is divided among blocks and launched.
+// Divides a pass of batch_norm_leaky_relu among blocks and launches it.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@ namespace gankernels::cuda::batch_norm_leaky_relu {
 
 // Blocks that fill a multiprocessor a few times over, so that one straggling block costs little.
 constexpr int64_t kBlocksPerMultiprocessor = 8;
-// A block that owns whole channels reads at most this much of x. More is divided into parts of half
-// of it.
+// A block that owns whole channels reads at most this many bytes of x. Larger channels are divided
+// into parts of half as many.
 constexpr int64_t kBytesPerBlock = 64 * 1024;
 
 inline int round_up_to_power_of_two(int64_t value, int limit) {
@@ -24,7 +24,7 @@ inline int round_up_to_power_of_two(int64_t value, int limit) {
   return power;
 }
 
-// `vector` elements to an access. parts == 1 means kReduceAndApply.
+// `vector` is the number of elements per access. parts == 1 means kReduceAndApply.
 inline Tiling make_tiling(const BatchNormLeakyReLU& p, int vector, int64_t multiprocessors) {
   const bool channels_last = is_channels_last(p);
   const int64_t size = size_of(p.dtype);
@@ -35,7 +35,7 @@ inline Tiling make_tiling(const BatchNormLeakyReLU& p, int vector, int64_t multi
     t.positions = p.n * p.s;
     t.run = 1;
     t.run_stride = p.c;
-    // The threads that share a row read 128 neighboring bytes of it, as far as it goes.
+    // The threads that share a row read up to 128 neighboring bytes of it.
     const int limit = static_cast<int>(std::min<int64_t>(kWarp, 128 / (size * vector)));
     t.channel_threads = round_up_to_power_of_two(ceil_div(p.c, vector), limit);
     tile_channels = static_cast<int64_t>(t.channel_threads) * vector;
@@ -43,7 +43,7 @@ inline Tiling make_tiling(const BatchNormLeakyReLU& p, int vector, int64_t multi
     const bool one_run = p.c == 1;
     t.run = (one_run ? p.n * p.s : p.s) / vector;
     t.positions = one_run ? t.run : p.n * t.run;
-    t.run = std::max<int64_t>(1, t.run);  // is divided by
+    t.run = std::max<int64_t>(1, t.run);  // a divisor
     t.run_stride = p.c * p.s;
   }
   t.tiles = static_cast<int>(ceil_div(p.c, tile_channels));

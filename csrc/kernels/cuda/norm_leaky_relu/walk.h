@@ -1,4 +1,4 @@
-// Which elements a block and a thread of batch_norm_leaky_relu visit, and in which order.
+// The elements that a block and a thread of batch_norm_leaky_relu visit, and their order.
 #pragma once
 
 #include "../../batch_norm_leaky_relu.h"
@@ -7,7 +7,7 @@
 
 namespace gankernels::cuda::batch_norm_leaky_relu {
 
-// Of a part of a channel: 32 bits hold the number with room to spare.
+// The most positions in a part of a channel: 32 bits hold the number with room to spare.
 GK_HOST_DEVICE inline int64_t max_positions() {
   return GK_LIMIT(norm_positions, int64_t{1} << 29, 300);
 }
@@ -17,12 +17,12 @@ GK_HOST_DEVICE inline bool is_channels_last(const BatchNormLeakyReLU& p) {
   return p.c > 1 && (p.channels_last || p.s == 1);
 }
 
-// How the elements are divided among blocks and threads. A channel is a sequence of positions, each
+// The division of elements among blocks and threads. A channel is a sequence of positions, each
 // a vector of V elements: along the channel's runs of s elements in (n, c, s) order, and one row of
 // V neighboring channels in channels-last order.
 struct Tiling {
-  int64_t positions;           // of a channel
-  int64_t positions_per_part;  // part p has those from p * positions_per_part on
+  int64_t positions;           // per channel
+  int64_t positions_per_part;  // part p starts at p * positions_per_part
   int64_t run;                 // positions that are contiguous in memory; channels-last: 1
   int64_t run_stride;          // elements from the start of one run to that of the next
   int parts;
@@ -71,7 +71,7 @@ class Walk {
  private:
   int64_t offset_, stride_elements_;
   int left_, stride_;
-  int64_t next_run_;  // this and what follows: not in channels-last order
+  int64_t next_run_;  // from here on: not in channels-last order
   int run_, left_in_run_, stride_in_run_;
 };
 
